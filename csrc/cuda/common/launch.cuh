@@ -1,0 +1,35 @@
+// The one way to launch a kernel. A function rather than triple brackets, so that the same sources can be compiled by a host
+// compiler, where it runs the kernel's blocks on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace pykernels::cuda {
+
+struct LaunchConfig {
+  dim3 grid;
+  dim3 block;
+  unsigned shared_bytes = 0;  // dynamic; above 48 KiB the limit is raised for the kernel first
+  cudaStream_t stream = nullptr;
+};
+
+// Returns null, or CUDA's message for what went wrong with the launch.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
+  constexpr unsigned kDefaultSharedBytes = 48 * 1024;
+  if (config.shared_bytes > kDefaultSharedBytes) {
+    const cudaError_t raised = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    static_cast<int>(config.shared_bytes));
+    if (raised != cudaSuccess) return cudaGetErrorString(raised);
+  }
+  cudaLaunchConfig_t launch_config{};
+  launch_config.gridDim = config.grid;
+  launch_config.blockDim = config.block;
+  launch_config.dynamicSmemBytes = config.shared_bytes;
+  launch_config.stream = config.stream;
+  const cudaError_t launched = cudaLaunchKernelEx(&launch_config, kernel, static_cast<Parameters>(arguments)...);
+  return launched == cudaSuccess ? nullptr : cudaGetErrorString(launched);
+}
+
+}  // namespace pykernels::cuda

@@ -1,0 +1,94 @@
+// Flash attention: the parameters and launch functions that every native backend shares. Torch-free.
+//
+// Memory layout. q [B, Tq, Hq, K], k [B, Tk, Hk, K], v [B, Tk, Hk, V], out [B, Tq, Hq, V]: any strides (in elements) but
+// for the last axis, which is contiguous. Hq is a multiple of Hk; query head h reads key head h / (Hq / Hk).
+// lse [B, Hq, Tq], contiguous: natural log of the row's sum of exp(score).
+//
+// Packed input: B = 1, cu_seqlens_q and cu_seqlens_k are [sequences + 1] and row i of sequence s is token cu_seqlens[s] + i.
+// Kernels clamp what they read from them into [0, T].
+//
+// Row i of a sequence with tq queries and tk keys sees key j when  p - window_left <= j <= p + window_right  with
+// p = i + tk - tq (bottom-right aligned); a negative window bound means unbounded, causal is window_right = 0.
+// score = scale * q.k, then softcap * tanh(score / softcap) when softcap > 0.
+// A row that sees no key gives zeros and lse = -inf; its gradients are zero.
+#pragma once
+
+#include <cstdint>
+
+#include "../../common/dtype.h"
+#include "parallel.h"
+
+namespace pykernels {
+
+struct Strides3 {
+  int64_t batch, token, head;  // in elements
+};
+
+struct FlashAttentionParams {
+  DType dtype;  // of q, k, v, out and their gradients; lse, dlse and delta are fp32 (fp64 for fp64)
+  int64_t batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, value_dim;
+
+  const void* q;
+  const void* k;
+  const void* v;
+  Strides3 q_stride, k_stride, v_stride;
+
+  // Forward writes out and lse; backward reads them.
+  void* out;
+  Strides3 out_stride;
+  void* lse;
+
+  // Packed sequences, else null and 0.
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+  int64_t sequences;
+
+  double scale, softcap;               // softcap 0: none
+  int64_t window_left, window_right;   // < 0: unbounded
+};
+
+struct FlashAttentionBackwardParams {
+  FlashAttentionParams forward;
+  const void* dout;  // [B, Tq, Hq, V]
+  Strides3 dout_stride;
+  const void* dlse;  // [B, Hq, Tq] contiguous, or null: zero
+  // Same shapes as q, k, v; contiguous in the last axis. Every element is written.
+  void* dq;
+  void* dk;
+  void* dv;
+  Strides3 dq_stride, dk_stride, dv_stride;
+  // The CPU kernels are bitwise repeatable at a fixed thread count either way; set, also across thread counts.
+  bool deterministic;
+};
+
+// q [B, Tq, Hq, K] against k_cache [B, Tmax, Hk, K] and v_cache [B, Tmax, Hk, V]; batch entry b has
+// cache_seqlens[b] + new_tokens valid keys (clamped to Tmax), and the same alignment and masking as above.
+struct FlashAttentionDecodeParams {
+  FlashAttentionParams forward;  // k, v, seqlen_k describe the cache (seqlen_k = Tmax); cu_seqlens are null
+  const int32_t* cache_seqlens;  // [B], tokens before the append
+  int64_t new_tokens;
+};
+
+// Copies new tokens into a cache: k_cache[b, cache_seqlens[b] + t] = k[b, t], v likewise. Tokens that would land outside
+// [0, Tmax) are dropped.
+struct FlashAttentionAppendParams {
+  int64_t element_size;  // bytes; the copy does not look inside elements
+  int64_t batch, new_tokens, capacity, heads, head_dim, value_dim;
+  // [B, Tnew, Hk, K or V] and [B, Tmax, Hk, K or V]; the last axis is contiguous
+  const void* k;
+  const void* v;
+  Strides3 k_stride, v_stride;
+  void* k_cache;
+  void* v_cache;
+  Strides3 k_cache_stride, v_cache_stride;
+  const int32_t* cache_seqlens;  // [B]
+};
+
+namespace cpu {
+void flash_attention_append(const FlashAttentionAppendParams& params, const Parallel& parallel);
+void flash_attention_fwd(const FlashAttentionParams& params, const Parallel& parallel);
+void flash_attention_bwd(const FlashAttentionBackwardParams& params, const Parallel& parallel);
+void flash_attention_decode(const FlashAttentionDecodeParams& params, const Parallel& parallel);
+}  // namespace cpu
+
+}  // namespace pykernels

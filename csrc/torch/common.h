@@ -1,0 +1,86 @@
+// What every op's bindings share: checks that guard memory, allocation, dtypes, threads. Argument errors that a user can
+// cause are raised in Python, with better words; these only keep a direct call of torch.ops from touching foreign memory.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "../common/dtype.h"
+#include "../include/pykernels/parallel.h"
+
+namespace pykernels::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, "pykernels: expected float32, bfloat16, float16 or float64");
+  }
+}
+
+// States and statistics are fp32, fp64 for fp64 input.
+inline ScalarType accumulator_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  const std::vector<int64_t> shape(sizes);
+  return torch::stable::empty({shape.data(), shape.size()}, dtype, std::nullopt, like.device());
+}
+
+// The kernels take any strides but need the last axis contiguous; a tensor that lacks it is copied.
+inline Tensor last_contiguous(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+inline Tensor contiguous_or(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+inline void check_shape(const Tensor& x, std::initializer_list<int64_t> sizes, const char* name) {
+  STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(sizes.size()), "pykernels: ", name, " has ", x.dim(), " axes, expected ",
+                  sizes.size());
+  int64_t axis = 0;
+  for (int64_t size : sizes) {
+    STD_TORCH_CHECK(x.size(axis) == size, "pykernels: ", name, " has size ", x.size(axis), " on axis ", axis, ", expected ",
+                    size);
+    ++axis;
+  }
+}
+
+inline void check_same_dtype(const Tensor& x, const Tensor& reference, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == reference.scalar_type(), "pykernels: the dtype of ", name, " differs from q's");
+}
+
+inline void check_dtype(const Tensor& x, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype, "pykernels: ", name, " has the wrong dtype");
+}
+
+// Kernels on torch's own intra-op threads.
+inline Parallel torch_threads() {
+  Parallel parallel;
+  parallel.threads = static_cast<int>(torch::stable::get_num_threads());
+  parallel.run = [](int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+    torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  return parallel;
+}
+
+}  // namespace pykernels::bindings

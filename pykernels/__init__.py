@@ -1,0 +1,17 @@
+"""pykernels: fast sequence-mixing kernels for PyTorch that run everywhere."""
+
+from __future__ import annotations
+
+from ._library import release_scratch
+from ._version import __version__
+from .backends import BackendUnavailable, use_backend
+from .ops.flash_attention import flash_attention, flash_attention_decode
+
+__all__ = [
+    "BackendUnavailable",
+    "__version__",
+    "flash_attention",
+    "flash_attention_decode",
+    "release_scratch",
+    "use_backend",
+]

@@ -1,0 +1,91 @@
+"""Argument checks that the ops share. Each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def values_checked(device: torch.device) -> bool:
+    """Whether values inside tensors (cu_seqlens, cache lengths) are checked: eager on a CPU, or PYKERNELS_CHECK=1.
+
+    Elsewhere a check would wait for the device; kernels clamp such values and stay inside their tensors.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cpu" or os.environ.get("PYKERNELS_CHECK", "0") == "1"
+
+
+def tensor(name: str, x: object, axes: str) -> Tensor:
+    """Checks that `x` is a tensor with the axes that `axes` spells ("B T H K")."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor [{', '.join(axes.split())}], got {type(x).__name__}")
+    rank = len(axes.split())
+    if x.dim() != rank:
+        raise ValueError(f"{name} must have {rank} axes [{', '.join(axes.split())}], got shape {list(x.shape)}")
+    return x
+
+
+def shape(name: str, x: Tensor, expected: dict[str, int]) -> None:
+    """Checks the sizes of `x` against the axes' names and sizes, in order; None accepts any."""
+    for axis, (label, size) in enumerate(expected.items()):
+        if size is not None and x.shape[axis] != size:
+            labels = ", ".join(f"{label}={'any' if size is None else size}" for label, size in expected.items())
+            raise ValueError(f"{name} must have shape [{labels}], got {list(x.shape)} ({label} differs)")
+
+
+def main_dtype(name: str, x: Tensor) -> None:
+    """Checks for a dtype that the ops compute in; float64 only on the CPU."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or (on the CPU) float64, got {x.dtype}")
+
+
+def same_dtype(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
+    if x.dtype != reference.dtype:
+        raise TypeError(f"{name} must have {reference_name}'s dtype {reference.dtype}, got {x.dtype}")
+
+
+def same_device(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
+    if x.device != reference.device:
+        raise ValueError(f"{name} must be on {reference_name}'s device {reference.device}, got {x.device}")
+
+
+def integer(name: str, x: Tensor) -> None:
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
+
+
+def number(name: str, x: object) -> float:
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    return x
+
+
+def flag(name: str, x: object) -> bool:
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be True or False, got {x!r}")
+    return x
+
+
+def cu_seqlens(name: str, x: object, total: int, device: torch.device) -> Tensor:
+    """Checks cumulative sequence lengths [sequences + 1] over a packed axis of `total` tokens; returns them as int32."""
+    tensor(name, x, "sequences+1")
+    integer(name, x)
+    if x.device != device:
+        raise ValueError(f"{name} must be on the tensors' device {device}, got {x.device}")
+    if x.shape[0] < 1:
+        raise ValueError(f"{name} must hold sequences + 1 offsets, got an empty tensor")
+    if values_checked(device):
+        values = x.tolist()
+        if values[0] != 0:
+            raise ValueError(f"{name} must start at 0, got {values[0]}")
+        for i, (a, b) in enumerate(zip(values, values[1:])):
+            if b < a:
+                raise ValueError(f"{name} must not decrease, got {a} then {b} at index {i + 1}")
+        if values[-1] > total:
+            raise ValueError(f"{name} must end within the {total} packed tokens, got {values[-1]}")
+    return x.to(torch.int32).contiguous()

@@ -1,0 +1,7 @@
+"""The ops, one folder each. `OPS` lists their entries in the table of backends."""
+
+from __future__ import annotations
+
+from . import flash_attention
+
+OPS = [flash_attention.OP]
