@@ -127,7 +127,7 @@ void append_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k_, const Tensor& 
   check_shape(k_, {p.batch, p.new_tokens, p.heads, p.head_dim}, "k");
   check_shape(v_cache, {p.batch, p.capacity, p.heads, p.value_dim}, "v_cache");
   check_shape(v_, {p.batch, p.new_tokens, p.heads, p.value_dim}, "v");
-  for (const Tensor* x : {&v_cache, &k_, &v_}) check_same_dtype(*x, k_cache, "k, v or v_cache");
+  for (const Tensor* x : {static_cast<const Tensor*>(&v_cache), &k_, &v_}) check_same_dtype(*x, k_cache, "k, v or v_cache");
   check_dtype(cache_seqlens, ScalarType::Int, "cache_seqlens");
   check_shape(cache_seqlens, {p.batch}, "cache_seqlens");
   STD_TORCH_CHECK(cache_seqlens.is_contiguous(), "pykernels: cache_seqlens must be contiguous");
