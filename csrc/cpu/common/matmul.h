@@ -5,9 +5,9 @@
 //
 // Layouts, for C [rows, columns], A [rows, depth], B [depth, columns]:
 //   A  row-major, any leading dimension. Depth is padded with zeros to a multiple of kDepthAlign.
-//   B  panels of kPanel columns; the last may be narrower, columns rounded up to a multiple of kColumnAlign. In a panel of
-//      width w, element (k, n) is at (k / kPair) * w * kPair + n * kPair + k % kPair: pairs of consecutive k side by side.
-//      Depth and columns are padded with zeros (the pack functions do it).
+//   B  panels of kPanel columns. In a panel, element (k, n) is at (k / kPair) * kPanel * kPair + n * kPair + k % kPair: pairs of
+//      consecutive k side by side. Depth is padded with zeros to a multiple of kDepthAlign, columns to one of kColumnAlign (the
+//      pack functions do it); what is left of the last panel is neither written nor read.
 //   C  row-major. Written up to rows rounded to kRowAlign and columns rounded to kColumnAlign: leave that room; A must have
 //      those rows too (any contents: row i of C depends on row i of A alone).
 // Ranges of a block are products of their own. A range of k starts at a multiple of kDepthAlign (A moved on by as many elements,
@@ -165,7 +165,7 @@ PYKERNELS_INLINE void register_tile(int depth, const typename C::Elem* a, int64_
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) sum[i][j] = multiply_add(row[j], a + i * lda, sum[i][j]);
     a += C::kPair;
-    b += Vectors * step;
+    b += C::kPanel * C::kPair;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
@@ -203,7 +203,7 @@ struct Panel {
 template <int RowTiles, int Vectors>
 PYKERNELS_INLINE void amx_tile(int depth, const BFloat16* a, int64_t lda, const BFloat16* b, float* c, int64_t ldc,
                                bool accumulate) {
-  constexpr int b_bytes = Vectors * 64;
+  constexpr int b_bytes = 2 * 64;
   const int64_t a_bytes = lda * 2, c_bytes = ldc * 4;
   float* const c1 = c + 16 * ldc;
   const BFloat16* const a1 = a + 16 * lda;
@@ -231,7 +231,7 @@ PYKERNELS_INLINE void amx_tile(int depth, const BFloat16* a, int64_t lda, const 
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (Vectors > 1) _tile_dpbf16ps(3, 5, 7);
     }
-    b += Vectors * 512;
+    b += 2 * 512;
   }
   _tile_stored(0, c, c_bytes);
   if constexpr (Vectors > 1) _tile_stored(1, c + 16, c_bytes);
@@ -259,12 +259,8 @@ void matmul(int rows, int columns, int depth, MatrixA<C> a, PackedB<C> b, Matrix
   depth = round_up(depth, C::kDepthAlign);
   const typename C::Elem* panel = b.data;
   for (int n = 0; n < columns; n += C::kPanel, panel += b.panel_stride) {
-    if (columns - n > C::kColumnAlign)
-      detail::Panel<C, 2>::multiply(rows, depth, a.data, a.stride, panel + b.first * C::kPanel, c.data + n, c.stride,
-                                    accumulate);
-    else
-      detail::Panel<C, 1>::multiply(rows, depth, a.data, a.stride, panel + b.first * C::kColumnAlign, c.data + n, c.stride,
-                                    accumulate);
+    const auto multiply = columns - n > C::kColumnAlign ? detail::Panel<C, 2>::multiply : detail::Panel<C, 1>::multiply;
+    multiply(rows, depth, a.data, a.stride, panel + b.first * C::kPanel, c.data + n, c.stride, accumulate);
   }
 }
 
@@ -309,7 +305,7 @@ void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64
   for (int first = 0; first < columns_padded; first += C::kPanel, b += panel_stride) {
     const int width = least(C::kPanel, columns_padded - first);
     for (int k = 0; k < depth_padded; k += C::kPair) {
-      typename C::Elem* const row = b + k * width;
+      typename C::Elem* const row = b + k * C::kPanel;
       const T* const from = source + k * stride + first;
       for (int n = 0; n < width; n += lanes) {
         const int64_t left = columns - first - n;
@@ -344,7 +340,7 @@ void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, in
           Vec<Acc> square[lanes];
           for (int i = 0; i < lanes; ++i) square[i] = i < rows ? load_upto(from + i * stride + k, depth - k) : Vec<Acc>{};
           transpose(square);
-          for (int i = 0; i < least(lanes, depth_padded - k); ++i) store(b + (k + i) * width + n, square[i]);
+          for (int i = 0; i < least(lanes, depth_padded - k); ++i) store(b + (k + i) * C::kPanel + n, square[i]);
         } else {
 #if defined(PYKERNELS_HAS_BF16_DOT)
           VecU32 square[lanes];
@@ -352,7 +348,7 @@ void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, in
             square[i] = i < rows ? detail::load_pairs(from + i * stride + k, depth - k) : VecU32{};
           transpose(square);
           for (int i = 0; i < least(lanes, (depth_padded - k) / 2); ++i)
-            __builtin_memcpy(b + (k + 2 * i) * width + 2 * n, &square[i], sizeof(square[i]));
+            __builtin_memcpy(b + (k + 2 * i) * C::kPanel + 2 * n, &square[i], sizeof(square[i]));
 #endif
         }
       }

@@ -480,6 +480,18 @@ PYKERNELS_INLINE void transpose_step(V (&rows)[N]) {
   }
   if constexpr (2 * Block < N) transpose_step<2 * Block>(rows);
 }
+// Sums of pairs of lanes: what the steps above exchange is added up instead, which halves the number of rows.
+template <int Block, class V, int N>
+PYKERNELS_INLINE V reduce_step(V (&rows)[N]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < N; i += 2 * Block)
+    rows[i] = exchange<Block, false>(rows[i], rows[i + Block], std::make_index_sequence<N>{}) +
+              exchange<Block, true>(rows[i], rows[i + Block], std::make_index_sequence<N>{});
+  if constexpr (2 * Block < N)
+    return reduce_step<2 * Block>(rows);
+  else
+    return rows[0];
+}
 }  // namespace detail
 
 // Transposes the square of as many vectors as each has lanes.
@@ -487,6 +499,13 @@ template <class V, int N>
 PYKERNELS_INLINE void transpose(V (&rows)[N]) {
   static_assert(sizeof(V) / sizeof(V{}[0]) == N);
   detail::transpose_step<1>(rows);
+}
+
+// Lane i of the result is the sum of rows[i].
+template <class V, int N>
+PYKERNELS_INLINE V reduce_add_each(V (&rows)[N]) {
+  static_assert(sizeof(V) / sizeof(V{}[0]) == N);
+  return detail::reduce_step<1>(rows);
 }
 
 }  // namespace pykernels::cpu::PYKERNELS_ISA
