@@ -9,8 +9,8 @@ and gradient beside its budget. A new op adds a module here and an entry to `OPS
 from __future__ import annotations
 
 from .flash_attention import FLASH_ATTENTION, FLASH_ATTENTION_DECODE
-from .kit import DTYPES, BadInput, Case, Description, Error, Sample, check, compare, cotangents, expected, run
-from .targets import Target, choice, dtypes, poisoned_memory, targets, use_isa, use_threads
+from .kit import BadInput, Case, Description, Error, Sample, check, compare, cotangents, expected, run
+from .targets import DTYPES, Target, choice, dtypes, poisoned_memory, targets, use_isa, use_threads
 
 OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE)
 

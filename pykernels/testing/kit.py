@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .targets import Target, poisoned_memory
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .targets import DTYPES, Target, poisoned_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,24 +120,38 @@ def run(op: Description, sample: Sample, backend: str, *, grad: bool | Mapping[s
     result = {name: x.detach() for name, x in outputs.items()} | {name: args[name] for name in op.mutates}
     if wanted:
         given = cotangents(outputs) if grad is True else grad
-        gradients = torch.autograd.grad([outputs[name] for name in given], [args[name] for name in wanted], list(given.values()))
+        gradients = torch.autograd.grad([outputs[name] for name in given], [args[name] for name in wanted], list(given.values()),
+                                        materialize_grads=True)
         result |= {"d" + name: x for name, x in zip(wanted, gradients)}
     return result
 
 
+def _both(op: Description, sample: Sample, through: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The reference's values in float64 and in the sample's own dtype, from the same inputs and cotangents."""
+    plain = run(op, sample, "reference", grad=False)
+    given = cotangents({name: plain[name] for name in through})
+    plain = run(op, sample, "reference", grad=given)
+    return run(op, sample.map(Tensor.double), "reference", grad={name: x.double() for name, x in given.items()}), plain
+
+
 @functools.lru_cache(maxsize=512)
-def expected(op: Description, case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def expected(op: Description, case: Case, dtype: torch.dtype, device: str = "cpu",
+             through: tuple[str, ...] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(reference, yardstick): the definition in float64 on the inputs rounded to `dtype`, and computed in `dtype` itself.
 
-    Where the yardstick leaves the dtype's range but the result does not, it computes in float32 and rounds.
+    `through` names the outputs that get a cotangent (None: all). In float64 the two would be one, so there the yardstick's
+    errors are those of float32, scaled to float64's precision.
     """
-    sample = case.make(dtype, device)
-    yardstick = run(op, sample, "reference")
-    given = cotangents({name: yardstick[name] for name in op.outputs})
-    reference = run(op, sample.map(Tensor.double), "reference", grad={name: x.double() for name, x in given.items()})
-    if any(not torch.equal(yardstick[name].isfinite(), x.isfinite()) for name, x in reference.items()):
-        wide = run(op, sample.map(Tensor.float), "reference", grad={name: x.float() for name, x in given.items()})
-        yardstick = {name: x.to(yardstick[name].dtype) for name, x in wide.items()}
+    through = op.outputs if through is None else through
+    reference, yardstick = _both(op, case.make(dtype, device), through)
+    if dtype == torch.float64:
+        wide, narrow = _both(op, case.make(torch.float32, device), through)
+        share = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        errors = {name: (narrow[name].double() - x).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for name, x in wide.items()}
+        yardstick = {name: x + share * errors[name] for name, x in reference.items()}
+    for name, x in reference.items():
+        if not torch.equal(yardstick[name].isfinite(), x.isfinite()):
+            raise ValueError(f"{op} {case}: {name} leaves the range of {dtype} in the plain composition: that is no yardstick")
     return reference, yardstick
 
 
@@ -193,13 +205,19 @@ def compare(name: str, actual: Tensor, reference: Tensor, yardstick: Tensor) -> 
     return Error(name, error / largest, (2 * plain + 4 * ulp + rounding) / largest, problem)
 
 
-def check(op: Description, case: Case, dtype: torch.dtype, target: Target, **options: Any) -> list[Error]:
-    """Runs a case on a target, in poisoned memory, and compares every output and gradient with the float64 reference.
+def check(op: Description, case: Case, dtype: torch.dtype, target: Target, through: tuple[str, ...] | None = None,
+          **options: Any) -> list[Error]:
+    """Runs a case on a target and compares every output and gradient with the float64 reference.
 
-    `options` are further arguments of the function, such as deterministic=True.
+    Memory is poisoned: what is allocated starts as NaN, and the cpu kernels' scratch holds what a call on NaN left in it.
+    `through` names the outputs that get a cotangent (None: all); `options` are further arguments of the function, such as
+    deterministic=True.
     """
-    reference, yardstick = expected(op, case, dtype, target.device)
+    reference, yardstick = expected(op, case, dtype, target.device, through)
     sample = case.make(dtype, target.device).replace(**options)
+    given = cotangents({name: yardstick[name] for name in (op.outputs if through is None else through)})
     with target.active(), poisoned_memory():
-        actual = run(op, sample, target.backend)
+        if target.backend == "cpu":
+            run(op, sample.map(lambda x: torch.full_like(x, torch.nan)), target.backend)
+        actual = run(op, sample, target.backend, grad=given)
     return [compare(name, actual[name], reference[name], yardstick[name]) for name in reference]

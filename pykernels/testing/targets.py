@@ -10,6 +10,8 @@ import torch
 
 from .. import _library, backends
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 @contextlib.contextmanager
 def use_isa(isa: str) -> Iterator[None]:
@@ -84,8 +86,8 @@ def devices() -> list[str]:
 
 
 def dtypes(op: backends.Op, target: Target) -> list[torch.dtype]:
-    """The dtypes that `target` serves."""
-    candidates = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    """The dtypes to check on `target`: those it serves; of the reference only the wide ones, since it is its own yardstick."""
+    candidates = (torch.float32, torch.float64) if target.backend == "reference" else DTYPES
     return [dtype for dtype in candidates if choice(op, target.backend, target.device, dtype).backend is not None]
 
 
