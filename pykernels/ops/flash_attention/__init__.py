@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ... import _checks
 from ...backends import Op, Query, resolve
@@ -159,10 +160,11 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, wi
                              f"got {cu_seqlens_k.shape[0]}")
     q, k, v = _autocast(q, k, v)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    forward_mode = forward_ad._current_level >= 0  # then the Function raises, where the bare op would give zero tangents
     chosen = resolve(OP, _query(q, v, options, cu_seqlens_q is not None, grad), backend)
     if chosen == "reference":
         out, lse = reference.flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
-    elif grad:
+    elif grad or forward_mode:
         out, lse = registration.FlashAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, options, deterministic, chosen)
     else:
         out, lse = registration.run("fwd", chosen, q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
