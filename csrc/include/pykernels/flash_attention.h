@@ -17,12 +17,9 @@
 
 #include "../../common/dtype.h"
 #include "parallel.h"
+#include "strides.h"
 
 namespace pykernels {
-
-struct Strides3 {
-  int64_t batch, token, head;  // in elements
-};
 
 struct FlashAttentionParams {
   DType dtype;  // of q, k, v, out and their gradients; lse, dlse and delta are fp32 (fp64 for fp64)

@@ -1,0 +1,664 @@
+// Chunked backward pass; README.md of the op derives it. Per segment, the states before its chunks are recomputed from the
+// checkpoint, then the chunks are visited from the last to the first with the gradient dS of the state after each:
+//     dQ = scaled dO S^T + dP K          dK = scaled V dS^T + dP^T Q          dV = scaled K dS + P^T dO
+//     dS <- total dS + (scaled Q)^T dO
+// with dP = (dO V^T) * weights. As in the forward pass, a segment computes its own part of dS from zero.
+// The gradient of a log factor sums over what crosses its token; each sum has terms of that size alone (no differences of
+// larger ones), so that it is exact for strong decay too.
+#include "chunk.h"
+
+namespace pykernels::cpu::PYKERNELS_ISA {
+namespace linear {
+namespace {
+
+template <class T, class C, bool Channel>
+class Backward {
+  using A = typename C::Acc;
+  using E = typename C::Elem;
+  static constexpr int lanes = kLanes<A>;
+
+ public:
+  Backward(const LinearAttentionBackwardParams& params, Scratch& scratch)
+      : b(params), p(params.forward), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())) {
+    kp = padded(key_dim), vp = padded(value_dim);
+    kd = round_up(key_dim, C::kDepthAlign);
+    const int widest = most(kp, vp);
+    const int64_t square = int64_t{kp} * vp;
+    factors.allocate(scratch, kp, p.bonus != nullptr);
+    const int64_t chunks = least<int64_t>(kSegment, p.tokens) / kChunk + 1;
+    states = scratch.take<A>(chunks * square);
+    local = scratch.take<A>(square);
+    since = scratch.take<A>(kp);
+    dstate = scratch.take<A>(square);
+    panel = packed_panel<C>(kd + kChunk);
+    packed = scratch.take<E>(packed_elements<C>(kd + kChunk, vp));
+    packed_t = scratch.take<E>(packed_elements<C>(vp, kp));
+    tokens = scratch.take<E>(packed_elements<C>(widest, kChunk));
+    query_rows = scratch.take<E>(packed_elements<C>(kChunk, kp));
+    key_rows = scratch.take<E>(packed_elements<C>(kChunk, kp));
+    operand = scratch.take<E>(kChunk * widest);
+    scaled_q = scratch.take<E>(kChunk * kp);
+    scaled_k = scratch.take<E>(kChunk * kp);
+    transposed = scratch.take<E>(kp * kChunk);
+    scores = scratch.take<A>(kChunk * kChunk);
+    dscores = scratch.take<A>(kChunk * kChunk);
+    weighted = scratch.take<E>(kChunk * kChunk);
+    dweighted = scratch.take<E>(kChunk * kChunk);
+    weighted_t = scratch.take<E>(kChunk * kChunk);
+    dweighted_t = scratch.take<E>(kChunk * kChunk);
+    dq = scratch.take<A>(kChunk * kp);
+    dk = scratch.take<A>(kChunk * kp);
+    dv = scratch.take<A>(kChunk * vp);
+    cross = scratch.take<A>(kp);
+    if (Channel) {
+      side = scratch.take<A>(kChunk * kp);
+      product = scratch.take<A>(kChunk * kp);
+      ddecay_rows = scratch.take<A>(kChunk * kp);
+    }
+    if (p.normalize) {
+      ones = scratch.take<T>(kChunk * value_dim);
+      extended = scratch.take<T>(kChunk * value_dim);
+    }
+  }
+
+  void begin(const Sequence& s, int64_t head) {
+    const int64_t head_k = head / (p.heads / p.heads_k);
+    q = rows_of<const T>(p, p.q, p.q_stride, s, head_k);
+    k = rows_of<const T>(p, p.k, p.k_stride, s, head_k);
+    v = rows_of<const T>(p, p.v, p.v_stride, s, head);
+    dout = rows_of<const T>(p, b.dout, b.dout_stride, s, head);
+    if (p.normalize) {
+      out = rows_of<const T>(p, p.out, p.out_stride, s, head);
+      denominator = rows_of<const A>(p, p.denominator, contiguous_strides(p, 1), s, head);
+    }
+    const Strides3 of_k = contiguous_strides(p, key_dim);
+    if (p.heads == p.heads_k) {
+      to_dq = rows_of<T>(p, b.dq, of_k, s, head);
+      to_dk = rows_of<T>(p, b.dk, of_k, s, head);
+    } else {
+      to_dq_wide = rows_of<A>(p, b.dq, of_k, s, head);
+      to_dk_wide = rows_of<A>(p, b.dk, of_k, s, head);
+    }
+    to_dv = rows_of<T>(p, b.dv, contiguous_strides(p, p.value_dim), s, head);
+    if (b.ddecay) to_ddecay = rows_of<A>(p, b.ddecay, contiguous_strides(p, Channel ? key_dim : 1), s, head);
+    bonus = p.bonus ? static_cast<const A*>(p.bonus) + head * key_dim : nullptr;
+    if (p.decay_kind == DecayKind::kNone)
+      factors.prepare_constant(nullptr);
+    else if (p.decay_kind == DecayKind::kHead)
+      factors.prepare_constant(static_cast<const A*>(p.decay) + head * p.decay_stride.head);
+    else
+      decay = rows_of<const A>(p, p.decay, p.decay_stride, s, head);
+  }
+
+  // Tokens [first, last) with the state before them (null: zero) and the gradient of the state after them (null: zero), both
+  // [K, value_dim]. Leaves the part of the gradient of the state before them that comes from them in local, and in since what
+  // they leave of the later one. Without `outputs` nothing else. dbonus [K] is written if there is a bonus.
+  void segment(int64_t first, int64_t last, const A* before, const A* after, A* dbonus, bool outputs) {
+    fill<A>(local, int64_t{kp} * vp, 0);
+    fill<A>(since, kp, 1);
+    if (dbonus) fill<A>(dbonus, key_dim, 0);
+    if (outputs) recompute(first, last, before);
+    for (int64_t c = (last - first + kChunk - 1) / kChunk - 1; c >= 0; --c) {
+      const int64_t t = first + c * kChunk;
+      const int n = static_cast<int>(least<int64_t>(kChunk, last - t));
+      chunk(t, n, before || c > 0 ? states + c * kp * vp : nullptr, after, after || t + n < last, dbonus, outputs);
+    }
+  }
+
+  // before = since * after + local: gradients of states.
+  void finish(A* before, const A* after) {
+    combine_state(before, value_dim, since, after, value_dim, local, vp, key_dim, value_dim);
+  }
+
+  A* local;
+  A* since;
+
+ private:
+  Rows<const T> values(int64_t t, int n) {
+    const Rows<const T> vs = v.from(t);
+    if (!p.normalize) return vs;
+    for (int i = 0; i < n; ++i) {
+      __builtin_memcpy(ones + i * value_dim, vs[i], sizeof(T) * (value_dim - 1));
+      ones[i * value_dim + value_dim - 1] = one<T>();
+    }
+    return {ones, value_dim};
+  }
+
+  // Gradients of out before its division, without the factor 1 / denominator, which joins row_scale: dout and -dout . out.
+  Rows<const T> gradients(int64_t t, int n) {
+    const Rows<const T> ds = dout.from(t);
+    if (!p.normalize) {
+      for (int i = 0; i < n; ++i) row_scale[i] = static_cast<A>(p.scale);
+      return ds;
+    }
+    const int columns = value_dim - 1;
+    for (int i = 0; i < n; ++i) {
+      Vec<A> sum{};
+      for (int c = 0; c < columns; c += lanes)
+        sum = sum + load_upto(ds[i] + c, columns - c) * load_upto(out[t + i] + c, columns - c);
+      T* const to = extended + i * value_dim;
+      __builtin_memcpy(to, ds[i], sizeof(T) * columns);
+      if constexpr (sizeof(T) == sizeof(A))
+        to[columns] = -reduce_add<A>(sum);
+      else
+        to[columns] = from_float<T>(-reduce_add<A>(sum));
+      row_scale[i] = static_cast<A>(p.scale) / *denominator[t + i];
+    }
+    return {extended, value_dim};
+  }
+
+  void prepare(int64_t t, int n) { factors.prepare(decay.data ? decay.from(t) : decay, key_dim, n, row_scale); }
+
+  // The states before each chunk but the first, whose state is `before`.
+  void recompute(int64_t first, int64_t last, const A* before) {
+    for (int row = 0; row < key_dim; ++row)
+      for (int c = 0; c < vp; c += lanes)
+        store(states + row * vp + c, before ? load_upto(before + row * value_dim + c, value_dim - c) : Vec<A>{});
+    fill<A>(row_scale, kChunk, 1);
+    for (int64_t t = first; t + kChunk < last; t += kChunk) {
+      A* const s = states + (t - first) / kChunk * kp * vp;
+      A* const next = s + kp * vp;
+      prepare(t, kChunk);
+      for (int row = 0; row < key_dim; ++row)
+        for (int c = 0; c < vp; c += lanes) store(next + row * vp + c, load(s + row * vp + c) * factors.total[row]);
+      const Rows<const T> vs = values(t, kChunk);
+      pack_rows<C>(packed, panel, vs.data, vs.stride, kChunk, value_dim);
+      scale_rows<C>(scaled_k, kp, k.from(t), kChunk, key_dim, [&](int j, int c) { return factors.key_at(j, c); });
+      copy_columns<C>(transposed, kChunk, scaled_k, kp, key_dim, kChunk);
+      matmul<C>(key_dim, value_dim, kChunk, {transposed, kChunk}, {packed, panel}, {next, vp}, true);
+    }
+  }
+
+  // `before`: the state before the chunk [kp, vp] or null; `later`: whether the state after it has a gradient.
+  void chunk(int64_t t, int n, const A* before, const A* after, bool later, A* dbonus, bool outputs) {
+    const Rows<const T> qs = q.from(t), ks = k.from(t), vs = values(t, n), ds = gradients(t, n);
+    prepare(t, n);
+    scale_rows<C>(scaled_q, kp, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
+    pack_rows_at<C>(packed, panel, kd, ds.data, ds.stride, n, value_dim);
+    if (outputs) {
+      const A* later_state = local;
+      if (later && after) {
+        combine_state(dstate, vp, since, after, value_dim, local, vp, key_dim, value_dim);
+        later_state = dstate;
+      }
+      score(qs, ks, vs, ds, n);
+      value_gradient(t, n, ks, later ? later_state : nullptr);
+      key_query_gradients(t, n, qs, ks, vs, ds, before, later ? later_state : nullptr, dbonus);
+    }
+    copy_columns<C>(transposed, kChunk, scaled_q, kp, key_dim, n);
+    decay_state(local, vp, factors.total, key_dim);
+    matmul<C>(key_dim, value_dim, n, {transposed, kChunk}, {packed, panel, kd}, {local, vp}, true);
+    for (int c = 0; c < kp; ++c) since[c] *= factors.total[c];
+  }
+
+  // weighted = P, dweighted = dP (both with row_scale), and for the gradient of scalar decay scores = P * (dO V^T).
+  void score(Rows<const T> qs, Rows<const T> ks, Rows<const T> vs, Rows<const T> ds, int n) {
+    pack_columns<C>(tokens, packed_panel<C>(value_dim), vs.data, vs.stride, value_dim, n);
+    for (int r = 0; r < n; r += kRows) {
+      const int count = least(kRows, n - r), columns = least(r + kRows, n);
+      const MatrixA<C> left = left_operand<C>(operand, ds.from(r), count, value_dim);
+      matmul<C>(count, columns, value_dim, left, {tokens, packed_panel<C>(value_dim)}, {dscores + r * kChunk, kChunk}, false);
+    }
+    if constexpr (Channel) {
+      leaf_scores(factors, qs, ks, key_dim, n, scores);
+      for (int size = kLeaf; size < n; size *= 2) {
+        level_factors(factors, size, n, side);
+        level_rows<C>(operand, kp, side, kp, qs, ks, key_dim, size, n);
+        for (int first = 0; first + size < n; first += 2 * size) {
+          const int middle = first + size;
+          pack_columns<C>(tokens, packed_panel<C>(key_dim), operand + first * kp, kp, key_dim, size);
+          matmul<C>(least(size, n - middle), size, key_dim, {operand + middle * kp, kp}, {tokens, packed_panel<C>(key_dim)},
+                    {scores + middle * kChunk + first, kChunk}, false);
+        }
+      }
+    } else {
+      pack_columns<C>(tokens, packed_panel<C>(key_dim), ks.data, ks.stride, key_dim, n);
+      for (int r = 0; r < n; r += kRows) {
+        const int count = least(kRows, n - r), columns = least(r + kRows, n);
+        const MatrixA<C> left = left_operand<C>(operand, qs.from(r), count, key_dim);
+        matmul<C>(count, columns, key_dim, left, {tokens, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false);
+      }
+    }
+    const Vec<A> index = iota<A>();
+    for (int i = 0; i < n; ++i) {
+      const int last = factors.exclusive ? i - 1 : i, end = (i / kRows + 1) * kRows;
+      diagonal[i] = bonus ? dscores[i * kChunk + i] * row_scale[i] : 0;
+      for (int c = 0; c < end; c += lanes) {
+        Vec<A> weight = splat<A>(row_scale[i]);
+        if constexpr (!Channel) weight = weight * load(factors.weight + i * kChunk + c);
+        Vec<A> x = load(scores + i * kChunk + c) * weight, dx = load(dscores + i * kChunk + c);
+        if (c + lanes - 1 > last) {
+          const Mask<A> visible = index <= static_cast<A>(last - c);
+          x = visible ? x : Vec<A>{};
+          dx = visible ? dx : Vec<A>{};
+          weight = visible ? weight : Vec<A>{};
+        }
+        store(scores + i * kChunk + c, x * dx);
+        store_element(weighted + i * kChunk + c, x);
+        store_element(dweighted + i * kChunk + c, dx * weight);
+      }
+      // Products whose depth is padded read these; what they multiply is zero, so they must not be NaN.
+      for (int c = end; c < kChunk; c += lanes) store_element(dweighted + i * kChunk + c, Vec<A>{});
+      if (bonus) {
+        Vec<A> sum{};
+        for (int c = 0; c < key_dim; c += lanes) {
+          const int left = key_dim - c;
+          sum = sum + load_upto(qs[i] + c, left) * load_upto(bonus + c, left) * load_upto(ks[i] + c, left);
+        }
+        const A x = reduce_add<A>(sum) * row_scale[i];
+        if constexpr (sizeof(E) == sizeof(A))
+          weighted[i * kChunk + i] = x;
+        else
+          weighted[i * kChunk + i] = from_float<E>(x);
+      }
+    }
+    copy_columns<C>(weighted_t, kChunk, weighted, kChunk, n, n);
+    copy_columns<C>(dweighted_t, kChunk, dweighted, kChunk, n, n);
+  }
+
+  void value_gradient(int64_t t, int n, Rows<const T> ks, const A* later) {
+    scale_rows<C>(scaled_k, kp, ks, n, key_dim, [&](int j, int c) { return factors.key_at(j, c); });
+    if (later) {
+      pack_rows_at<C>(packed, panel, 0, later, vp, key_dim, value_dim);
+      matmul<C>(n, value_dim, key_dim, {scaled_k, kp}, {packed, panel}, {dv, vp}, false);
+    }
+    for (int r = 0; r < n; r += kRows)
+      matmul<C>(least(kRows, n - r), value_dim, n - r, {weighted_t + r * kChunk + r, kChunk}, {packed, panel, kd + r},
+                {dv + r * vp, vp}, later != nullptr);
+    const int columns = static_cast<int>(p.value_dim);
+    for (int i = 0; i < n; ++i)
+      for (int c = 0; c < columns; c += lanes) store_upto(to_dv[t + i] + c, load(dv + i * vp + c), columns - c);
+  }
+
+  void key_query_gradients(int64_t t, int n, Rows<const T> qs, Rows<const T> ks, Rows<const T> vs, Rows<const T> ds,
+                           const A* before, const A* later, A* dbonus) {
+    // From the state before the chunk, and through the state after it.
+    if (before) {
+      pack_columns<C>(packed_t, packed_panel<C>(value_dim), before, vp, value_dim, key_dim);
+      const MatrixA<C> left = left_operand<C>(operand, ds, n, value_dim);
+      matmul<C>(n, key_dim, value_dim, left, {packed_t, packed_panel<C>(value_dim)}, {dq, kp}, false);
+    } else {
+      fill<A>(dq, int64_t{n} * kp, 0);
+    }
+    if (later) {
+      pack_columns<C>(packed_t, packed_panel<C>(value_dim), later, vp, value_dim, key_dim);
+      const MatrixA<C> left = left_operand<C>(operand, vs, n, value_dim);
+      matmul<C>(n, key_dim, value_dim, left, {packed_t, packed_panel<C>(value_dim)}, {dk, kp}, false);
+    } else {
+      fill<A>(dk, int64_t{n} * kp, 0);
+    }
+    for (int i = 0; i < n; ++i) {
+      Vec<A> of_query{}, of_key{};
+      for (int c = 0; c < key_dim; c += lanes) {
+        const Vec<A> x = load(dq + i * kp + c) * factors.query_at(i, c), y = load(dk + i * kp + c) * factors.key_at(i, c);
+        store(dq + i * kp + c, x);
+        store(dk + i * kp + c, y);
+        if (!Channel && b.ddecay) {
+          of_query = of_query + x * load_upto(qs[i] + c, key_dim - c);
+          of_key = of_key + y * load_upto(ks[i] + c, key_dim - c);
+        }
+      }
+      if (!Channel && b.ddecay) query_sum[i] = reduce_add<A>(of_query), key_sum[i] = reduce_add<A>(of_key);
+    }
+    if (b.ddecay) {
+      // What crosses the whole chunk: total * sum over values of state * dstate.
+      for (int row = 0; row < kp; ++row) {
+        Vec<A> sum{};
+        if (before && later && row < key_dim)
+          for (int c = 0; c < value_dim; c += lanes)
+            sum = sum + load_upto(before + row * vp + c, value_dim - c) * load_upto(later + row * vp + c, value_dim - c);
+        cross[row] = reduce_add<A>(sum) * factors.total[row];
+      }
+    }
+    if constexpr (Channel) {
+      channel_gradients(qs, ks, n);
+    } else {
+      pack_rows<C>(query_rows, packed_panel<C>(kChunk), qs.data, qs.stride, n, key_dim);
+      pack_rows<C>(key_rows, packed_panel<C>(kChunk), ks.data, ks.stride, n, key_dim);
+      for (int r = 0; r < n; r += kRows) {
+        const int count = least(kRows, n - r), columns = least(r + kRows, n);
+        matmul<C>(count, key_dim, columns, {dweighted + r * kChunk, kChunk}, {key_rows, packed_panel<C>(kChunk)},
+                  {dq + r * kp, kp}, true);
+        matmul<C>(count, key_dim, n - r, {dweighted_t + r * kChunk + r, kChunk}, {query_rows, packed_panel<C>(kChunk), r},
+                  {dk + r * kp, kp}, true);
+      }
+      if (b.ddecay) scalar_decay_gradient(t, n);
+    }
+    if (bonus) {
+      for (int c = 0; c < key_dim; c += lanes) {
+        const int left = key_dim - c;
+        const Vec<A> u = load_upto(bonus + c, left);
+        Vec<A> du = load_upto(dbonus + c, left);
+        for (int i = 0; i < n; ++i) {
+          const Vec<A> x = load_upto(qs[i] + c, left), y = load_upto(ks[i] + c, left);
+          store(dq + i * kp + c, load(dq + i * kp + c) + u * y * diagonal[i]);
+          store(dk + i * kp + c, load(dk + i * kp + c) + u * x * diagonal[i]);
+          du = du + x * y * diagonal[i];
+        }
+        store_upto(dbonus + c, du, left);
+      }
+    }
+    const bool shared = p.heads != p.heads_k;
+    for (int i = 0; i < n; ++i)
+      for (int c = 0; c < key_dim; c += lanes) {
+        const int left = key_dim - c;
+        const Vec<A> x = load(dq + i * kp + c), y = load(dk + i * kp + c);
+        if (shared) {
+          store_upto(to_dq_wide[t + i] + c, x, left);
+          store_upto(to_dk_wide[t + i] + c, y, left);
+        } else {
+          store_upto(to_dq[t + i] + c, x, left);
+          store_upto(to_dk[t + i] + c, y, left);
+        }
+        if (Channel && b.ddecay) store_upto(to_ddecay[t + i] + c, load(ddecay_rows + i * kp + c), left);
+      }
+  }
+
+  // d log factor_t: pairs (i, j) with j < t <= i (t < i when exclusive), queries i >= t (i > t) of the state before the chunk,
+  // keys j < t of the one after it, and what crosses.
+  void scalar_decay_gradient(int64_t t, int n) {
+    A crossing = 0;
+    for (int row = 0; row < key_dim; ++row) crossing += cross[row];
+    const int shift = factors.exclusive ? 1 : 0;
+    A result[kChunk], sum = 0;
+    for (int i = n - 1; i >= 0; --i) {
+      if (!shift) sum += query_sum[i];
+      result[i] = sum;
+      if (shift) sum += query_sum[i];
+    }
+    sum = 0;
+    // prefix[i]: sum over j < m of the pairs (i, j); of those the queries from m on count.
+    A prefix[kChunk] = {};
+    for (int m = 0; m < n; ++m) {
+      A pairs = 0;
+      for (int i = m + shift; i < n; ++i) pairs += prefix[i];
+      result[m] += sum + crossing + pairs;
+      sum += key_sum[m];
+      for (int i = m; i < n; ++i) prefix[i] += scores[i * kChunk + m];
+    }
+    for (int m = 0; m < n; ++m) *to_ddecay[t + m] = result[m];
+  }
+
+  void channel_gradients(Rows<const T> qs, Rows<const T> ks, int n) {
+    if constexpr (Channel) {
+      const bool shift = factors.exclusive;
+      // Suffix sums over queries of the state before the chunk, prefix sums over keys of the one after it.
+      for (int c = 0; c < kp; c += lanes) {
+        const Vec<A> crossing = b.ddecay ? load(cross + c) : Vec<A>{};
+        Vec<A> sum = crossing;
+        for (int i = n - 1; i >= 0; --i) {
+          const Vec<A> x = load(dq + i * kp + c) * load_upto(qs[i] + c, key_dim - c);
+          store(ddecay_rows + i * kp + c, shift ? sum : sum + x);
+          sum = sum + x;
+        }
+        sum = Vec<A>{};
+        for (int j = 0; j < n; ++j) {
+          store(ddecay_rows + j * kp + c, load(ddecay_rows + j * kp + c) + sum);
+          sum = sum + load(dk + j * kp + c) * load_upto(ks[j] + c, key_dim - c);
+        }
+      }
+      for (int size = kLeaf; size < n; size *= 2) {
+        level_factors(factors, size, n, side);
+        level_rows<C>(operand, kp, side, kp, qs, ks, key_dim, size, n);
+        for (int first = 0; first + size < n; first += 2 * size) {
+          const int middle = first + size, end = least(middle + size, n), count = end - middle;
+          pack_rows<C>(key_rows, packed_panel<C>(kChunk), operand + first * kp, kp, size, key_dim);
+          matmul<C>(count, key_dim, size, {dweighted + middle * kChunk + first, kChunk}, {key_rows, packed_panel<C>(kChunk)},
+                    {product + middle * kp, kp}, false);
+          pack_rows<C>(query_rows, packed_panel<C>(kChunk), operand + middle * kp, kp, count, key_dim);
+          matmul<C>(size, key_dim, count, {dweighted_t + first * kChunk + middle, kChunk},
+                    {query_rows, packed_panel<C>(kChunk)}, {product + first * kp, kp}, false);
+          for (int c = 0; c < key_dim; c += lanes) {
+            Vec<A> sum{};
+            for (int i = end - 1; i >= middle; --i) {
+              const Vec<A> x = load(product + i * kp + c) * load(side + i * kp + c);
+              store(dq + i * kp + c, load(dq + i * kp + c) + x);
+              const Vec<A> next = sum + x * load_upto(qs[i] + c, key_dim - c);
+              store(ddecay_rows + i * kp + c, load(ddecay_rows + i * kp + c) + (shift ? sum : next));
+              sum = next;
+            }
+            sum = Vec<A>{};
+            for (int j = first; j < middle; ++j) {
+              const Vec<A> x = load(product + j * kp + c) * load(side + j * kp + c);
+              store(dk + j * kp + c, load(dk + j * kp + c) + x);
+              store(ddecay_rows + j * kp + c, load(ddecay_rows + j * kp + c) + sum);
+              sum = sum + x * load_upto(ks[j] + c, key_dim - c);
+            }
+          }
+        }
+      }
+      for (int first = 0; first < n; first += kLeaf) leaf_gradients(qs.from(first), ks.from(first), first, least(kLeaf, n - first));
+    }
+  }
+
+  // Pairs inside a block of kLeaf tokens. For key j, carried(i) is k_j times the factors up to query i, and back(i) the sum over
+  // queries from i on of dP q times the factors from i to them; what crosses token i is their product.
+  void leaf_gradients(Rows<const T> qs, Rows<const T> ks, int first, int count) {
+    const A* const token = factors.token + first * kp;
+    // P_ij above was zeroed on and above what is not visible; dweighted may be rounded, so the exact gradients are used.
+    const A* const dp = dscores + first * kChunk + first;
+    for (int c = 0; c < key_dim; c += lanes) {
+      Vec<A> query[kLeaf], factor[kLeaf], dquery[kLeaf], dfactor[kLeaf], carried[kLeaf];
+      for (int i = 0; i < count; ++i) {
+        query[i] = load_upto(qs[i] + c, key_dim - c);
+        factor[i] = load(token + i * kp + c);
+        dquery[i] = load(dq + (first + i) * kp + c);
+        dfactor[i] = load(ddecay_rows + (first + i) * kp + c);
+      }
+      for (int j = 0; j < count; ++j) {
+        const auto dpair = [&](int i) { return dp[i * kChunk + j] * row_scale[first + i]; };
+        Vec<A> key = load_upto(ks[j] + c, key_dim - c), back{};
+        if (factors.exclusive) {
+          // Query i reads what is carried over the tokens j + 1 .. i - 1.
+          for (int i = j + 1; i < count; ++i) {
+            dquery[i] = dquery[i] + key * dpair(i);
+            key = key * factor[i];
+            carried[i] = key;
+          }
+          for (int i = count - 1; i > j; --i) {
+            dfactor[i] = dfactor[i] + carried[i] * back;
+            back = back * factor[i] + query[i] * dpair(i);
+          }
+        } else {
+          dquery[j] = dquery[j] + key * dpair(j);
+          for (int i = j + 1; i < count; ++i) {
+            key = key * factor[i];
+            carried[i] = key;
+            dquery[i] = dquery[i] + key * dpair(i);
+          }
+          for (int i = count - 1; i > j; --i) {
+            back = back + query[i] * dpair(i);
+            dfactor[i] = dfactor[i] + carried[i] * back;
+            back = back * factor[i];
+          }
+          back = back + query[j] * dpair(j);
+        }
+        store(dk + (first + j) * kp + c, load(dk + (first + j) * kp + c) + back);
+      }
+      for (int i = 0; i < count; ++i) {
+        store(dq + (first + i) * kp + c, dquery[i]);
+        store(ddecay_rows + (first + i) * kp + c, dfactor[i]);
+      }
+    }
+  }
+
+  const LinearAttentionBackwardParams& b;
+  const LinearAttentionParams& p;
+  const int key_dim, value_dim;  // value_dim with the column of ones
+  int kp, vp, kd;
+  int64_t panel;
+  Factors<A, Channel> factors;
+  A* states;       // before each chunk of the segment, [kp, vp] each
+  A* dstate;
+  E* packed;       // kd rows of the state's gradient, then kChunk of dout
+  E* packed_t;     // a state, transposed
+  E* tokens;       // columns are tokens: v or k
+  E* query_rows;   // rows are tokens
+  E* key_rows;
+  E* operand;
+  E* scaled_q;
+  E* scaled_k;
+  E* transposed;
+  A* scores;
+  A* dscores;
+  E* weighted;
+  E* dweighted;
+  E* weighted_t;
+  E* dweighted_t;
+  A* dq;
+  A* dk;
+  A* dv;
+  A* cross;
+  A* side = nullptr;
+  A* product = nullptr;
+  A* ddecay_rows = nullptr;
+  T* ones = nullptr;
+  T* extended = nullptr;
+  Rows<const T> q, k, v, dout, out{};
+  Rows<const A> denominator{}, decay{};
+  Rows<T> to_dq{}, to_dk{}, to_dv;
+  Rows<A> to_dq_wide{}, to_dk_wide{}, to_ddecay{};
+  const A* bonus = nullptr;
+  alignas(64) A row_scale[kChunk];
+  A diagonal[kChunk], query_sum[kChunk], key_sum[kChunk];
+};
+
+// Tokens that belong to no sequence.
+template <class T, class A>
+void clear_rest(const LinearAttentionBackwardParams& b) {
+  const LinearAttentionParams& p = b.forward;
+  if (!p.cu_seqlens) return;
+  const int64_t end = p.sequences > 0 ? clamped(p.cu_seqlens[p.sequences], p.tokens) : 0;
+  const auto clear = [&](void* x, int64_t bytes_per_head) {
+    if (x)
+      __builtin_memset(static_cast<char*>(x) + end * p.heads * bytes_per_head, 0, (p.tokens - end) * p.heads * bytes_per_head);
+  };
+  const int64_t of_k = (p.heads == p.heads_k ? sizeof(T) : sizeof(A)) * p.key_dim;
+  clear(b.dq, of_k);
+  clear(b.dk, of_k);
+  clear(b.dv, sizeof(T) * p.value_dim);
+  clear(b.ddecay, sizeof(A) * (p.decay_kind == DecayKind::kChannel ? p.key_dim : 1));
+}
+
+template <class T, class C, bool Channel>
+void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
+  using A = typename C::Acc;
+  const LinearAttentionParams& p = b.forward;
+  const int64_t size = p.key_dim * p.value_dim_state();
+  const A* const dfinal = static_cast<const A*>(b.dfinal_state);
+  A* const dinitial = static_cast<A*>(b.dinitial_state);
+  const A* const checkpoints = static_cast<const A*>(p.checkpoints);
+  A* const dbonus = static_cast<A*>(b.dbonus);
+  clear_rest<T, A>(b);
+  if (dbonus) __builtin_memset(dbonus, 0, sizeof(A) * p.tiles() * p.heads * p.key_dim);  // tiles may have no segment
+
+  int64_t most_segments = 0;
+  for (int64_t s = 0; s < p.state_count(); ++s) most_segments = most(most_segments, sequence(p, s).segments());
+  const int64_t chains = p.state_count() * p.heads;
+  const bool split = chains < parallel.threads && most_segments > 1;
+  const auto slot = [&](int64_t tile, int64_t head) { return tile * p.heads + head; };
+  const auto dbonus_at = [&](int64_t at) { return dbonus ? dbonus + at * p.key_dim : nullptr; };
+
+  if (!split) {
+    run_tasks(parallel, chains, [&](TaskQueue& queue) {
+      const Tiles tiles;
+      Scratch scratch;
+      Backward<T, C, Channel> backward(b, scratch);
+      A* const before = scratch.take<A>(size);
+      for (int64_t task; (task = queue.next()) >= 0;) {
+        const Sequence s = sequence(p, task / p.heads);
+        const int64_t head = task % p.heads;
+        const A* after = dfinal ? dfinal + task * size : nullptr;
+        backward.begin(s, head);
+        for (int64_t i = s.segments() - 1; i >= 0; --i) {
+          const int64_t at = slot(s.tile + i, head);
+          backward.segment(i * kSegment, least((i + 1) * kSegment, s.length), checkpoints + at * size, after, dbonus_at(at), true);
+          backward.finish(before, after);
+          after = before;
+        }
+        if (after)
+          __builtin_memcpy(dinitial + task * size, after, sizeof(A) * size);
+        else
+          __builtin_memset(dinitial + task * size, 0, sizeof(A) * size);
+      }
+    });
+    return;
+  }
+
+  // Side by side: every segment's own part of the gradient of the state before it, then the gradients between them.
+  Scratch shared;
+  A* const locals = shared.take<A>(p.tiles() * p.heads * size);
+  A* const since = shared.take<A>(p.tiles() * p.heads * p.key_dim);
+  A* const afters = shared.take<A>(p.tiles() * p.heads * size);
+  for (const bool outputs : {false, true}) {
+    run_tasks(parallel, chains * most_segments, [&](TaskQueue& queue) {
+      const Tiles tiles;
+      Scratch scratch;
+      Backward<T, C, Channel> backward(b, scratch);
+      for (int64_t task; (task = queue.next()) >= 0;) {
+        const int64_t chain = task / most_segments, i = task % most_segments, head = chain % p.heads;
+        const Sequence s = sequence(p, chain / p.heads);
+        if (i >= s.segments()) continue;
+        backward.begin(s, head);
+        const int64_t at = slot(s.tile + i, head), last = least((i + 1) * kSegment, s.length);
+        if (outputs) {
+          const A* const after = i + 1 < s.segments() || dfinal ? afters + at * size : nullptr;
+          backward.segment(i * kSegment, last, checkpoints + at * size, after, dbonus_at(at), true);
+        } else {
+          backward.segment(i * kSegment, last, nullptr, nullptr, nullptr, false);
+          backward.finish(locals + at * size, nullptr);
+          __builtin_memcpy(since + at * p.key_dim, backward.since, sizeof(A) * p.key_dim);
+        }
+      }
+    });
+    if (outputs) break;
+    run_tasks(parallel, chains, [&](TaskQueue& queue) {
+      const int64_t columns = p.value_dim_state();
+      for (int64_t task; (task = queue.next()) >= 0;) {
+        const Sequence s = sequence(p, task / p.heads);
+        const int64_t head = task % p.heads;
+        const A* after = dfinal ? dfinal + task * size : nullptr;
+        for (int64_t i = s.segments(); i >= 0; --i) {
+          A* const to = i > 0 ? afters + slot(s.tile + i - 1, head) * size : dinitial + task * size;
+          if (i == s.segments()) {
+            if (after)
+              __builtin_memcpy(to, after, sizeof(A) * size);
+            else
+              __builtin_memset(to, 0, sizeof(A) * size);
+          } else {
+            const int64_t at = slot(s.tile + i, head);
+            combine_state(to, columns, since + at * p.key_dim, after, columns, locals + at * size, columns,
+                          static_cast<int>(p.key_dim), static_cast<int>(columns));
+          }
+          if (i < s.segments() || after) after = to;
+        }
+      }
+    });
+  }
+}
+
+template <class T>
+void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
+  if (b.forward.decay_kind == DecayKind::kChannel)
+    run<T, ComputeFor<T>, true>(b, parallel);
+  else
+    run<T, ComputeFor<T>, false>(b, parallel);
+}
+
+}  // namespace
+}  // namespace linear
+
+void linear_attention_bwd(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
+  switch (b.forward.dtype) {
+    case DType::kFloat32:
+      return linear::run<float>(b, parallel);
+    case DType::kBFloat16:
+      return linear::run<BFloat16>(b, parallel);
+    case DType::kFloat16:
+      return linear::run<Float16>(b, parallel);
+    case DType::kFloat64:
+      return linear::run<double>(b, parallel);
+  }
+}
+
+}  // namespace pykernels::cpu::PYKERNELS_ISA

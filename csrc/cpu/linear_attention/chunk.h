@@ -1,0 +1,369 @@
+// What the chunked kernels share: sequences and their segments, decay factors, products inside a chunk.
+//
+// Weights are products of per-token factors e^{decay} <= 1, never quotients of cumulative products: a factor of 0 and factors
+// below e^-50 keep their exact meaning, and nothing overflows. Between query i and key j <= i of a chunk the weight is
+//     w(i, j) = product of factor_t over  j < t <= i,   with a bonus over  j < t < i,
+// one number per pair (Kind::scalar), or one per key channel (channel decay), for which a chunk is split in half again and
+// again: of the pairs across the middle m, queries carry the product from m on and keys the product up to m, so that their
+// scores are a matrix product. Blocks of kLeaf tokens are left; those are summed pair by pair.
+#pragma once
+
+#include "../../include/pykernels/linear_attention.h"
+#include "../common/matmul.h"
+#include "../common/scratch.h"
+
+namespace pykernels::cpu::PYKERNELS_ISA::linear {
+
+constexpr int kChunk = 64;      // tokens
+constexpr int kRows = 32;       // of a chunk's score matrix at a time; what lies above the diagonal block is not computed
+constexpr int kLeaf = 16;       // a power of two, as is kChunk / kLeaf
+constexpr int64_t kSegment = LinearAttentionParams::kSegment;
+static_assert(kSegment % kChunk == 0 && kRows % 32 == 0);
+
+// ---- sequences ---------------------------------------------------------------------------------------------------------
+
+struct Sequence {
+  int64_t batch, first, length, tile;  // batch entry, first token, tokens, first tile
+  int64_t segments() const { return (length + kSegment - 1) / kSegment; }
+};
+
+PYKERNELS_INLINE int64_t clamped(int64_t x, int64_t high) { return x < 0 ? 0 : x > high ? high : x; }
+
+inline Sequence sequence(const LinearAttentionParams& p, int64_t s) {
+  if (!p.cu_seqlens) return {s, 0, p.tokens, s * ((p.tokens + kSegment - 1) / kSegment)};
+  const int64_t first = clamped(p.cu_seqlens[s], p.tokens), last = clamped(p.cu_seqlens[s + 1], p.tokens);
+  return {0, first, most<int64_t>(last - first, 0), first / kSegment + s};
+}
+
+// Row i of a chunk lies at data + i * stride; stride is negative when time runs backwards.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  Rows from(int64_t row) const { return {data + row * stride, stride}; }
+  T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+template <class T>
+Rows<T> rows_of(const LinearAttentionParams& p, const void* x, const Strides3& stride, const Sequence& s, int64_t head) {
+  T* const base = static_cast<T*>(const_cast<void*>(x)) + s.batch * stride.batch + head * stride.head;
+  if (p.reverse) return {base + (s.first + s.length - 1) * stride.token, -stride.token};
+  return {base + s.first * stride.token, stride.token};
+}
+
+PYKERNELS_INLINE Strides3 contiguous_strides(const LinearAttentionParams& p, int64_t columns) {
+  return {p.tokens * p.heads * columns, p.heads * columns, columns};
+}
+
+// ---- small loops -------------------------------------------------------------------------------------------------------
+
+// Rows of scratch matrices are padded to whole vectors of every type.
+PYKERNELS_INLINE int padded(int64_t n) { return static_cast<int>(round_up(n, 32)); }
+
+template <class A>
+PYKERNELS_INLINE void fill(A* x, int64_t n, A value) {
+  for (int64_t i = 0; i < n; ++i) x[i] = value;
+}
+
+// e^x for x <= 0, within about 1 ulp: the rounding of x log2 e would cost |x| ulp.
+template <class A>
+PYKERNELS_INLINE Vec<A> exp_decay(Vec<A> x) {
+  constexpr A high = static_cast<A>(kLog2e);
+  constexpr A low = sizeof(A) == 4 ? static_cast<A>(kLog2e - static_cast<double>(high)) : static_cast<A>(2.0355273740931033e-17);
+  // Below -800 the result is 0 in every type; an infinite x would make NaN of the correction.
+  const Vec<A> bounded = x < static_cast<A>(-800) ? splat<A>(-800) : x;
+  const Vec<A> y = bounded * high;
+  Vec<A> error;  // of y, which a fused multiply-add gives exactly
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    error = (Vec<A>)_mm512_fmsub_ps((__m512)bounded, (__m512)splat<A>(high), (__m512)y);
+  else
+    error = (Vec<A>)_mm512_fmsub_pd((__m512d)bounded, (__m512d)splat<A>(high), (__m512d)y);
+#elif defined(__FMA__)
+  if constexpr (sizeof(A) == 4)
+    error = (Vec<A>)_mm256_fmsub_ps((__m256)bounded, (__m256)splat<A>(high), (__m256)y);
+  else
+    error = (Vec<A>)_mm256_fmsub_pd((__m256d)bounded, (__m256d)splat<A>(high), (__m256d)y);
+#else
+  for (int i = 0; i < kLanes<A>; ++i) {
+    if constexpr (sizeof(A) == 4)
+      error[i] = static_cast<float>(static_cast<double>(bounded[i]) * high - static_cast<double>(y[i]));
+    else
+      error[i] = __builtin_fma(bounded[i], high, -y[i]);
+  }
+#endif
+  return exp2<A>(y) * (static_cast<A>(1) + (error + bounded * low) * static_cast<A>(kLn2));
+}
+template <class A>
+PYKERNELS_INLINE A exp_decay_scalar(A x) {
+  return exp_decay<A>(splat<A>(x))[0];
+}
+
+template <class T>
+PYKERNELS_INLINE T one() {
+  if constexpr (sizeof(T) == 2)
+    return from_float<T>(1.0f);
+  else
+    return T(1);
+}
+
+template <class A>
+PYKERNELS_INLINE void store_element(A* p, Vec<A> x) {
+  store(p, x);
+}
+PYKERNELS_INLINE void store_element(BFloat16* p, Vec<float> x) { store(p, x); }
+
+// a[i][c] = source[i][c] * factor(i, c), zeros from `columns` up to a whole number of vectors.
+template <class C, class T, class F>
+PYKERNELS_INLINE void scale_rows(typename C::Elem* a, int64_t lda, Rows<T> source, int rows, int columns, F&& factor) {
+  constexpr int lanes = kLanes<typename C::Acc>;
+  for (int i = 0; i < rows; ++i) {
+    const T* const from = source[i];
+    for (int c = 0; c < columns; c += lanes) store_element(a + i * lda + c, load_upto(from + c, columns - c) * factor(i, c));
+    if (const int end = round_up(columns, lanes); end < round_up(columns, C::kDepthAlign))
+      for (int c = end; c < round_up(columns, C::kDepthAlign); c += lanes) store_element(a + i * lda + c, Vec<typename C::Acc>{});
+  }
+}
+
+// Rows as the left operand of a product: in place where their type and padding allow, else copied to `buffer` [rows, padded].
+template <class C, class T>
+PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, Rows<T> source, int rows, int columns) {
+  if constexpr (sizeof(T) == sizeof(typename C::Elem) && C::kPair == (sizeof(T) == 2 ? 2 : 1)) {
+    if (columns % C::kDepthAlign == 0 && rows % C::kRowAlign == 0)
+      return {reinterpret_cast<const typename C::Elem*>(source.data), source.stride};
+  }
+  copy_rows<C>(buffer, padded(columns), source.data, source.stride, rows, columns);
+  return {buffer, padded(columns)};
+}
+
+// pack_rows into rows first, first + 1, ... of a packed operand; first is a multiple of kDepthAlign.
+template <class C, class T>
+PYKERNELS_INLINE void pack_rows_at(typename C::Elem* b, int64_t panel_stride, int first, const T* source, int64_t stride,
+                                   int depth, int columns) {
+  const int whole = round_up(columns, C::kColumnAlign) / C::kPanel * C::kPanel;  // columns in panels of full width
+  if (whole > 0) pack_rows<C>(b + first * C::kPanel, panel_stride, source, stride, depth, least(columns, whole));
+  if (whole < columns)
+    pack_rows<C>(b + whole / C::kPanel * panel_stride + first * C::kColumnAlign, panel_stride, source + whole, stride, depth,
+                 columns - whole);
+}
+
+// Elements of a packed operand of any width that holds `depth` rows.
+template <class C>
+PYKERNELS_INLINE int64_t packed_elements(int64_t depth, int64_t columns) {
+  return packed_size<C>(depth, columns);
+}
+
+// ---- decay -------------------------------------------------------------------------------------------------------------
+
+// The factors of one chunk.
+//   query(i, c): from the chunk's start to query i, scaled.   key(j, c): from key j to the chunk's end.   total: of the chunk.
+// Scalar decay keeps them in vectors [kChunk] and the weights in weight [kChunk, kChunk], zero above the diagonal (on it too
+// with a bonus); channel decay in matrices [kChunk, Kp].
+template <class A, bool Channel>
+struct Factors {
+  A* query;
+  A* key;
+  A* total;    // [Kp] (scalar: all the same)
+  A* weight;   // scalar
+  A* token;    // channel: e^decay [kChunk, Kp]
+  A* power;    // kHead and kNone: e^{n decay} for n = 0 .. kChunk
+  int width;   // Kp
+  bool exclusive;
+  bool constant;
+
+  void allocate(Scratch& scratch, int key_dim_padded, bool with_bonus) {
+    width = key_dim_padded;
+    exclusive = with_bonus;
+    const int64_t size = Channel ? static_cast<int64_t>(kChunk) * width : kChunk;
+    query = scratch.take<A>(size);
+    key = scratch.take<A>(size);
+    total = scratch.take<A>(width);
+    weight = Channel ? nullptr : scratch.take<A>(kChunk * kChunk);
+    token = Channel ? scratch.take<A>(size) : nullptr;
+    power = Channel ? nullptr : scratch.take<A>(kChunk + 1);
+    constant = false;
+  }
+
+  // Of a decay that is the same for every token of the head; `decay` null: none.
+  void prepare_constant(const A* decay) {
+    if constexpr (!Channel) {
+      constant = true;
+      const double log_factor = decay ? static_cast<double>(*decay) : 0.0;
+      for (int n = 0; n <= kChunk; ++n)
+        power[n] = n == 0 ? A(1) : static_cast<A>(exp_decay_scalar<double>(n * log_factor));
+      for (int i = 0; i < kChunk; ++i)
+        for (int j = 0; j < kChunk; ++j) {
+          const int distance = i - j - (exclusive ? 1 : 0);
+          weight[i * kChunk + j] = distance >= 0 ? power[distance] : A(0);
+        }
+    }
+  }
+
+  // Of n tokens at `decay`; row_scale[i] is the factor on query i's scores.
+  void prepare(Rows<const A> decay, int key_dim, int n, const A* row_scale) {
+    constexpr int lanes = kLanes<A>;
+    if constexpr (Channel) {
+      for (int c = 0; c < width; c += lanes) {
+        Vec<A> product = splat<A>(1);
+        for (int i = 0; i < n; ++i) {
+          const Vec<A> f = exp_decay<A>(load_upto(decay[i] + c, key_dim - c));
+          store(token + i * width + c, f);
+          const Vec<A> next = product * f;
+          store(query + i * width + c, (exclusive ? product : next) * row_scale[i]);
+          product = next;
+        }
+        store(total + c, product);
+        product = splat<A>(1);
+        for (int j = n - 1; j >= 0; --j) {
+          store(key + j * width + c, product);
+          product = product * load(token + j * width + c);
+        }
+      }
+    } else if (constant) {
+      for (int i = 0; i < n; ++i) query[i] = power[exclusive ? i : i + 1] * row_scale[i];
+      for (int j = 0; j < n; ++j) key[j] = power[n - 1 - j];
+      fill(total, width, power[n]);
+    } else {
+      A factor[kChunk], product = 1;
+      for (int i = 0; i < n; ++i) factor[i] = *decay[i];
+      for (int i = 0; i < n; i += lanes)
+        store_upto(factor + i, exp_decay<A>(load_upto(factor + i, n - i)), n - i);
+      for (int i = 0; i < n; ++i) {
+        query[i] = (exclusive ? product : product * factor[i]) * row_scale[i];
+        product *= factor[i];
+      }
+      fill(total, width, product);
+      product = 1;
+      for (int j = n - 1; j >= 0; --j) {
+        key[j] = product;
+        product *= factor[j];
+      }
+      // Row i from row i - 1: times factor_i, and 1 on the diagonal. `row` is that of weights over j < t <= i.
+      Vec<A> row[kChunk / lanes] = {};
+      const Vec<A> index = iota<A>();
+      for (int i = 0; i < n; ++i) {
+        A* const to = weight + i * kChunk;
+        for (int c = 0; c < kChunk; c += lanes) {
+          if (exclusive) store(to + c, row[c / lanes]);
+          const Vec<A> scaled = row[c / lanes] * factor[i];
+          row[c / lanes] = index == static_cast<A>(i - c) ? splat<A>(1) : scaled;
+          if (!exclusive) store(to + c, row[c / lanes]);
+        }
+      }
+    }
+  }
+
+  PYKERNELS_INLINE Vec<A> query_at(int i, int c) const {
+    return Channel ? load(query + i * width + c) : splat<A>(query[i]);
+  }
+  PYKERNELS_INLINE Vec<A> key_at(int j, int c) const { return Channel ? load(key + j * width + c) : splat<A>(key[j]); }
+};
+
+// state *= total, row by row.
+template <class A>
+PYKERNELS_INLINE void decay_state(A* state, int64_t ld, const A* total, int key_dim) {
+  for (int k = 0; k < key_dim; ++k) {
+    if (total[k] == A(1)) continue;
+    for (int c = 0; c < ld; c += kLanes<A>) store(state + k * ld + c, load(state + k * ld + c) * total[k]);
+  }
+}
+
+// to = factor * from + local, row by row; from may be null (zero).
+template <class A>
+PYKERNELS_INLINE void combine_state(A* to, int64_t ld_to, const A* factor, const A* from, int64_t ld_from, const A* local,
+                                    int64_t ld_local, int key_dim, int columns) {
+  for (int k = 0; k < key_dim; ++k)
+    for (int c = 0; c < columns; c += kLanes<A>) {
+      const int left = columns - c;
+      Vec<A> x = load_upto(local + k * ld_local + c, left);
+      if (from) x = load_upto(from + k * ld_from + c, left) * factor[k] + x;
+      store_upto(to + k * ld_to + c, x, left);
+    }
+}
+
+// ---- channel decay inside a chunk --------------------------------------------------------------------------------------
+
+// One way of pairing up blocks of `size` tokens: keys [first, first + size), queries [first + size, ...), first a multiple of
+// 2 size. Every token belongs to one block, as a query or as a key: row t of `side` [kChunk, Kp] is its factor, and row t of
+// `scaled` [kChunk, Kd] the query or key times it.
+template <class A>
+PYKERNELS_INLINE void level_factors(const Factors<A, true>& f, int size, int n, A* side) {
+  constexpr int lanes = kLanes<A>;
+  const int width = f.width;
+  for (int first = 0; first < n; first += 2 * size) {
+    const int middle = first + size, end = least(middle + size, n);
+    if (middle >= n) break;
+    for (int c = 0; c < width; c += lanes) {
+      Vec<A> product = splat<A>(1);
+      for (int i = middle; i < end; ++i) {
+        const Vec<A> next = product * load(f.token + i * width + c);
+        store(side + i * width + c, f.exclusive ? product : next);
+        product = next;
+      }
+      product = splat<A>(1);
+      for (int j = middle - 1; j >= first; --j) {
+        store(side + j * width + c, product);
+        product = product * load(f.token + j * width + c);
+      }
+    }
+  }
+}
+
+template <class C, class T>
+PYKERNELS_INLINE void level_rows(typename C::Elem* scaled, int64_t ld, const typename C::Acc* side, int width, Rows<T> q,
+                                 Rows<T> k, int key_dim, int size, int n) {
+  using A = typename C::Acc;
+  for (int first = 0; first + size < n; first += 2 * size) {
+    const int middle = first + size;
+    scale_rows<C>(scaled + first * ld, ld, k.from(first), size, key_dim,
+                  [&](int i, int c) { return Vec<A>(load(side + (first + i) * width + c)); });
+    scale_rows<C>(scaled + middle * ld, ld, q.from(middle), least(size, n - middle), key_dim,
+                  [&](int i, int c) { return Vec<A>(load(side + (middle + i) * width + c)); });
+  }
+}
+
+// Scores of the pairs inside blocks of kLeaf tokens, weights included; zero above the diagonal (and on it when exclusive).
+template <class A, class T>
+void leaf_scores(const Factors<A, true>& f, Rows<T> q, Rows<T> k, int key_dim, int n, A* scores) {
+  constexpr int lanes = kLanes<A>;
+  for (int first = 0; first < n; first += kLeaf) {
+    const int count = least(kLeaf, n - first);
+    Vec<A> sum[kLeaf][kLeaf];  // [query][key]
+    for (int i = 0; i < kLeaf; ++i)
+      for (int j = 0; j < kLeaf; ++j) sum[i][j] = Vec<A>{};
+    for (int c = 0; c < key_dim; c += lanes) {
+      const int64_t left = key_dim - c;
+      Vec<A> qs[kLeaf], factor[kLeaf];
+      for (int i = 0; i < count; ++i) {
+        qs[i] = load_upto(q[first + i] + c, left);
+        factor[i] = load(f.token + (first + i) * f.width + c);
+      }
+      for (int j = 0; j < count; ++j) {
+        Vec<A> key = load_upto(k[first + j] + c, left);
+        if (!f.exclusive) sum[j][j] = sum[j][j] + qs[j] * key;
+        for (int i = j + 1; i < count; ++i) {
+          if (f.exclusive) {
+            sum[i][j] = sum[i][j] + qs[i] * key;
+            key = key * factor[i];
+          } else {
+            key = key * factor[i];
+            sum[i][j] = sum[i][j] + qs[i] * key;
+          }
+        }
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      A* const to = scores + (first + i) * kChunk + first;
+      for (int j = 0; j < kLeaf; j += lanes) {
+        Vec<A> square[lanes];
+        for (int l = 0; l < lanes; ++l) square[l] = sum[i][j + l];
+        transpose(square);
+        Vec<A> row = square[0];
+        for (int l = 1; l < lanes; ++l) row = row + square[l];
+        store(to + j, row);
+      }
+    }
+  }
+}
+
+}  // namespace pykernels::cpu::PYKERNELS_ISA::linear
