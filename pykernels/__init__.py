@@ -6,12 +6,15 @@ from ._library import release_scratch
 from ._version import __version__
 from .backends import BackendUnavailable, use_backend
 from .ops.flash_attention import flash_attention, flash_attention_decode
+from .ops.linear_attention import linear_attention, linear_attention_step
 
 __all__ = [
     "BackendUnavailable",
     "__version__",
     "flash_attention",
     "flash_attention_decode",
+    "linear_attention",
+    "linear_attention_step",
     "release_scratch",
     "use_backend",
 ]

@@ -74,6 +74,15 @@ def flag(name: str, x: object) -> bool:
     return x
 
 
+def autocast(*tensors: object) -> tuple:
+    """Under autocast, casts as torch's own attention does: to the autocast dtype, but for float64."""
+    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype, castable = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
+
+
 def cu_seqlens(name: str, x: object, total: int, device: torch.device) -> Tensor:
     """Checks cumulative sequence lengths [sequences + 1] over a packed axis of `total` tokens; returns them as int32."""
     tensor(name, x, "sequences+1")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import flash_attention
+from . import flash_attention, linear_attention
 
-OPS = [flash_attention.OP]
+OPS = [flash_attention.OP, linear_attention.OP]

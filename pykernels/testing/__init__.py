@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from .flash_attention import FLASH_ATTENTION, FLASH_ATTENTION_DECODE
 from .kit import BadInput, Case, Description, Error, Sample, check, compare, cotangents, expected, run
+from .linear_attention import LINEAR_ATTENTION, LINEAR_ATTENTION_STEP
 from .targets import DTYPES, Target, choice, dtypes, poisoned_memory, targets, use_isa, use_threads
 
-OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE)
+OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE, LINEAR_ATTENTION, LINEAR_ATTENTION_STEP)
 
 __all__ = [
     "DTYPES",
     "FLASH_ATTENTION",
     "FLASH_ATTENTION_DECODE",
+    "LINEAR_ATTENTION",
+    "LINEAR_ATTENTION_STEP",
     "OPS",
     "BadInput",
     "Case",

@@ -31,11 +31,11 @@ class Backward {
     since = scratch.take<A>(kp);
     dstate = scratch.take<A>(square);
     panel = packed_panel<C>(kd + kChunk);
-    packed = scratch.take<E>(packed_elements<C>(kd + kChunk, vp));
-    packed_t = scratch.take<E>(packed_elements<C>(vp, kp));
-    tokens = scratch.take<E>(packed_elements<C>(widest, kChunk));
-    query_rows = scratch.take<E>(packed_elements<C>(kChunk, kp));
-    key_rows = scratch.take<E>(packed_elements<C>(kChunk, kp));
+    packed = scratch.take<E>(packed_size<C>(kd + kChunk, vp));
+    packed_t = scratch.take<E>(packed_size<C>(vp, kp));
+    tokens = scratch.take<E>(packed_size<C>(widest, kChunk));
+    query_rows = scratch.take<E>(packed_size<C>(kChunk, kp));
+    key_rows = scratch.take<E>(packed_size<C>(kChunk, kp));
     operand = scratch.take<E>(kChunk * widest);
     scaled_q = scratch.take<E>(kChunk * kp);
     scaled_k = scratch.take<E>(kChunk * kp);

@@ -140,17 +140,7 @@ PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, Rows<T> sourc
 template <class C, class T>
 PYKERNELS_INLINE void pack_rows_at(typename C::Elem* b, int64_t panel_stride, int first, const T* source, int64_t stride,
                                    int depth, int columns) {
-  const int whole = round_up(columns, C::kColumnAlign) / C::kPanel * C::kPanel;  // columns in panels of full width
-  if (whole > 0) pack_rows<C>(b + first * C::kPanel, panel_stride, source, stride, depth, least(columns, whole));
-  if (whole < columns)
-    pack_rows<C>(b + whole / C::kPanel * panel_stride + first * C::kColumnAlign, panel_stride, source + whole, stride, depth,
-                 columns - whole);
-}
-
-// Elements of a packed operand of any width that holds `depth` rows.
-template <class C>
-PYKERNELS_INLINE int64_t packed_elements(int64_t depth, int64_t columns) {
-  return packed_size<C>(depth, columns);
+  pack_rows<C>(b + first * C::kPanel, panel_stride, source, stride, depth, columns);
 }
 
 // ---- decay -------------------------------------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ class Forward {
     lda = kp + kChunk;
     a = scratch.take<E>(kChunk * lda);
     panel = packed_panel<C>(kd + kChunk);
-    b = scratch.take<E>(packed_elements<C>(kd + kChunk, vp));
+    b = scratch.take<E>(packed_size<C>(kd + kChunk, vp));
     rows = scratch.take<E>(kChunk * kp);
-    keys = scratch.take<E>(packed_elements<C>(kp, kChunk));
+    keys = scratch.take<E>(packed_size<C>(kp, kChunk));
     keys_t = scratch.take<E>(kp * kChunk);
     scores = scratch.take<A>(kChunk * kChunk);
     out = scratch.take<A>(kChunk * vp);

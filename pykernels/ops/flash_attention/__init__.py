@@ -90,15 +90,6 @@ def _query(q: Tensor, v: Tensor, options: tuple, varlen: bool, grad: bool) -> Qu
                  frozenset(name for name, on in used.items() if on), grad)
 
 
-def _autocast(*tensors: object) -> tuple:
-    """Under autocast, casts as torch's own attention does: to the autocast dtype, but for float64."""
-    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype, castable = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
-
-
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: tuple[int | None, int | None] | None = None,
                     scale: float | None = None, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
                     bias: Tensor | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
@@ -139,7 +130,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, wi
 
     Source: Dao et al., FlashAttention (arXiv:2205.14135) and FlashAttention-2 (arXiv:2307.08691).
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = _checks.autocast(q, k, v)
     _check_qkv(q, k, v, "k", "v")
     options = _check_options(causal, window, scale, softcap, q.shape[3])
     _reject_unserved(alibi_slopes=alibi_slopes, bias=bias, sinks=sinks, dropout_p=dropout_p)
