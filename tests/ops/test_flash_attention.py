@@ -378,6 +378,26 @@ def test_a_dominant_score_selects_its_value(target, dtype):
 
 
 @on_compiled
+@pytest.mark.parametrize("size", (50.0, 3000.0))
+def test_large_scores_that_differ_little(target, size):
+    """Scores of size^2 / 8, where exp overflows, that differ by a few: a rounding of such a score is all the error there is.
+
+    The plain composition recomputes nothing, so its gradients are better than any that are recomputed from the lse, and the
+    usual budget, which it sets, does not apply.
+    """
+    q, k, v = _qkv(target, tq=80, tk=100, head_dim=64)
+    q[..., 0] = k[..., 0] = size
+    wanted = run(OP, OP.good.make(torch.float64, target.device).replace(q=q.double(), k=k.double(), v=v.double()), "reference")
+    with target.active():
+        actual = run(OP, OP.good.make(torch.float32, target.device).replace(q=q, k=k, v=v), target.backend)
+    score = size**2 / 8
+    assert wanted["lse"].min() > 0.9 * score
+    for name, x in wanted.items():
+        error = (actual[name].double() - x).abs().max() / x.abs().max()
+        assert error < 8 * score * torch.finfo(torch.float32).eps and x.abs().max() > 0.1, (name, float(error))
+
+
+@on_compiled
 def test_scores_beyond_the_range_of_float16(target):
     """q.k reaches 1e6 where float16 ends at 65504; the scaled score is harmless."""
     q, k, v = _qkv(target, torch.float16, tq=60, tk=60, head_dim=64)
