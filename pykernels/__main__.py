@@ -11,15 +11,22 @@ from . import backends
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pykernels", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pykernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="versions, the native library, and which backend each op takes here, and why")
-    verify = commands.add_parser("verify", help="check every op that can run here; exits with 1 if anything is wrong")
+    info = commands.add_parser(
+        "info", help="versions, the native library, and which backend each op takes here, and why"
+    )
+    verify = commands.add_parser(
+        "verify", help="check every op that can run here; exits with 1 if anything is wrong"
+    )
     for command in (info, verify):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     verify.add_argument("--op", help="only this function, e.g. flash_attention")
-    verify.add_argument("--backend", choices=backends.BACKENDS, help="only this backend (reference: only if asked for)")
+    verify.add_argument(
+        "--backend", choices=backends.BACKENDS, help="only this backend (reference: only if asked for)"
+    )
     return parser
 
 

@@ -17,8 +17,11 @@ from .testing import DTYPES, OPS, choice
 
 def _processor() -> str:
     try:
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
@@ -34,8 +37,12 @@ def _triton_version() -> str | None:
 def _library_facts() -> dict[str, Any]:
     facts: dict[str, Any] = {"path": str(_library.path()), "error": _library.error()}
     if facts["error"] is None:
-        facts |= {"built_isas": _library.built_isas(), "machine_isas": _library.machine_isas(), "active_isa": _library.active_isa(),
-                  "cuda_build": _library.cuda_build()}
+        facts |= {
+            "built_isas": _library.built_isas(),
+            "machine_isas": _library.machine_isas(),
+            "active_isa": _library.active_isa(),
+            "cuda_build": _library.cuda_build(),
+        }
     return facts
 
 
@@ -59,8 +66,13 @@ def _gpu_facts() -> dict[str, Any]:
         facts["driver_cuda"] = f"{driver // 1000}.{driver % 1000 // 10}"
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            facts["devices"].append({"name": properties.name, "capability": f"{properties.major}.{properties.minor}",
-                                     "memory_gib": round(properties.total_memory / 2**30, 1)})
+            facts["devices"].append(
+                {
+                    "name": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "memory_gib": round(properties.total_memory / 2**30, 1),
+                }
+            )
     return facts
 
 
@@ -72,7 +84,10 @@ def _choices() -> dict[str, Any]:
             for dtype in DTYPES:
                 chosen = choice(op, "auto", device, dtype)
                 found.setdefault(op.name, {}).setdefault(device, {})[str(dtype).removeprefix("torch.")] = {
-                    "backend": chosen.backend, "reason": chosen.reason, "rejected": dict(chosen.rejected)}
+                    "backend": chosen.backend,
+                    "reason": chosen.reason,
+                    "rejected": dict(chosen.rejected),
+                }
     return found
 
 
@@ -95,25 +110,42 @@ def facts() -> dict[str, Any]:
 
 def _text(facts: dict[str, Any]) -> list[str]:
     library, gpu = facts["library"], facts["gpu"]
-    rows = [("pykernels", facts["pykernels"]), ("torch", facts["torch"]), ("triton", facts["triton"] or "not installed"),
-            ("python", facts["python"]), ("platform", facts["platform"]), ("processor", facts["processor"]),
-            ("threads", str(facts["threads"]))]
+    rows = [
+        ("pykernels", facts["pykernels"]),
+        ("torch", facts["torch"]),
+        ("triton", facts["triton"] or "not installed"),
+        ("python", facts["python"]),
+        ("platform", facts["platform"]),
+        ("processor", facts["processor"]),
+        ("threads", str(facts["threads"])),
+    ]
     rows.append(("library", library["path"]))
     if library["error"] is not None:
         rows.append(("", f"NOT LOADED: {library['error']}"))
     else:
         missing = [isa for isa in library["built_isas"] if isa not in library["machine_isas"]]
-        rows.append(("instructions", f"{library['active_isa']} (built: {' '.join(library['built_isas'])}"
-                     + (f"; not on this machine: {' '.join(missing)})" if missing else ")")))
+        rows.append(
+            (
+                "instructions",
+                f"{library['active_isa']} (built: {' '.join(library['built_isas'])}"
+                + (f"; not on this machine: {' '.join(missing)})" if missing else ")"),
+            )
+        )
         rows.append(("CUDA build", library["cuda_build"] or "none"))
     for device in gpu["devices"] or [None]:
-        rows.append(("GPU", "none that torch can use" if device is None else
-                     f"{device['name']}, compute capability {device['capability']}, {device['memory_gib']} GiB"))
+        rows.append(
+            (
+                "GPU",
+                "none that torch can use"
+                if device is None
+                else f"{device['name']}, compute capability {device['capability']}, {device['memory_gib']} GiB",
+            )
+        )
     if "driver_cuda" in gpu:
         rows.append(("driver", f"CUDA {gpu['driver_cuda']} (torch: CUDA {gpu['torch_cuda']})"))
     rows.append(("CUDA kernels", "run here" if gpu["kernels"] is None else f"not available: {gpu['kernels']}"))
     lines = [f"{label:<13} {text}" for label, text in rows]
-    lines += ["", f"Backends, as backend=\"auto\" takes them (default: {facts['default_backend']})"]
+    lines += ["", f'Backends, as backend="auto" takes them (default: {facts["default_backend"]})']
     for op, devices in facts["ops"].items():
         for device, dtypes in devices.items():
             lines += ["", f"  {op}, tensors on {device}"]

@@ -18,15 +18,26 @@ from pykernels.testing import OPS, Case, targets, verify
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "pykernels", *arguments], env={**os.environ, **environment}, capture_output=True,
-                          text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "pykernels", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_info():
     done = _run("info")
     assert done.returncode == 0 and not done.stderr
-    for word in (pykernels.__version__, torch.__version__, str(_library.path()), _library.active_isa(), "flash_attention, tensors on cpu",
-                 "-> cpu", "flash_attention has no cuda backend"):
+    for word in (
+        pykernels.__version__,
+        torch.__version__,
+        str(_library.path()),
+        _library.active_isa(),
+        "flash_attention, tensors on cpu",
+        "-> cpu",
+        "flash_attention has no cuda backend",
+    ):
         assert word in done.stdout, word
 
 
@@ -53,11 +64,17 @@ def test_info_tells_when_the_library_is_missing():
 
 def test_the_probe_notices_a_kernel_that_does_nothing(monkeypatch):
     """The GPU's part of info, with a GPU and kernels that are only pretended."""
-    environment = pykernels.backends.Environment(cpu=None, cuda=None, triton=None, triton_interpret=False, capability=(9, 0))
+    environment = pykernels.backends.Environment(
+        cpu=None, cuda=None, triton=None, triton_interpret=False, capability=(9, 0)
+    )
     monkeypatch.setattr(_info.backends, "environment", lambda: environment)
     arange = torch.arange
     monkeypatch.setattr(torch, "arange", lambda *args, device=None, **kwargs: arange(*args, **kwargs))
-    for kernel, words in ((lambda x: x + 1, None), (lambda x: x, "wrong result"), (torch.zeros_like, "wrong result")):
+    for kernel, words in (
+        (lambda x: x + 1, None),
+        (lambda x: x, "wrong result"),
+        (torch.zeros_like, "wrong result"),
+    ):
         monkeypatch.setattr(torch.ops.pykernels, "cuda_probe", kernel, raising=False)
         assert _info._probe() is None if words is None else words in _info._probe()
 
@@ -73,7 +90,9 @@ def few(monkeypatch):
     """Descriptions with two cases each and short timings, so that verify is quick."""
     import dataclasses
 
-    few = tuple(dataclasses.replace(op, cases=op.cases[:2], extremes=op.extremes[:1], timing=op.good) for op in OPS)
+    few = tuple(
+        dataclasses.replace(op, cases=op.cases[:2], extremes=op.extremes[:1], timing=op.good) for op in OPS
+    )
     monkeypatch.setattr("pykernels.testing.OPS", few)
     monkeypatch.setattr(verify, "_SECONDS_PER_TIMING", 0.01)
     return few
@@ -85,8 +104,21 @@ def test_verify_finds_everything_right(few, capsys):
     for op in few:
         for target in targets(op.op, every_isa=False):
             assert (f"{op.name} on {target.backend}" in text) == (target.backend != "reference")
-    for word in ("float32", "bfloat16", "float16", "float64", "dq", "dk", "dv", "lse", "k_cache", "forward and backward: ", "PyTorch",
-                 f"cpu-{_library.active_isa()}", "all right"):
+    for word in (
+        "float32",
+        "bfloat16",
+        "float16",
+        "float64",
+        "dq",
+        "dk",
+        "dv",
+        "lse",
+        "k_cache",
+        "forward and backward: ",
+        "PyTorch",
+        f"cpu-{_library.active_isa()}",
+        "all right",
+    ):
         assert word in text, word
     assert "WRONG" not in text and "over" not in text
 
@@ -97,16 +129,27 @@ def test_verify_as_json(few, capsys):
     assert report["ok"] and {result["op"] for result in report["results"]} == {"flash_attention"}
     assert [result["dtype"] for result in report["results"]] == ["float32", "bfloat16", "float16", "float64"]
     for result in report["results"]:
-        assert result["calls"] == 3 and set(result["worst"]) == {"out", "lse", "dq", "dk", "dv"} and not result["failures"]
+        assert (
+            result["calls"] == 3
+            and set(result["worst"]) == {"out", "lse", "dq", "dk", "dv"}
+            and not result["failures"]
+        )
         assert all(0 <= error["error"] <= error["budget"] for error in result["worst"].values())
-        assert result["times"]["forward"]["seconds"] > 0 and result["times"]["forward and backward"]["torch_seconds"] > 0
+        assert (
+            result["times"]["forward"]["seconds"] > 0
+            and result["times"]["forward and backward"]["torch_seconds"] > 0
+        )
 
 
 WRONG = {
     "zeros": lambda part, values: [torch.zeros_like(x) for x in values],
     "one percent off": lambda part, values: [x * 1.01 for x in values],
-    "one value unwritten": lambda part, values: [x.index_fill(1, torch.tensor([0]), torch.nan) if x.numel() else x for x in values],
-    "wrong gradient of k": lambda part, values: [values[0], values[1] * 1.01, values[2]] if part == "bwd" else values,
+    "one value unwritten": lambda part, values: [
+        x.index_fill(1, torch.tensor([0]), torch.nan) if x.numel() else x for x in values
+    ],
+    "wrong gradient of k": lambda part, values: (
+        [values[0], values[1] * 1.01, values[2]] if part == "bwd" else values
+    ),
     "wrong lse": lambda part, values: [values[0], values[1] + 0.01] if part == "fwd" else values,
     "crash": lambda part, values: (_ for _ in ()).throw(RuntimeError("kernel crashed")),
 }
@@ -130,16 +173,25 @@ def test_verify_notices_a_wrong_kernel(few, capsys, monkeypatch, wrong):
 
 def test_verify_exits_with_its_verdict():
     """As a process, for one op in the smallest form there is: a backend that is not there proves nothing."""
-    done = _run("verify", "--backend", "cuda") if not torch.cuda.is_available() else _run("verify", "--backend", "cpu",
-                                                                                         PYKERNELS_LIBRARY="/nonexistent.so")
+    done = (
+        _run("verify", "--backend", "cuda")
+        if not torch.cuda.is_available()
+        else _run("verify", "--backend", "cpu", PYKERNELS_LIBRARY="/nonexistent.so")
+    )
     assert done.returncode == 1 and "no backend to verify for flash_attention: " in done.stderr
 
 
-@pytest.mark.parametrize("arguments, words", (
-    (("verify", "--op", "nothing"), "--op must be one of flash_attention, flash_attention_decode, got 'nothing'"),
-    (("verify", "--backend", "gpu"), "'gpu'"),
-    ((), "required: command"),
-))
+@pytest.mark.parametrize(
+    "arguments, words",
+    (
+        (
+            ("verify", "--op", "nothing"),
+            "--op must be one of flash_attention, flash_attention_decode, got 'nothing'",
+        ),
+        (("verify", "--backend", "gpu"), "'gpu'"),
+        ((), "required: command"),
+    ),
+)
 def test_wrong_arguments(capsys, arguments, words):
     with pytest.raises(SystemExit) as exit:
         main(arguments)

@@ -1,4 +1,4 @@
-"""What `python -m pykernels verify` does: numbers of everything that can run here, and its time beside PyTorch's own path."""
+"""`python -m pykernels verify`: the numbers of all that can run here, and its time beside PyTorch's own path."""
 
 from __future__ import annotations
 
@@ -35,7 +35,12 @@ class _Progress:
 
     def clear(self) -> None:
         if self._shown:
-            print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="", file=sys.stderr, flush=True)
+            print(
+                "\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 @dataclasses.dataclass
@@ -79,7 +84,13 @@ def _check_all(op: Description, target: Target, dtype: torch.dtype, progress: _P
 def _interleaved(first: Callable[[], Any], second: Callable[[], Any], device: str) -> tuple[float, float]:
     """The median seconds of each, called in turns."""
     times: tuple[list[float], list[float]] = ([], [])
-    synchronize = torch.cuda.synchronize if device == "cuda" else torch.xpu.synchronize if device == "xpu" else lambda: None
+    synchronize = (
+        torch.cuda.synchronize
+        if device == "cuda"
+        else torch.xpu.synchronize
+        if device == "xpu"
+        else lambda: None
+    )
     first(), second()
     deadline = time.perf_counter() + _SECONDS_PER_TIMING
     while len(times[0]) < 3 or time.perf_counter() < deadline and len(times[0]) < 200:
@@ -108,7 +119,9 @@ def _time(op: Description, target: Target, dtype: torch.dtype) -> dict[str, dict
             result["forward"] = dict(zip(("seconds", "torch_seconds"), _interleaved(*pair, target.device)))
         if sample.differentiable:
             pair = [_training(call, sample) for call in (ours, peer)]
-            result["forward and backward"] = dict(zip(("seconds", "torch_seconds"), _interleaved(*pair, target.device)))
+            result["forward and backward"] = dict(
+                zip(("seconds", "torch_seconds"), _interleaved(*pair, target.device))
+            )
     return result
 
 
@@ -122,28 +135,45 @@ def _training(call: Callable[..., Tensor], sample: Sample) -> Callable[[], Any]:
 def _lines(result: _Result, heading: bool) -> list[str]:
     lines = []
     if heading:
-        lines += ["", f"{result.op} on {result.target}", f"  {'':<10}{'tensor':<9}{'error':>9}{'budget':>10}{'share':>7}   worst in"]
+        lines += [
+            "",
+            f"{result.op} on {result.target}",
+            f"  {'':<10}{'tensor':<9}{'error':>9}{'budget':>10}{'share':>7}   worst in",
+        ]
     for i, (tensor, (error, case)) in enumerate(result.worst.items()):
         share = "over" if not error.ok else f"{100 * _share(error):.0f}%"
-        lines.append(f"  {result.dtype if i == 0 else '':<10}{tensor:<9}{error.error:>9.1e}{error.budget:>10.1e}{share:>7}   {case}")
+        label = result.dtype if i == 0 else ""
+        lines.append(f"  {label:<10}{tensor:<9}{error.error:>9.1e}{error.budget:>10.1e}{share:>7}   {case}")
     for direction, times in result.times.items():
         ratio = times["torch_seconds"] / times["seconds"]
-        lines.append(f"  {'':<10}{direction}: {1e3 * times['seconds']:.3g} ms, PyTorch {1e3 * times['torch_seconds']:.3g} ms "
-                     f"({ratio:.2f}x)")
-    lines.append(f"  {'':<10}{result.calls} calls, " + (f"{len(result.failures)} WRONG:" if result.failures else "all right"))
+        lines.append(
+            f"  {'':<10}{direction}: {1e3 * times['seconds']:.3g} ms, PyTorch {1e3 * times['torch_seconds']:.3g} ms "
+            f"({ratio:.2f}x)"
+        )
+    lines.append(
+        f"  {'':<10}{result.calls} calls, "
+        + (f"{len(result.failures)} WRONG:" if result.failures else "all right")
+    )
     return lines + [f"  {'':<10}  {failure}" for failure in result.failures]
 
 
 def verify(ops: Sequence[Description], backend: str | None, as_json: bool) -> int:
-    """Checks and times `ops` on `backend` (None: all but the reference); prints what it finds; 1 if anything is wrong."""
+    """Checks and times `ops` on `backend` (None: all but the reference) and prints it; 1 if anything is wrong."""
     progress, results, start = _Progress(), [], time.perf_counter()
     if not as_json:
         threads = torch.get_num_threads()
-        print(f"Every output and gradient against float64: error = max|delta| / max|reference|. Times on {threads} "
-              f"thread{'s' if threads > 1 else ''} for one size, medians of interleaved calls.", flush=True)
+        print(
+            f"Every output and gradient against float64: error = max|delta| / max|reference|. Times on {threads} "
+            f"thread{'s' if threads > 1 else ''} for one size, medians of interleaved calls.",
+            flush=True,
+        )
     for op in ops:
         # On the CPU the active instruction set; the tests go through all of them.
-        chosen = [target for target in targets(op.op, every_isa=False) if target.backend == (backend or target.backend)]
+        chosen = [
+            target
+            for target in targets(op.op, every_isa=False)
+            if target.backend == (backend or target.backend)
+        ]
         for target in chosen:
             if target.backend == "reference" and backend is None:
                 continue
@@ -160,17 +190,31 @@ def verify(ops: Sequence[Description], backend: str | None, as_json: bool) -> in
                     print("\n".join(_lines(result, heading=i == 0)), flush=True)
     wrong = sum(len(result.failures) for result in results)
     if as_json:
-        print(json.dumps({"ok": wrong == 0 and bool(results), "seconds": round(time.perf_counter() - start, 1),
-                          "results": [_as_json(result) for result in results]}, indent=2))
+        print(
+            json.dumps(
+                {
+                    "ok": wrong == 0 and bool(results),
+                    "seconds": round(time.perf_counter() - start, 1),
+                    "results": [_as_json(result) for result in results],
+                },
+                indent=2,
+            )
+        )
     elif results:
         calls = sum(result.calls for result in results)
-        print(f"\n{calls} calls in {time.perf_counter() - start:.0f} s: " + (f"{wrong} WRONG" if wrong else "all right"))
+        print(
+            f"\n{calls} calls in {time.perf_counter() - start:.0f} s: "
+            + (f"{wrong} WRONG" if wrong else "all right")
+        )
     if not results:
         # Nothing checked is nothing proven.
         op = ops[0].op
         reasons = choice(op, backend or "auto", "cpu", torch.float32).rejected
-        print(f"no backend to verify for {op.name}: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()),
-              file=sys.stderr)
+        print(
+            f"no backend to verify for {op.name}: "
+            + "; ".join(f"{name}: {why}" for name, why in reasons.items()),
+            file=sys.stderr,
+        )
     return 0 if results and not wrong else 1
 
 
@@ -178,6 +222,14 @@ def _as_json(result: _Result) -> dict[str, Any]:
     def number(x: float) -> float | None:  # JSON has no infinity
         return x if math.isfinite(x) else None
 
-    errors = {tensor: {"error": number(error.error), "budget": number(error.budget), "ok": error.ok, "problem": error.problem,
-                       "case": case} for tensor, (error, case) in result.worst.items()}
+    errors = {
+        tensor: {
+            "error": number(error.error),
+            "budget": number(error.budget),
+            "ok": error.ok,
+            "problem": error.problem,
+            "case": case,
+        }
+        for tensor, (error, case) in result.worst.items()
+    }
     return {**dataclasses.asdict(result), "worst": errors}
