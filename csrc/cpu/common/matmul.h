@@ -179,7 +179,7 @@ PYKERNELS_INLINE void register_tile(int depth, const typename C::Elem* a, int64_
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) sum[i][j] = accumulate ? load(c + i * ldc + j * lanes) : Vec<Acc>{};
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = Vec<Acc>{};
   for (int k = 0; k < depth; k += C::kPair) {
     decltype(load_b(b)) row[Vectors];
 #pragma GCC unroll 4
@@ -191,10 +191,15 @@ PYKERNELS_INLINE void register_tile(int depth, const typename C::Elem* a, int64_
     a += C::kPair;
     b += C::kPanel * C::kPair;
   }
+  // What C already holds is added last: a chain of additions as long as this depth, not as all calls' together, so that the
+  // rounding error does not grow with the sequence.
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) store(c + i * ldc + j * lanes, sum[i][j]);
+    for (int j = 0; j < Vectors; ++j) {
+      Acc* const at = c + i * ldc + j * lanes;
+      store(at, accumulate ? load(at) + sum[i][j] : sum[i][j]);
+    }
 }
 
 // The rows % kTileRows last rows: the tile of exactly that height.
