@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -333,6 +334,23 @@ def test_full_markdown_has_every_figure_and_gap() -> None:
     assert sum(report.NOT_MEASURED in row for row in rows) == 2
     assert len({row.count("|") for row in rows}) == 1
     assert "1 thread: fp32 40.0 GFLOP/s, copy 10.0 GB/s" in text
+
+
+def test_docs_are_generated_from_the_results(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    report.save(DATA, tmp_path / "results" / "box.json")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    for _ in range(2):  # the second time changes nothing
+        report.write_docs(tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert text.count("| B1 H1 T9 D8 causal | 2.00 / 0.80 |") == 1
+        assert text.count("| B1 H8 T2048 D64 causal | not measured |") == 1  # of the grid, not among the results
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    for name in re.findall(r"\(plots/(.+)\)", page):
+        assert (tmp_path / "docs" / "plots" / name).exists()
+    assert page.count("plots/") == 2
 
 
 def test_grid_of_a_machine_is_every_case() -> None:
