@@ -244,11 +244,11 @@ def _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do
                            b_p, 0.0)
         b_do = load_tile(p_dm, o_dt, i_v, m_q, V, BV, MASK)  # [BM, BV]
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        if SOFTCAP:
+            b_p = b_p * (1.0 - b_tanh * b_tanh)
         b_dp = dot_rows(b_v, b_do, p_v, o_vt, m_k, p_dm, o_dt, m_q, V, BV, True, MASK, PRECISION)  # [BN, BM]
         b_delta = load(p_delta + o_row, m_q if MASK else None)  # [BM]
         b_ds = b_p * (b_dp - b_delta[None, :])
-        if SOFTCAP:
-            b_ds = b_ds * (1.0 - b_tanh * b_tanh)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
@@ -336,10 +336,10 @@ def _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, 
         b_p = tl.exp2(b_s * score_scale - b_lse[:, None])
         if MASK:
             b_p = tl.where(_visible((i_n + o_n)[None, :] - o_p[:, None], m_n[None, :], left, right, LEFT, RIGHT), b_p, 0.0)
+        if SOFTCAP:
+            b_p = b_p * (1.0 - b_tanh * b_tanh)
         b_dp = dot_rows(b_do, b_v, p_do, o_dt, m_q, p_vn, o_vt, m_n, V, BV, True, MASK, PRECISION)  # [BM, BN]
         b_ds = b_p * (b_dp - b_delta[:, None])
-        if SOFTCAP:
-            b_ds = b_ds * (1.0 - b_tanh * b_tanh)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
@@ -445,6 +445,7 @@ _FWD = {
     "gfx942": {64: _Config(128, 64, 64, 4, 1), 128: _Config(128, 64, 128, 4, 1), 256: _Config(64, 32, 256, 4, 1),
                512: _Config(64, 32, 128, 4, 1)},
 }
+_FWD["sm_120"] = _FWD["sm_80"] | {64: _Config(128, 64, 64, 8, 3)}
 _DECODE = {  # bound by the read of the cache, so whole heads (in slices, keys would be read once per slice of the values)
     "sm_80": {64: _Config(16, 64, 64, 4, 3), 128: _Config(16, 64, 128, 4, 3), 256: _Config(16, 32, 256, 4, 2),
               512: _Config(16, 16, 512, 4, 2)},
@@ -490,9 +491,10 @@ def _class(name: str) -> str:
         return "sm_90"
     if name in ("sm_100", "sm_103"):
         return "sm_100"
-    # sm_8x and sm_12x have the same instructions; what they run fits the 99 KB of the smallest. Older NVIDIA GPUs have 64 KB
-    # like AMD's; so may GPUs unknown here.
-    return "sm_80" if name.startswith(("sm_8", "sm_11", "sm_12")) else "gfx942"
+    if name.startswith("sm_12"):
+        return "sm_120"
+    # What sm_80 runs fits the 99 KB of sm_86 and sm_89. Older NVIDIA GPUs have 64 KB as AMD's do; so may GPUs unknown here.
+    return "sm_80" if name.startswith(("sm_8", "sm_11")) else "gfx942"
 
 
 def _config(kernel: str, q: Tensor, v: Tensor) -> _Config:
