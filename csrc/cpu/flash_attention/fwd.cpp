@@ -93,17 +93,6 @@ struct Shape {
   static_assert(kRows % C::kRowAlign == 0 && kKeys % C::kPanel == 0 && kKeys % C::kDepthAlign == 0);
 };
 
-#if defined(PYKERNELS_HAS_AMX)
-// A packed B [32, 16] with ones in its first column.
-struct FirstColumn {
-  uint32_t pairs[16][16];
-  constexpr FirstColumn() : pairs() {
-    for (int k = 0; k < 16; ++k) pairs[k][0] = 0x3f803f80;
-  }
-};
-alignas(64) constexpr FirstColumn kFirstColumn;
-#endif
-
 // One thread's buffers, and the work of a task.
 template <class T>
 class Worker {
@@ -112,6 +101,7 @@ class Worker {
   using Acc = typename C::Acc;
   static constexpr int kRows = Shape<T>::kRows, kKeys = Shape<T>::kKeys, kLane = kLanes<Acc>;
   static constexpr int kStride = kKeys + 64 / static_cast<int>(sizeof(Elem));  // of s_ and weights_; not a power of two
+  static constexpr int kAhead = 16;  // rows of q fetched in advance
   static constexpr bool kFastExp = kHasFastExp2<C>;
 
  public:
@@ -136,11 +126,16 @@ class Worker {
     head_k_ = head_k;
     first_row_ = chunk * problem_.chunk_rows;
     rows_ = static_cast<int>(least(problem_.chunk_rows, s.tq * problem_.group - first_row_));
-    load_queries();
-    const int64_t first = visible(problem_, s, token(0)).begin, end = visible(problem_, s, token(rows_ - 1)).end;
-    for (int64_t key = first / kKeys * kKeys; key < end; key += kKeys) {
+    const int64_t end = visible(problem_, s, token(rows_ - 1)).end;
+    const int64_t begin = visible(problem_, s, token(0)).begin / kKeys * kKeys;
+    load_queries(begin, end);
+    const int tiles = (rows_ + kRows - 1) / kRows;
+    for (int64_t key = begin; key < end; key += kKeys) {
       load_keys(key, static_cast<int>(least<int64_t>(kKeys, end - key)));
-      for (int row = 0; row < rows_; row += kRows) tile(row, key);
+      for (int t = 0; t < tiles; ++t) {
+        prefetch_keys(key + kKeys, end, t, tiles);
+        tile(t * kRows, key);
+      }
     }
     write();
   }
@@ -154,7 +149,30 @@ class Worker {
     return base + batch_ * stride.batch + (s_q_->q0 + index / problem_.group) * stride.token + head * stride.head;
   }
 
-  void load_queries() {
+  // Brings part `part` of `parts` of the block of keys and values from `key` on into the L2 cache. Their rows are far apart in
+  // memory, often in pages of their own: more than the hardware foresees.
+  void prefetch_keys(int64_t key, int64_t end, int part, int parts) const {
+    const int64_t n = least<int64_t>(kKeys, end - key);
+    for (int64_t i = key + n * part / parts; i < key + n * (part + 1) / parts; ++i) {
+      prefetch_row(keys() + i * p_.k_stride.token, p_.head_dim);
+      prefetch_row(values() + i * p_.v_stride.token, p_.value_dim);
+    }
+  }
+  PYKERNELS_INLINE static void prefetch_row(const T* row, int64_t n) {
+    for (int64_t j = 0; j < n; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + j, 0, 2);
+  }
+  // The first key and value of this sequence and key head.
+  const T* keys() const {
+    return static_cast<const T*>(p_.k) + batch_ * p_.k_stride.batch + head_k_ * p_.k_stride.head +
+           s_q_->k0 * p_.k_stride.token;
+  }
+  const T* values() const {
+    return static_cast<const T*>(p_.v) + batch_ * p_.v_stride.batch + head_k_ * p_.v_stride.head +
+           s_q_->k0 * p_.v_stride.token;
+  }
+
+  // Fetches the first block of keys on the side.
+  void load_queries(int64_t first_key, int64_t end_key) {
     const T* const q = static_cast<const T*>(p_.q);
     const int padded = round_up(rows_, kRows);
     Acc largest = 0;
@@ -162,6 +180,8 @@ class Worker {
       Elem* const to = q_ + row * depth_;
       if (row < rows_) {
         const T* const from = address(q, p_.q_stride, row);
+        if (row + kAhead < rows_) prefetch_row(address(q, p_.q_stride, row + kAhead), p_.head_dim);
+        prefetch_keys(first_key, end_key, row, rows_);
         copy_rows<C>(to, depth_, from, 0, 1, static_cast<int>(p_.head_dim));
         // A negative scale goes into the queries, so that the largest product is the largest score.
         if (p_.scale < 0) negate(to, depth_);
@@ -191,10 +211,8 @@ class Worker {
 
   // Packs keys [key, key + n) and their values.
   void load_keys(int64_t key, int n) {
-    const T* const k = static_cast<const T*>(p_.k) + batch_ * p_.k_stride.batch + head_k_ * p_.k_stride.head +
-                       (s_q_->k0 + key) * p_.k_stride.token;
-    const T* const v = static_cast<const T*>(p_.v) + batch_ * p_.v_stride.batch + head_k_ * p_.v_stride.head +
-                       (s_q_->k0 + key) * p_.v_stride.token;
+    const T* const k = keys() + key * p_.k_stride.token;
+    const T* const v = values() + key * p_.v_stride.token;
     pack_columns<C>(k_, packed_panel<C>(depth_), k, p_.k_stride.token, static_cast<int>(p_.head_dim), n);
     pack_rows<C, WeightOrder<C>>(v_, packed_panel<C>(kKeys), v, p_.v_stride.token, n, static_cast<int>(p_.value_dim));
     if constexpr (kFastExp) {
@@ -293,6 +311,10 @@ class Worker {
     _mm512_store_ps(offsets, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m0), _mm512_set1_ps(128)));
     _mm512_store_ps(offsets + 16, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m1), _mm512_set1_ps(128)));
     const __m512 slope = _mm512_set1_ps(factor * 128);
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    alignas(64) float sums[32 * 16] = {};  // of the weights, by lane
+    // The accumulators will be needed at the end.
+    for (int j = 0; j < 32 * width_; j += 16) __builtin_prefetch(o_ + row * width_ + j, 1, 3);
     Exp2Table table;
     for (int j = 0; j <= columns; j += 32) {
       if (j < columns) multiply_panel(q, k);
@@ -300,8 +322,11 @@ class Worker {
         const float* const s = buffers[(j / 32 - 1) % 2];
         BFloat16* const w = weights_ + j - 32;
 #pragma GCC unroll 4
-        for (int i = 0; i < 32; ++i)
-          _mm512_store_si512(w + i * kStride, table.weights(s + 32 * i, slope, _mm512_set1_ps(offsets[i])));
+        for (int i = 0; i < 32; ++i) {
+          const __m512i weights = table.weights(s + 32 * i, slope, _mm512_set1_ps(offsets[i]));
+          _mm512_store_si512(w + i * kStride, weights);
+          _mm512_store_ps(sums + 16 * i, _mm512_dpbf16_ps(_mm512_load_ps(sums + 16 * i), (__m512bh)weights, ones));
+        }
       }
       if (j < columns) {
         float* const s = buffers[j / 32 % 2];
@@ -312,19 +337,8 @@ class Worker {
     }
     if (table.overflow()) return false;
 
-    // l += P times a matrix whose first column is ones.
     float* const l = l_ + row * 16;
-    amx::load<0>(l, 64);
-    amx::load<1>(l + 256, 64);
-    amx::load<6>(kFirstColumn.pairs, 64);
-    for (int j = 0; j < columns; j += 32) {
-      amx::load<4>(weights_ + j, 2 * kStride);
-      amx::dot<0, 4, 6>();
-      amx::load<5>(weights_ + 16 * kStride + j, 2 * kStride);
-      amx::dot<1, 5, 6>();
-    }
-    amx::store<0>(l, 64);
-    amx::store<1>(l + 256, 64);
+    for (int i = 0; i < 32; ++i) store(l + 16 * i, load(l + 16 * i) + load(sums + 16 * i));
     matmul<C>(kRows, width_, columns, {weights_, kStride}, {v_, packed_panel<C>(kKeys), begin}, {o_ + row * width_, width_},
               true);
     return true;
