@@ -142,9 +142,10 @@ def test_native_limits_compile_and_do_what_they_count() -> None:
 
 
 def test_a_limit_is_one() -> None:
-    """torch's matmul, on the same thread, does not pass it (but for noise)."""
+    """torch's matmul, on the same thread, does not pass it; tried several times, for other work on the machine."""
+    native, _ = limits._native()
     with testing.use_threads(1):
-        assert limits._arithmetic(limits._native()[0].fp32_fma, 1) > 0.5 * limits._matmul(torch.float32, 512)
+        assert any(limits._arithmetic(native.fp32_fma, 1) > 0.8 * limits._matmul(torch.float32, 512) for _ in range(10))
 
 
 # ---- flash attention's grid ----------------------------------------------------------------------------------------
