@@ -344,7 +344,7 @@ void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64
       typename C::Elem* const row = b + k * C::kPanel;
       const int row0 = Order::source(k), row1 = C::kPair == 1 ? row0 : Order::source(k + 1);
       const T* const from0 = source + (row0 < depth ? row0 : 0) * stride + first;
-      const T* const from1 = source + (row1 < depth ? row1 : 0) * stride + first;
+      [[maybe_unused]] const T* const from1 = source + (row1 < depth ? row1 : 0) * stride + first;
       for (int n = 0; n < width; n += lanes) {
         const int64_t left = columns - first - n;
         if constexpr (C::kPair == 1) {
