@@ -7,6 +7,7 @@ from ._version import __version__
 from .backends import BackendUnavailable, use_backend
 from .ops.flash_attention import flash_attention, flash_attention_decode
 from .ops.linear_attention import linear_attention, linear_attention_step
+from .ops.retention import retention, retention_step
 
 __all__ = [
     "BackendUnavailable",
@@ -16,5 +17,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "release_scratch",
+    "retention",
+    "retention_step",
     "use_backend",
 ]

@@ -14,6 +14,8 @@ import pykernels
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pykernels"
 OPS = sorted(path.parent.name for path in (PACKAGE / "ops").glob("*/__init__.py"))
+# A thin layer over another op (retention) has no definition or registration of its own.
+DEFINED = [op for op in OPS if op != "retention"]
 CSRC = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
 
 
@@ -49,7 +51,7 @@ def test_the_ops_are_found():
     assert "flash_attention" in OPS
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", DEFINED)
 def test_a_reference_imports_nothing_but_torch(op):
     assert {module.split(".")[0] for module, _, _ in _imports(PACKAGE / "ops" / op / "reference.py")} <= {
         "torch",
@@ -58,7 +60,7 @@ def test_a_reference_imports_nothing_but_torch(op):
     }
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", DEFINED)
 def test_only_the_second_derivative_and_the_reference_backend_know_a_reference(op):
     knowing = {
         file.name

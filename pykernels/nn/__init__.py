@@ -13,6 +13,7 @@ The last two are for inference (under torch.no_grad() or torch.inference_mode())
 from __future__ import annotations
 
 from .attention import Attention, AttentionState
+from .retention import LinearAttention, MultiScaleRetention, RecurrentState
 from .rotary import apply_rotary
 
-__all__ = ["Attention", "AttentionState", "apply_rotary"]
+__all__ = ["Attention", "AttentionState", "LinearAttention", "MultiScaleRetention", "RecurrentState", "apply_rotary"]

@@ -11,9 +11,10 @@ from __future__ import annotations
 from .flash_attention import FLASH_ATTENTION, FLASH_ATTENTION_DECODE
 from .kit import BadInput, Case, Description, Error, Sample, check, compare, cotangents, expected, run
 from .linear_attention import LINEAR_ATTENTION, LINEAR_ATTENTION_STEP
+from .retention import RETENTION, RETENTION_STEP
 from .targets import DTYPES, Target, choice, dtypes, poisoned_memory, targets, use_isa, use_threads
 
-OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE, LINEAR_ATTENTION, LINEAR_ATTENTION_STEP)
+OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE, LINEAR_ATTENTION, LINEAR_ATTENTION_STEP, RETENTION, RETENTION_STEP)
 
 __all__ = [
     "DTYPES",
@@ -22,6 +23,8 @@ __all__ = [
     "LINEAR_ATTENTION",
     "LINEAR_ATTENTION_STEP",
     "OPS",
+    "RETENTION",
+    "RETENTION_STEP",
     "BadInput",
     "Case",
     "Description",
