@@ -18,17 +18,23 @@ class Backward {
   static constexpr int lanes = kLanes<A>;
 
  public:
-  Backward(const LinearAttentionBackwardParams& params, Scratch& scratch)
-      : b(params), p(params.forward), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())) {
+  Backward(const LinearAttentionBackwardParams& params, Scratch& scratch, int group)
+      : heads(group), b(params), p(params.forward), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())) {
     kp = padded(key_dim), vp = padded(value_dim);
     kd = round_up(key_dim, C::kDepthAlign);
     const int widest = most(kp, vp);
     const int64_t square = int64_t{kp} * vp;
-    factors.allocate(scratch, kp, p.bonus != nullptr);
-    const int64_t chunks = least<int64_t>(kSegment, p.tokens) / kChunk + 1;
-    states = scratch.take<A>(chunks * square);
-    local = scratch.take<A>(square);
-    since = scratch.take<A>(kp);
+    const int64_t chunks = (least<int64_t>(kSegment, p.tokens) + kChunk - 1) / kChunk;
+    for (int i = 0; i < heads; ++i) {
+      head[i].states = scratch.take<A>(chunks * square);
+      head[i].local = scratch.take<A>(square);
+      head[i].since = scratch.take<A>(kp);
+      // Only a decay per head leaves something in the factors from one chunk to the next.
+      if (i == 0 || p.decay_kind == DecayKind::kHead)
+        head[i].factors.allocate(scratch, kp, p.bonus != nullptr);
+      else
+        head[i].factors = head[0].factors;
+    }
     dstate = scratch.take<A>(square);
     panel = packed_panel<C>(kd + kChunk);
     packed = scratch.take<E>(packed_size<C>(kd + kChunk, vp));
@@ -61,61 +67,82 @@ class Backward {
     }
   }
 
-  void begin(const Sequence& s, int64_t head) {
-    const int64_t head_k = head / (p.heads / p.heads_k);
-    q = rows_of<const T>(p, p.q, p.q_stride, s, head_k);
-    k = rows_of<const T>(p, p.k, p.k_stride, s, head_k);
-    v = rows_of<const T>(p, p.v, p.v_stride, s, head);
-    dout = rows_of<const T>(p, b.dout, b.dout_stride, s, head);
+  // Head `index` of the group becomes head `of` of a sequence.
+  void begin(int index, const Sequence& s, int64_t of) {
+    Head& h = head[index];
+    const int64_t of_k = of / (p.heads / p.heads_k);
+    h.q = rows_of<const T>(p, p.q, p.q_stride, s, of_k);
+    h.k = rows_of<const T>(p, p.k, p.k_stride, s, of_k);
+    h.v = rows_of<const T>(p, p.v, p.v_stride, s, of);
+    h.dout = rows_of<const T>(p, b.dout, b.dout_stride, s, of);
     if (p.normalize) {
-      out = rows_of<const T>(p, p.out, p.out_stride, s, head);
-      denominator = rows_of<const A>(p, p.denominator, contiguous_strides(p, 1), s, head);
+      h.out = rows_of<const T>(p, p.out, p.out_stride, s, of);
+      h.denominator = rows_of<const A>(p, p.denominator, contiguous_strides(p, 1), s, of);
     }
-    const Strides3 of_k = contiguous_strides(p, key_dim);
+    const Strides3 like_k = contiguous_strides(p, key_dim);
     if (p.heads == p.heads_k) {
-      to_dq = rows_of<T>(p, b.dq, of_k, s, head);
-      to_dk = rows_of<T>(p, b.dk, of_k, s, head);
+      h.dq = rows_of<T>(p, b.dq, like_k, s, of);
+      h.dk = rows_of<T>(p, b.dk, like_k, s, of);
     } else {
-      to_dq_wide = rows_of<A>(p, b.dq, of_k, s, head);
-      to_dk_wide = rows_of<A>(p, b.dk, of_k, s, head);
+      h.dq_wide = rows_of<A>(p, b.dq, like_k, s, of);
+      h.dk_wide = rows_of<A>(p, b.dk, like_k, s, of);
     }
-    to_dv = rows_of<T>(p, b.dv, contiguous_strides(p, p.value_dim), s, head);
-    if (b.ddecay) to_ddecay = rows_of<A>(p, b.ddecay, contiguous_strides(p, Channel ? key_dim : 1), s, head);
-    bonus = p.bonus ? static_cast<const A*>(p.bonus) + head * key_dim : nullptr;
+    h.dv = rows_of<T>(p, b.dv, contiguous_strides(p, p.value_dim), s, of);
+    if (b.ddecay) h.ddecay = rows_of<A>(p, b.ddecay, contiguous_strides(p, Channel ? key_dim : 1), s, of);
+    h.bonus = p.bonus ? static_cast<const A*>(p.bonus) + of * key_dim : nullptr;
     if (p.decay_kind == DecayKind::kNone)
-      factors.prepare_constant(nullptr);
+      h.factors.prepare_constant(nullptr);
     else if (p.decay_kind == DecayKind::kHead)
-      factors.prepare_constant(static_cast<const A*>(p.decay) + head * p.decay_stride.head);
+      h.factors.prepare_constant(static_cast<const A*>(p.decay) + of * p.decay_stride.head);
     else
-      decay = rows_of<const A>(p, p.decay, p.decay_stride, s, head);
+      h.decay = rows_of<const A>(p, p.decay, p.decay_stride, s, of);
   }
 
-  // Tokens [first, last) with the state before them (null: zero) and the gradient of the state after them (null: zero), both
-  // [K, value_dim]. Leaves the part of the gradient of the state before them that comes from them in local, and in since what
-  // they leave of the later one. Without `outputs` nothing else. dbonus [K] is written if there is a bonus.
-  void segment(int64_t first, int64_t last, const A* before, const A* after, A* dbonus, bool outputs) {
-    fill<A>(local, int64_t{kp} * vp, 0);
-    fill<A>(since, kp, 1);
-    if (dbonus) fill<A>(dbonus, key_dim, 0);
+  // Tokens [first, last) of all heads of the group, chunk by chunk, with the state before them (null: zero) and the gradient of
+  // the state after them (null: zero), both [K, value_dim]. Leaves the part of the gradient of the state before them that comes
+  // from them in local, and in since what they leave of the later one. Without `outputs` nothing else. dbonus [K] is written if
+  // there is a bonus.
+  void segment(int64_t first, int64_t last, const A* const* before, const A* const* after, A* const* dbonus, bool outputs) {
+    for (int i = 0; i < heads; ++i) {
+      fill<A>(head[i].local, int64_t{kp} * vp, 0);
+      fill<A>(head[i].since, kp, 1);
+      if (dbonus[i]) fill<A>(dbonus[i], key_dim, 0);
+    }
     if (outputs) recompute(first, last, before);
     for (int64_t c = (last - first + kChunk - 1) / kChunk - 1; c >= 0; --c) {
       const int64_t t = first + c * kChunk;
       const int n = static_cast<int>(least<int64_t>(kChunk, last - t));
-      chunk(t, n, before || c > 0 ? states + c * kp * vp : nullptr, after, after || t + n < last, dbonus, outputs);
+      for (int i = 0; i < heads; ++i)
+        chunk(head[i], t, n, before[i] || c > 0 ? head[i].states + c * kp * vp : nullptr, after[i], after[i] || t + n < last,
+              dbonus[i], outputs);
     }
   }
 
   // before = since * after + local: gradients of states.
-  void finish(A* before, const A* after) {
-    combine_state(before, value_dim, since, after, value_dim, local, vp, key_dim, value_dim);
+  void finish(int index, A* before, const A* after) {
+    const Head& h = head[index];
+    combine_state(before, value_dim, h.since, after, value_dim, h.local, vp, key_dim, value_dim);
   }
 
-  A* local;
-  A* since;
+  const A* since(int index) const { return head[index].since; }
+
+  const int heads;  // of the group
 
  private:
-  Rows<const T> values(int64_t t, int n) {
-    const Rows<const T> vs = v.from(t);
+  struct Head {
+    A* states;  // before each chunk of the segment, [kp, vp] each
+    A* local;
+    A* since;
+    Factors<A, Channel> factors;
+    Rows<const T> q, k, v, dout, out{};
+    Rows<const A> denominator{}, decay{};
+    Rows<T> dq{}, dk{}, dv;
+    Rows<A> dq_wide{}, dk_wide{}, ddecay{};
+    const A* bonus;
+  };
+
+  Rows<const T> values(const Head& h, int64_t t, int n) {
+    const Rows<const T> vs = h.v.from(t);
     if (!p.normalize) return vs;
     for (int i = 0; i < n; ++i) {
       __builtin_memcpy(ones + i * value_dim, vs[i], sizeof(T) * (value_dim - 1));
@@ -125,8 +152,8 @@ class Backward {
   }
 
   // Gradients of out before its division, without the factor 1 / denominator, which joins row_scale: dout and -dout . out.
-  Rows<const T> gradients(int64_t t, int n) {
-    const Rows<const T> ds = dout.from(t);
+  Rows<const T> gradients(const Head& h, int64_t t, int n) {
+    const Rows<const T> ds = h.dout.from(t);
     if (!p.normalize) {
       for (int i = 0; i < n; ++i) row_scale[i] = static_cast<A>(p.scale);
       return ds;
@@ -135,64 +162,73 @@ class Backward {
     for (int i = 0; i < n; ++i) {
       Vec<A> sum{};
       for (int c = 0; c < columns; c += lanes)
-        sum = sum + load_upto(ds[i] + c, columns - c) * load_upto(out[t + i] + c, columns - c);
+        sum = sum + load_upto(ds[i] + c, columns - c) * load_upto(h.out[t + i] + c, columns - c);
       T* const to = extended + i * value_dim;
       __builtin_memcpy(to, ds[i], sizeof(T) * columns);
       if constexpr (sizeof(T) == sizeof(A))
         to[columns] = -reduce_add<A>(sum);
       else
         to[columns] = from_float<T>(-reduce_add<A>(sum));
-      row_scale[i] = static_cast<A>(p.scale) / *denominator[t + i];
+      row_scale[i] = static_cast<A>(p.scale) / *h.denominator[t + i];
     }
     return {extended, value_dim};
   }
 
-  void prepare(int64_t t, int n) { factors.prepare(decay.data ? decay.from(t) : decay, key_dim, n, row_scale); }
+  void prepare(Head& h, int64_t t, int n) {
+    h.factors.prepare(h.decay.data ? h.decay.from(t) : h.decay, key_dim, n, row_scale);
+  }
 
-  // The states before each chunk but the first, whose state is `before`.
-  void recompute(int64_t first, int64_t last, const A* before) {
-    for (int row = 0; row < key_dim; ++row)
-      for (int c = 0; c < vp; c += lanes)
-        store(states + row * vp + c, before ? load_upto(before + row * value_dim + c, value_dim - c) : Vec<A>{});
-    fill<A>(row_scale, kChunk, 1);
-    for (int64_t t = first; t + kChunk < last; t += kChunk) {
-      A* const s = states + (t - first) / kChunk * kp * vp;
-      A* const next = s + kp * vp;
-      prepare(t, kChunk);
+  // The states before each chunk; `before` is the first's.
+  void recompute(int64_t first, int64_t last, const A* const* before) {
+    for (int i = 0; i < heads; ++i)
       for (int row = 0; row < key_dim; ++row)
-        for (int c = 0; c < vp; c += lanes) store(next + row * vp + c, load(s + row * vp + c) * factors.total[row]);
-      const Rows<const T> vs = values(t, kChunk);
-      pack_rows<C>(packed, panel, vs.data, vs.stride, kChunk, value_dim);
-      scale_rows<C>(scaled_k, kp, k.from(t), kChunk, key_dim, [&](int j, int c) { return factors.key_at(j, c); });
-      copy_columns<C>(transposed, kChunk, scaled_k, kp, key_dim, kChunk);
-      matmul<C>(key_dim, value_dim, kChunk, {transposed, kChunk}, {packed, panel}, {next, vp}, true);
-    }
+        for (int c = 0; c < vp; c += lanes)
+          store(head[i].states + row * vp + c, before[i] ? load_upto(before[i] + row * value_dim + c, value_dim - c) : Vec<A>{});
+    fill<A>(row_scale, kChunk, 1);
+    for (int64_t t = first; t + kChunk < last; t += kChunk)
+      for (int i = 0; i < heads; ++i) {
+        Head& h = head[i];
+        const A* const s = h.states + (t - first) / kChunk * kp * vp;
+        A* const next = h.states + ((t - first) / kChunk + 1) * kp * vp;
+        prepare(h, t, kChunk);
+        for (int row = 0; row < key_dim; ++row)
+          for (int c = 0; c < vp; c += lanes) store(next + row * vp + c, load(s + row * vp + c) * h.factors.total[row]);
+        const Rows<const T> vs = values(h, t, kChunk);
+        pack_rows<C>(packed, panel, vs.data, vs.stride, kChunk, value_dim);
+        scale_rows<C>(scaled_k, kp, h.k.from(t), kChunk, key_dim, [&](int j, int c) { return h.factors.key_at(j, c); });
+        copy_columns<C>(transposed, kChunk, scaled_k, kp, key_dim, kChunk);
+        matmul<C>(key_dim, value_dim, kChunk, {transposed, kChunk}, {packed, panel}, {next, vp}, true);
+      }
   }
 
   // `before`: the state before the chunk [kp, vp] or null; `later`: whether the state after it has a gradient.
-  void chunk(int64_t t, int n, const A* before, const A* after, bool later, A* dbonus, bool outputs) {
-    const Rows<const T> qs = q.from(t), ks = k.from(t), vs = values(t, n), ds = gradients(t, n);
-    prepare(t, n);
+  void chunk(Head& h, int64_t t, int n, const A* before, const A* after, bool later, A* dbonus, bool outputs) {
+    const Factors<A, Channel>& factors = h.factors;
+    A* const local = h.local;
+    const Rows<const T> qs = h.q.from(t), ks = h.k.from(t), vs = values(h, t, n), ds = gradients(h, t, n);
+    prepare(h, t, n);
     scale_rows<C>(scaled_q, kp, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
     pack_rows_at<C>(packed, panel, kd, ds.data, ds.stride, n, value_dim);
     if (outputs) {
       const A* later_state = local;
       if (later && after) {
-        combine_state(dstate, vp, since, after, value_dim, local, vp, key_dim, value_dim);
+        combine_state(dstate, vp, h.since, after, value_dim, local, vp, key_dim, value_dim);
         later_state = dstate;
       }
-      score(qs, ks, vs, ds, n);
-      value_gradient(t, n, ks, later ? later_state : nullptr);
-      key_query_gradients(t, n, qs, ks, vs, ds, before, later ? later_state : nullptr, dbonus);
+      score(h, qs, ks, vs, ds, n);
+      value_gradient(h, t, n, ks, later ? later_state : nullptr);
+      key_query_gradients(h, t, n, qs, ks, vs, ds, before, later ? later_state : nullptr, dbonus);
     }
     copy_columns<C>(transposed, kChunk, scaled_q, kp, key_dim, n);
     decay_state(local, vp, factors.total, key_dim);
     matmul<C>(key_dim, value_dim, n, {transposed, kChunk}, {packed, panel, kd}, {local, vp}, true);
-    for (int c = 0; c < kp; ++c) since[c] *= factors.total[c];
+    for (int c = 0; c < kp; ++c) h.since[c] *= factors.total[c];
   }
 
   // weighted = P, dweighted = dP (both with row_scale), and for the gradient of scalar decay scores = P * (dO V^T).
-  void score(Rows<const T> qs, Rows<const T> ks, Rows<const T> vs, Rows<const T> ds, int n) {
+  void score(const Head& h, Rows<const T> qs, Rows<const T> ks, Rows<const T> vs, Rows<const T> ds, int n) {
+    const Factors<A, Channel>& factors = h.factors;
+    const A* const bonus = h.bonus;
     pack_columns<C>(tokens, packed_panel<C>(value_dim), vs.data, vs.stride, value_dim, n);
     for (int r = 0; r < n; r += kRows) {
       const int count = least(kRows, n - r), columns = least(r + kRows, n);
@@ -256,7 +292,8 @@ class Backward {
     copy_columns<C>(dweighted_t, kChunk, dweighted, kChunk, n, n);
   }
 
-  void value_gradient(int64_t t, int n, Rows<const T> ks, const A* later) {
+  void value_gradient(const Head& h, int64_t t, int n, Rows<const T> ks, const A* later) {
+    const Factors<A, Channel>& factors = h.factors;
     scale_rows<C>(scaled_k, kp, ks, n, key_dim, [&](int j, int c) { return factors.key_at(j, c); });
     if (later) {
       pack_rows_at<C>(packed, panel, 0, later, vp, key_dim, value_dim);
@@ -267,11 +304,13 @@ class Backward {
                 {dv + r * vp, vp}, later != nullptr);
     const int columns = static_cast<int>(p.value_dim);
     for (int i = 0; i < n; ++i)
-      for (int c = 0; c < columns; c += lanes) store_upto(to_dv[t + i] + c, load(dv + i * vp + c), columns - c);
+      for (int c = 0; c < columns; c += lanes) store_upto(h.dv[t + i] + c, load(dv + i * vp + c), columns - c);
   }
 
-  void key_query_gradients(int64_t t, int n, Rows<const T> qs, Rows<const T> ks, Rows<const T> vs, Rows<const T> ds,
+  void key_query_gradients(const Head& h, int64_t t, int n, Rows<const T> qs, Rows<const T> ks, Rows<const T> vs, Rows<const T> ds,
                            const A* before, const A* later, A* dbonus) {
+    const Factors<A, Channel>& factors = h.factors;
+    const A* const bonus = h.bonus;
     // From the state before the chunk, and through the state after it.
     if (before) {
       pack_columns<C>(packed_t, packed_panel<C>(value_dim), before, vp, value_dim, key_dim);
@@ -311,7 +350,7 @@ class Backward {
       }
     }
     if constexpr (Channel) {
-      channel_gradients(qs, ks, n);
+      channel_gradients(h, qs, ks, n);
     } else {
       pack_rows<C>(query_rows, packed_panel<C>(kChunk), qs.data, qs.stride, n, key_dim);
       pack_rows<C>(key_rows, packed_panel<C>(kChunk), ks.data, ks.stride, n, key_dim);
@@ -322,7 +361,7 @@ class Backward {
         matmul<C>(count, key_dim, n - r, {dweighted_t + r * kChunk + r, kChunk}, {query_rows, packed_panel<C>(kChunk), r},
                   {dk + r * kp, kp}, true);
       }
-      if (b.ddecay) scalar_decay_gradient(t, n);
+      if (b.ddecay) scalar_decay_gradient(h, t, n);
     }
     if (bonus) {
       for (int c = 0; c < key_dim; c += lanes) {
@@ -344,19 +383,20 @@ class Backward {
         const int left = key_dim - c;
         const Vec<A> x = load(dq + i * kp + c), y = load(dk + i * kp + c);
         if (shared) {
-          store_upto(to_dq_wide[t + i] + c, x, left);
-          store_upto(to_dk_wide[t + i] + c, y, left);
+          store_upto(h.dq_wide[t + i] + c, x, left);
+          store_upto(h.dk_wide[t + i] + c, y, left);
         } else {
-          store_upto(to_dq[t + i] + c, x, left);
-          store_upto(to_dk[t + i] + c, y, left);
+          store_upto(h.dq[t + i] + c, x, left);
+          store_upto(h.dk[t + i] + c, y, left);
         }
-        if (Channel && b.ddecay) store_upto(to_ddecay[t + i] + c, load(ddecay_rows + i * kp + c), left);
+        if (Channel && b.ddecay) store_upto(h.ddecay[t + i] + c, load(ddecay_rows + i * kp + c), left);
       }
   }
 
   // d log factor_t: pairs (i, j) with j < t <= i (t < i when exclusive), queries i >= t (i > t) of the state before the chunk,
   // keys j < t of the one after it, and what crosses.
-  void scalar_decay_gradient(int64_t t, int n) {
+  void scalar_decay_gradient(const Head& h, int64_t t, int n) {
+    const Factors<A, Channel>& factors = h.factors;
     A crossing = 0;
     for (int row = 0; row < key_dim; ++row) crossing += cross[row];
     const int shift = factors.exclusive ? 1 : 0;
@@ -376,11 +416,12 @@ class Backward {
       sum += key_sum[m];
       for (int i = m; i < n; ++i) prefix[i] += scores[i * kChunk + m];
     }
-    for (int m = 0; m < n; ++m) *to_ddecay[t + m] = result[m];
+    for (int m = 0; m < n; ++m) *h.ddecay[t + m] = result[m];
   }
 
-  void channel_gradients(Rows<const T> qs, Rows<const T> ks, int n) {
+  void channel_gradients(const Head& h, Rows<const T> qs, Rows<const T> ks, int n) {
     if constexpr (Channel) {
+      const Factors<A, Channel>& factors = h.factors;
       const bool shift = factors.exclusive;
       // Suffix sums over queries of the state before the chunk, prefix sums over keys of the one after it.
       for (int c = 0; c < kp; c += lanes) {
@@ -427,13 +468,14 @@ class Backward {
           }
         }
       }
-      for (int first = 0; first < n; first += kLeaf) leaf_gradients(qs.from(first), ks.from(first), first, least(kLeaf, n - first));
+      for (int first = 0; first < n; first += kLeaf) leaf_gradients(h, qs.from(first), ks.from(first), first, least(kLeaf, n - first));
     }
   }
 
   // Pairs inside a block of kLeaf tokens. For key j, carried(i) is k_j times the factors up to query i, and back(i) the sum over
   // queries from i on of dP q times the factors from i to them; what crosses token i is their product.
-  void leaf_gradients(Rows<const T> qs, Rows<const T> ks, int first, int count) {
+  void leaf_gradients(const Head& h, Rows<const T> qs, Rows<const T> ks, int first, int count) {
+    const Factors<A, Channel>& factors = h.factors;
     const A* const token = factors.token + first * kp;
     // P_ij above was zeroed on and above what is not visible; dweighted may be rounded, so the exact gradients are used.
     const A* const dp = dscores + first * kChunk + first;
@@ -487,8 +529,7 @@ class Backward {
   const int key_dim, value_dim;  // value_dim with the column of ones
   int kp, vp, kd;
   int64_t panel;
-  Factors<A, Channel> factors;
-  A* states;       // before each chunk of the segment, [kp, vp] each
+  Head head[kHeads];
   A* dstate;
   E* packed;       // kd rows of the state's gradient, then kChunk of dout
   E* packed_t;     // a state, transposed
@@ -514,11 +555,6 @@ class Backward {
   A* ddecay_rows = nullptr;
   T* ones = nullptr;
   T* extended = nullptr;
-  Rows<const T> q, k, v, dout, out{};
-  Rows<const A> denominator{}, decay{};
-  Rows<T> to_dq{}, to_dk{}, to_dv;
-  Rows<A> to_dq_wide{}, to_dk_wide{}, to_ddecay{};
-  const A* bonus = nullptr;
   alignas(64) A row_scale[kChunk];
   A diagonal[kChunk], query_sum[kChunk], key_sum[kChunk];
 };
@@ -559,27 +595,44 @@ void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
   const auto slot = [&](int64_t tile, int64_t head) { return tile * p.heads + head; };
   const auto dbonus_at = [&](int64_t at) { return dbonus ? dbonus + at * p.key_dim : nullptr; };
 
+  const auto copy_or_clear = [&](A* to, const A* from) {
+    if (from)
+      __builtin_memcpy(to, from, sizeof(A) * size);
+    else
+      __builtin_memset(to, 0, sizeof(A) * size);
+  };
+
   if (!split) {
-    run_tasks(parallel, chains, [&](TaskQueue& queue) {
+    const int group = heads_together(p, parallel.threads);
+    run_tasks(parallel, chains / group, [&](TaskQueue& queue) {
       const Tiles tiles;
       Scratch scratch;
-      Backward<T, C, Channel> backward(b, scratch);
-      A* const before = scratch.take<A>(size);
+      Backward<T, C, Channel> backward(b, scratch, group);
       for (int64_t task; (task = queue.next()) >= 0;) {
-        const Sequence s = sequence(p, task / p.heads);
-        const int64_t head = task % p.heads;
-        const A* after = dfinal ? dfinal + task * size : nullptr;
-        backward.begin(s, head);
-        for (int64_t i = s.segments() - 1; i >= 0; --i) {
-          const int64_t at = slot(s.tile + i, head);
-          backward.segment(i * kSegment, least((i + 1) * kSegment, s.length), checkpoints + at * size, after, dbonus_at(at), true);
-          backward.finish(before, after);
-          after = before;
+        const int64_t first = task * group;  // of the chains
+        const Sequence s = sequence(p, first / p.heads);
+        const A* before[kHeads];
+        const A* after[kHeads];
+        A* of_bonus[kHeads];
+        for (int g = 0; g < group; ++g) {
+          after[g] = dfinal ? dfinal + (first + g) * size : nullptr;
+          backward.begin(g, s, first % p.heads + g);
         }
-        if (after)
-          __builtin_memcpy(dinitial + task * size, after, sizeof(A) * size);
-        else
-          __builtin_memset(dinitial + task * size, 0, sizeof(A) * size);
+        for (int64_t i = s.segments() - 1; i >= 0; --i) {
+          for (int g = 0; g < group; ++g) {
+            const int64_t at = slot(s.tile + i, first % p.heads + g);
+            before[g] = checkpoints + at * size;
+            of_bonus[g] = dbonus_at(at);
+          }
+          backward.segment(i * kSegment, least((i + 1) * kSegment, s.length), before, after, of_bonus, true);
+          for (int g = 0; g < group; ++g) {
+            A* const gradient = dinitial + (first + g) * size;
+            backward.finish(g, gradient, after[g]);  // in place from the second segment on: row by row
+            after[g] = gradient;
+          }
+        }
+        if (s.segments() == 0)
+          for (int g = 0; g < group; ++g) copy_or_clear(dinitial + (first + g) * size, after[g]);
       }
     });
     return;
@@ -594,20 +647,24 @@ void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
     run_tasks(parallel, chains * most_segments, [&](TaskQueue& queue) {
       const Tiles tiles;
       Scratch scratch;
-      Backward<T, C, Channel> backward(b, scratch);
+      Backward<T, C, Channel> backward(b, scratch, 1);
       for (int64_t task; (task = queue.next()) >= 0;) {
         const int64_t chain = task / most_segments, i = task % most_segments, head = chain % p.heads;
         const Sequence s = sequence(p, chain / p.heads);
         if (i >= s.segments()) continue;
-        backward.begin(s, head);
+        backward.begin(0, s, head);
         const int64_t at = slot(s.tile + i, head), last = least((i + 1) * kSegment, s.length);
         if (outputs) {
+          const A* const before = checkpoints + at * size;
           const A* const after = i + 1 < s.segments() || dfinal ? afters + at * size : nullptr;
-          backward.segment(i * kSegment, last, checkpoints + at * size, after, dbonus_at(at), true);
+          A* const of_bonus = dbonus_at(at);
+          backward.segment(i * kSegment, last, &before, &after, &of_bonus, true);
         } else {
-          backward.segment(i * kSegment, last, nullptr, nullptr, nullptr, false);
-          backward.finish(locals + at * size, nullptr);
-          __builtin_memcpy(since + at * p.key_dim, backward.since, sizeof(A) * p.key_dim);
+          const A* const nothing = nullptr;
+          A* const no_bonus = nullptr;
+          backward.segment(i * kSegment, last, &nothing, &nothing, &no_bonus, false);
+          backward.finish(0, locals + at * size, nullptr);
+          __builtin_memcpy(since + at * p.key_dim, backward.since(0), sizeof(A) * p.key_dim);
         }
       }
     });
@@ -621,10 +678,7 @@ void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
         for (int64_t i = s.segments(); i >= 0; --i) {
           A* const to = i > 0 ? afters + slot(s.tile + i - 1, head) * size : dinitial + task * size;
           if (i == s.segments()) {
-            if (after)
-              __builtin_memcpy(to, after, sizeof(A) * size);
-            else
-              __builtin_memset(to, 0, sizeof(A) * size);
+            copy_or_clear(to, after);
           } else {
             const int64_t at = slot(s.tile + i, head);
             combine_state(to, columns, since + at * p.key_dim, after, columns, locals + at * size, columns,

@@ -51,6 +51,17 @@ Rows<T> rows_of(const LinearAttentionParams& p, const void* x, const Strides3& s
   return {base + s.first * stride.token, stride.token};
 }
 
+// Heads that one task takes side by side, at most. The rows of a head lie a whole token apart; with those of its neighbours
+// they make the runs that hardware prefetches and pages like. The states of all must fit the second-level cache.
+constexpr int kHeads = 4;
+inline int heads_together(const LinearAttentionParams& p, int threads) {
+  constexpr int64_t kMostBytes = 512 << 10;
+  const int64_t state = p.key_dim * p.value_dim_state() * (p.dtype == DType::kFloat64 ? 8 : 4);
+  int group = kHeads;
+  while (group > 1 && (p.heads % group != 0 || p.state_count() * p.heads / group < threads || group * state > kMostBytes)) group /= 2;
+  return group;
+}
+
 PYKERNELS_INLINE Strides3 contiguous_strides(const LinearAttentionParams& p, int64_t columns) {
   return {p.tokens * p.heads * columns, p.heads * columns, columns};
 }
@@ -268,6 +279,36 @@ PYKERNELS_INLINE void combine_state(A* to, int64_t ld_to, const A* factor, const
       Vec<A> x = load_upto(local + k * ld_local + c, left);
       if (from) x = load_upto(from + k * ld_from + c, left) * factor[k] + x;
       store_upto(to + k * ld_to + c, x, left);
+    }
+}
+
+// In one pass over a state [key_dim, columns], which is longer than the first-level cache: packs factor * from + local (from may
+// be null: zero) into the first rows of a packed operand, and multiplies local by total.
+template <class C>
+void pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Acc* factor, const typename C::Acc* from,
+                int64_t ld_from, typename C::Acc* local, int64_t ld, const typename C::Acc* total, int key_dim, int columns) {
+  using A = typename C::Acc;
+  constexpr int lanes = kLanes<A>;
+  const auto state = [&](int k, int c) {
+    if (k >= key_dim) return Vec<A>{};
+    A* const p = local + k * ld + c;
+    const Vec<A> x = load(p);
+    store(p, x * total[k]);
+    return from ? load_upto(from + k * ld_from + c, columns - c) * factor[k] + x : x;
+  };
+  const int columns_padded = round_up(columns, C::kColumnAlign);
+  for (int k = 0; k < round_up(key_dim, C::kDepthAlign); k += C::kPair)
+    for (int c = 0; c < columns_padded; c += lanes) {
+      typename C::Elem* const to = b + c / C::kPanel * panel_stride + k * C::kPanel + c % C::kPanel * C::kPair;
+      if constexpr (C::kPair == 1) {
+        store(to, state(k, c));
+      } else {
+#if defined(PYKERNELS_HAS_BF16_DOT)
+        const HalfU16 low = narrow(state(k, c), BFloat16{}), high = narrow(state(k + 1, c), BFloat16{});
+        const VecU32 pairs = detail::interleave(low, high);
+        __builtin_memcpy(to, &pairs, sizeof(pairs));
+#endif
+      }
     }
 }
 

@@ -14,14 +14,19 @@ class Forward {
   using E = typename C::Elem;
 
  public:
-  Forward(const LinearAttentionParams& params, Scratch& scratch)
-      : p(params), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())) {
+  Forward(const LinearAttentionParams& params, Scratch& scratch, int group)
+      : heads(group), p(params), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())) {
     kp = padded(key_dim), vp = padded(value_dim);
     kd = round_up(key_dim, C::kDepthAlign);
-    factors.allocate(scratch, kp, p.bonus != nullptr);
-    local = scratch.take<A>(kp * vp);
-    since = scratch.take<A>(kp);
-    state = scratch.take<A>(kp * vp);
+    for (int i = 0; i < heads; ++i) {
+      head[i].local = scratch.take<A>(kp * vp);
+      head[i].since = scratch.take<A>(kp);
+      // Only a decay per head leaves something in the factors from one chunk to the next.
+      if (i == 0 || p.decay_kind == DecayKind::kHead)
+        head[i].factors.allocate(scratch, kp, p.bonus != nullptr);
+      else
+        head[i].factors = head[0].factors;
+    }
     lda = kp + kChunk;
     a = scratch.take<E>(kChunk * lda);
     panel = packed_panel<C>(kd + kChunk);
@@ -36,46 +41,64 @@ class Forward {
     fill<A>(row_scale, kChunk, static_cast<A>(p.scale));
   }
 
-  // What does not change within a head.
-  void begin(const Sequence& s, int64_t head) {
-    const int64_t head_k = head / (p.heads / p.heads_k);
-    q = rows_of<const T>(p, p.q, p.q_stride, s, head_k);
-    k = rows_of<const T>(p, p.k, p.k_stride, s, head_k);
-    v = rows_of<const T>(p, p.v, p.v_stride, s, head);
-    o = rows_of<T>(p, p.out, p.out_stride, s, head);
-    if (p.normalize) denominator = rows_of<A>(p, p.denominator, contiguous_strides(p, 1), s, head);
-    bonus = p.bonus ? static_cast<const A*>(p.bonus) + head * key_dim : nullptr;
+  // Head `index` of the group becomes head `of` of a sequence.
+  void begin(int index, const Sequence& s, int64_t of) {
+    Head& h = head[index];
+    const int64_t of_k = of / (p.heads / p.heads_k);
+    h.q = rows_of<const T>(p, p.q, p.q_stride, s, of_k);
+    h.k = rows_of<const T>(p, p.k, p.k_stride, s, of_k);
+    h.v = rows_of<const T>(p, p.v, p.v_stride, s, of);
+    h.o = rows_of<T>(p, p.out, p.out_stride, s, of);
+    if (p.normalize) h.denominator = rows_of<A>(p, p.denominator, contiguous_strides(p, 1), s, of);
+    h.bonus = p.bonus ? static_cast<const A*>(p.bonus) + of * key_dim : nullptr;
     if (p.decay_kind == DecayKind::kNone)
-      factors.prepare_constant(nullptr);
+      h.factors.prepare_constant(nullptr);
     else if (p.decay_kind == DecayKind::kHead)
-      factors.prepare_constant(static_cast<const A*>(p.decay) + head * p.decay_stride.head);
+      h.factors.prepare_constant(static_cast<const A*>(p.decay) + of * p.decay_stride.head);
     else
-      decay = rows_of<const A>(p, p.decay, p.decay_stride, s, head);
+      h.decay = rows_of<const A>(p, p.decay, p.decay_stride, s, of);
   }
 
-  // Tokens [first, last): leaves the part of the state that comes from them in local, and in since what they leave of S0
-  // [Ke, value_dim], null if zero. Without `outputs` nothing else.
-  void segment(int64_t first, int64_t last, const A* before, bool outputs) {
-    fill<A>(local, int64_t{kp} * vp, 0);
-    fill<A>(since, kp, 1);
-    for (int64_t t = first; t < last; t += kChunk) {
-      const int n = static_cast<int>(least<int64_t>(kChunk, last - t));
-      chunk(t, n, before, before != nullptr || t > first, outputs);
+  // Tokens [first, last) of all heads of the group, chunk by chunk: their rows are neighbours in memory. Leaves the part of the
+  // state that comes from them in local, and in since what they leave of before [K, value_dim] (null: zero), the state before
+  // them. Without `outputs` nothing else.
+  void segment(int64_t first, int64_t last, const A* const* before, bool outputs) {
+    for (int i = 0; i < heads; ++i) {
+      fill<A>(head[i].local, int64_t{kp} * vp, 0);
+      fill<A>(head[i].since, kp, 1);
     }
+    for (int64_t t = first; t < last; t += kChunk)
+      for (int i = 0; i < heads; ++i)
+        chunk(head[i], t, static_cast<int>(least<int64_t>(kChunk, last - t)), before[i], before[i] || t > first, outputs);
   }
 
   // after = since * before + local.
-  void finish(A* after, const A* before) {
-    combine_state(after, value_dim, since, before, value_dim, local, vp, key_dim, value_dim);
+  void finish(int index, A* after, const A* before) {
+    const Head& h = head[index];
+    combine_state(after, value_dim, h.since, before, value_dim, h.local, vp, key_dim, value_dim);
   }
 
-  A* local;
-  A* since;
+  const A* since(int index) const { return head[index].since; }
+
+  const int heads;  // of the group
 
  private:
-  void chunk(int64_t t, int n, const A* before, bool has_state, bool outputs) {
-    const Rows<const T> qs = q.from(t), ks = k.from(t);
-    Rows<const T> vs = v.from(t);
+  struct Head {
+    A* local;
+    A* since;
+    Factors<A, Channel> factors;
+    Rows<const T> q, k, v;
+    Rows<T> o;
+    Rows<A> denominator;
+    Rows<const A> decay{};
+    const A* bonus;
+  };
+
+  void chunk(Head& h, int64_t t, int n, const A* before, bool has_state, bool outputs) {
+    Factors<A, Channel>& factors = h.factors;
+    A* const local = h.local;
+    const Rows<const T> qs = h.q.from(t), ks = h.k.from(t);
+    Rows<const T> vs = h.v.from(t);
     if (p.normalize) {
       for (int i = 0; i < n; ++i) {
         __builtin_memcpy(ones + i * value_dim, vs[i], sizeof(T) * (value_dim - 1));
@@ -83,22 +106,17 @@ class Forward {
       }
       vs = {ones, value_dim};
     }
-    factors.prepare(decay.data ? decay.from(t) : decay, key_dim, n, row_scale);
+    factors.prepare(h.decay.data ? h.decay.from(t) : h.decay, key_dim, n, row_scale);
     pack_rows_at<C>(b, panel, kd, vs.data, vs.stride, n, value_dim);
 
     if (outputs) {
       const bool with_state = has_state;
       if (with_state) {
-        const A* s = local;
-        if (before) {
-          combine_state(state, vp, since, before, value_dim, local, vp, key_dim, value_dim);
-          s = state;
-        }
-        pack_rows_at<C>(b, panel, 0, s, vp, key_dim, value_dim);
+        pack_state<C>(b, panel, h.since, before, value_dim, local, vp, factors.total, key_dim, value_dim);
         scale_rows<C>(a, lda, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
       }
       if constexpr (Channel)
-        channel_scores(qs, ks, n);
+        channel_scores(factors, qs, ks, n);
       else
         pack_columns<C>(keys, packed_panel<C>(key_dim), ks.data, ks.stride, key_dim, n);
       for (int r = 0; r < n; r += kRows) {
@@ -107,23 +125,23 @@ class Forward {
           const MatrixA<C> left = left_operand<C>(rows, qs.from(r), count, key_dim);
           matmul<C>(count, columns, key_dim, left, {keys, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false);
         }
-        weigh(qs, ks, r, count, columns);
+        weigh(h, qs, ks, r, count, columns);
         const int skipped = with_state ? 0 : kd;
         matmul<C>(count, value_dim, kd + columns - skipped, {a + r * lda + skipped, lda}, {b, panel, skipped},
                   {out + r * vp, vp}, false);
       }
-      write(t, n);
+      write(h, t, n);
     }
 
+    if (!outputs || !has_state) decay_state(local, vp, factors.total, key_dim);
     scale_rows<C>(rows, kp, ks, n, key_dim, [&](int j, int c) { return factors.key_at(j, c); });
     copy_columns<C>(keys_t, kChunk, rows, kp, key_dim, n);
-    decay_state(local, vp, factors.total, key_dim);
     matmul<C>(key_dim, value_dim, n, {keys_t, kChunk}, {b, panel, kd}, {local, vp}, true);
-    for (int c = 0; c < kp; ++c) since[c] *= factors.total[c];
+    for (int c = 0; c < kp; ++c) h.since[c] *= factors.total[c];
   }
 
   // Scores of channel decay, weights included.
-  void channel_scores(Rows<const T> qs, Rows<const T> ks, int n) {
+  void channel_scores(const Factors<A, Channel>& factors, Rows<const T> qs, Rows<const T> ks, int n) {
     if constexpr (Channel) {
       leaf_scores(factors, qs, ks, key_dim, n, scores);
       for (int size = kLeaf; size < n; size *= 2) {
@@ -140,8 +158,10 @@ class Forward {
   }
 
   // a[i][kd + j] = scale * weight * score for rows [r, r + count) and the columns that are multiplied.
-  void weigh(Rows<const T> qs, Rows<const T> ks, int r, int count, int columns) {
+  void weigh(const Head& h, Rows<const T> qs, Rows<const T> ks, int r, int count, int columns) {
     constexpr int lanes = kLanes<A>;
+    const Factors<A, Channel>& factors = h.factors;
+    const A* const bonus = h.bonus;
     const Vec<A> index = iota<A>();
     const int end = round_up(columns, most(lanes, C::kDepthAlign));
     for (int i = r; i < r + count; ++i) {
@@ -168,16 +188,16 @@ class Forward {
     }
   }
 
-  void write(int64_t t, int n) {
+  void write(Head& h, int64_t t, int n) {
     constexpr int lanes = kLanes<A>;
     const int columns = static_cast<int>(p.value_dim);
     for (int i = 0; i < n; ++i) {
       const A* const from = out + i * vp;
-      T* const to = o[t + i];
+      T* const to = h.o[t + i];
       A inverse = 1;
       if (p.normalize) {
         const A sum = from[columns] + static_cast<A>(kNormalizeEpsilon);
-        *denominator[t + i] = sum;
+        *h.denominator[t + i] = sum;
         inverse = A(1) / sum;
       }
       if (p.normalize)
@@ -191,8 +211,7 @@ class Forward {
   const int key_dim, value_dim;  // value_dim with the column of ones
   int kp, vp, kd;
   int64_t lda, panel;
-  Factors<A, Channel> factors;
-  A* state;
+  Head head[kHeads];
   E* a;       // [kChunk, kd | kChunk]
   E* b;       // kd rows of the state, then kChunk of v
   E* rows;    // [kChunk, kp]
@@ -202,11 +221,6 @@ class Forward {
   A* out;     // [kChunk, vp]
   A* side;
   T* ones;
-  Rows<const T> q, k, v;
-  Rows<T> o;
-  Rows<A> denominator{};
-  Rows<const A> decay{};
-  const A* bonus = nullptr;
   alignas(64) A row_scale[kChunk];
 };
 
@@ -238,34 +252,39 @@ void run(const LinearAttentionParams& p, const Parallel& parallel) {
   const bool split = chains < parallel.threads && most_segments > 1;
   const auto slot = [&](int64_t tile, int64_t head) { return (tile * p.heads + head) * size; };
 
+  const auto copy_or_clear = [&](A* to, const A* from) {
+    if (from)
+      __builtin_memcpy(to, from, sizeof(A) * size);
+    else
+      __builtin_memset(to, 0, sizeof(A) * size);
+  };
+
   if (!split) {
-    run_tasks(parallel, chains, [&](TaskQueue& queue) {
+    const int group = heads_together(p, parallel.threads);
+    run_tasks(parallel, chains / group, [&](TaskQueue& queue) {
       const Tiles tiles;
       Scratch scratch;
-      Forward<T, C, Channel> forward(p, scratch);
-      A* const after = scratch.take<A>(size);
+      Forward<T, C, Channel> forward(p, scratch, group);
       for (int64_t task; (task = queue.next()) >= 0;) {
-        const Sequence s = sequence(p, task / p.heads);
-        const int64_t head = task % p.heads;
-        A* const end = final_state + task * size;
-        const A* before = initial ? initial + task * size : nullptr;
-        forward.begin(s, head);
-        for (int64_t i = 0; i < s.segments(); ++i) {
-          if (checkpoints) {
-            A* const checkpoint = checkpoints + slot(s.tile + i, head);
-            if (before)
-              __builtin_memcpy(checkpoint, before, sizeof(A) * size);
-            else
-              __builtin_memset(checkpoint, 0, sizeof(A) * size);
-          }
-          forward.segment(i * kSegment, least((i + 1) * kSegment, s.length), before, true);
-          forward.finish(after, before);  // in place from the second segment on: row by row
-          before = after;
+        const int64_t first = task * group;  // of the chains
+        const Sequence s = sequence(p, first / p.heads);
+        const A* before[kHeads];
+        for (int g = 0; g < group; ++g) {
+          before[g] = initial ? initial + (first + g) * size : nullptr;
+          forward.begin(g, s, first % p.heads + g);
         }
-        if (before)
-          __builtin_memcpy(end, before, sizeof(A) * size);
-        else
-          __builtin_memset(end, 0, sizeof(A) * size);
+        for (int64_t i = 0; i < s.segments(); ++i) {
+          if (checkpoints)
+            for (int g = 0; g < group; ++g) copy_or_clear(checkpoints + slot(s.tile + i, first % p.heads + g), before[g]);
+          forward.segment(i * kSegment, least((i + 1) * kSegment, s.length), before, true);
+          for (int g = 0; g < group; ++g) {
+            A* const after = final_state + (first + g) * size;
+            forward.finish(g, after, before[g]);  // in place from the second segment on: row by row
+            before[g] = after;
+          }
+        }
+        if (s.segments() == 0)
+          for (int g = 0; g < group; ++g) copy_or_clear(final_state + (first + g) * size, before[g]);
       }
     });
     return;
@@ -280,19 +299,21 @@ void run(const LinearAttentionParams& p, const Parallel& parallel) {
     run_tasks(parallel, tasks, [&](TaskQueue& queue) {
       const Tiles tiles;
       Scratch scratch;
-      Forward<T, C, Channel> forward(p, scratch);
+      Forward<T, C, Channel> forward(p, scratch, 1);
       for (int64_t task; (task = queue.next()) >= 0;) {
         const int64_t chain = task / most_segments, i = task % most_segments, head = chain % p.heads;
         const Sequence s = sequence(p, chain / p.heads);
         if (i >= s.segments()) continue;
-        forward.begin(s, head);
+        forward.begin(0, s, head);
         const int64_t at = slot(s.tile + i, head), last = least((i + 1) * kSegment, s.length);
         if (outputs) {
-          forward.segment(i * kSegment, last, i > 0 || initial ? checkpoints + at : nullptr, true);
+          const A* const before = i > 0 || initial ? checkpoints + at : nullptr;
+          forward.segment(i * kSegment, last, &before, true);
         } else {
-          forward.segment(i * kSegment, last, nullptr, false);
-          forward.finish(locals + at, nullptr);
-          __builtin_memcpy(since + at / size * p.key_dim, forward.since, sizeof(A) * p.key_dim);
+          const A* const nothing = nullptr;
+          forward.segment(i * kSegment, last, &nothing, false);
+          forward.finish(0, locals + at, nullptr);
+          __builtin_memcpy(since + at / size * p.key_dim, forward.since(0), sizeof(A) * p.key_dim);
         }
       }
     });
@@ -307,10 +328,7 @@ void run(const LinearAttentionParams& p, const Parallel& parallel) {
         for (int64_t i = 0; i <= s.segments(); ++i) {
           A* const to = i < s.segments() ? checkpoints + slot(s.tile + i, head) : end;
           if (i == 0) {
-            if (before)
-              __builtin_memcpy(to, before, sizeof(A) * size);
-            else
-              __builtin_memset(to, 0, sizeof(A) * size);
+            copy_or_clear(to, before);
           } else {
             const int64_t last = slot(s.tile + i - 1, head);
             combine_state(to, columns, since + last / size * p.key_dim, before, columns, locals + last, columns,

@@ -30,7 +30,7 @@ constexpr double kNormalizeEpsilon = 1e-6;
 enum class DecayKind : int32_t { kNone = 0, kHead = 1, kToken = 2, kChannel = 3 };
 
 struct LinearAttentionParams {
-  static constexpr int64_t kSegment = 1024;
+  static constexpr int64_t kSegment = 512;
 
   DType dtype;  // of q, k, v, out and their gradients
   int64_t batch, tokens, heads, heads_k, key_dim, value_dim;

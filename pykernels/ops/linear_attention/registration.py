@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ... import _dispatch, _library
 from . import reference
 
-SEGMENT = 1024  # tokens between the states that forward keeps for backward, as in csrc/include/pykernels/linear_attention.h
+SEGMENT = 512  # tokens between the states that forward keeps for backward, as in csrc/include/pykernels/linear_attention.h
 
 _OPTIONS = "float scale, bool normalize, bool reverse"
 SCHEMAS = {
