@@ -85,7 +85,7 @@ struct Shape {
   using C = ComputeFor<T>;
 #if defined(PYKERNELS_HAS_AMX)
   static constexpr int kRows = sizeof(typename C::Elem) == 2 ? 32 : 24;
-  static constexpr int kKeys = sizeof(typename C::Elem) == 2 ? 512 : 128;
+  static constexpr int kKeys = sizeof(typename C::Elem) == 2 ? 256 : 128;
 #else
   static constexpr int kRows = 24;
   static constexpr int kKeys = 128;
