@@ -219,7 +219,7 @@ def _distance(actual: Tensor, reference: Tensor) -> tuple[float, float, str | No
 
 
 def compare(name: str, actual: Tensor, reference: Tensor, yardstick: Tensor) -> Error:
-    """The error of `actual`; the budget: twice the yardstick's, 4 ulp of the compute dtype, a rounding of the output."""
+    """The error of `actual`; the budget: twice the yardstick's, 4 ulp of the compute dtype, one rounding of the output."""
     for what in ("shape", "dtype", "device"):
         came, wanted = getattr(actual, what), getattr(yardstick, what)
         if came != wanted:
