@@ -2,12 +2,13 @@
 //
 // Rows. The query heads that share a key head are folded into the rows of one problem: row r of (sequence, key head) is
 // query r / group of head r % group, so that K and V are packed once for all of them.
-// Tasks. One is (sequence, key head, chunk of rows), a chunk being what keeps its queries and accumulators in the L2 cache.
-// A task walks over blocks of keys; a block of K and V is packed once, then every tile of kRows rows that sees some of it does
+// Tasks. One is (sequence, key head, chunk of rows), a chunk being what keeps its queries and accumulators in the L2
+// cache. A task walks over blocks of keys; a block of K and V is packed once, then every tile of kRows rows that sees
+// some of it does
 //   S = Q K^T,  P = 2^(c S - m),  l = l 2^(m' - m) + row sums of P,  O = O 2^(m' - m) + P V      (c = scale * log2 e)
-// and at the end out = O / l, lse = (m + log2 l) ln 2. Tiles are cut down to the keys that any of their rows sees; only tiles
-// at an edge of the mask look at single keys. The tiles of rows and blocks of keys depend on the shape alone, so results are
-// the same whatever the number of threads.
+// and at the end out = O / l, lse = (m + log2 l) ln 2. Tiles are cut down to the keys that any of their rows sees;
+// only tiles at an edge of the mask look at single keys. The tiles of rows and blocks of keys depend on the shape
+// alone, so results are the same whatever the number of threads.
 #include "../../include/pykernels/flash_attention.h"
 
 #include "../common/matmul.h"
@@ -85,7 +86,7 @@ struct Shape {
   using C = ComputeFor<T>;
 #if defined(PYKERNELS_HAS_AMX)
   static constexpr int kRows = sizeof(typename C::Elem) == 2 ? 32 : 24;
-  static constexpr int kKeys = sizeof(typename C::Elem) == 2 ? 512 : 128;
+  static constexpr int kKeys = sizeof(typename C::Elem) == 2 ? 256 : 128;
 #else
   static constexpr int kRows = 24;
   static constexpr int kKeys = 128;
@@ -163,8 +164,8 @@ class Worker {
            (head_k_ * problem_.group + at.head) * stride.head;
   }
 
-  // Brings part `part` of `parts` of the block of keys and values from `key` on into the L2 cache. Their rows are far apart in
-  // memory, often in pages of their own: more than the hardware foresees.
+  // Brings part `part` of `parts` of the block of keys and values from `key` on into the L2 cache. Their rows are far
+  // apart in memory, often in pages of their own: more than the hardware foresees.
   void prefetch_keys(int64_t key, int64_t end, int part, int parts) const {
     const int64_t n = least<int64_t>(kKeys, end - key);
     for (int64_t i = key + n * part / parts; i < key + n * (part + 1) / parts; ++i) {
@@ -303,7 +304,8 @@ class Worker {
                 {v_, packed_panel<C>(kKeys), begin}, {o, width_}, true);
   }
 
-  // O += P V over what each row sees: zero weights would make NaN of the infinities and NaN in values that are hidden from it.
+  // O += P V over what each row sees: zero weights would make NaN of the infinities and NaN in values that are hidden
+  // from it.
   void add_visible(int row, int rows, int64_t first_key, int columns) {
     for (int i = 0; i < rows; ++i) {
       const Range range = visible(problem_, *s_q_, token(row + i));
@@ -320,9 +322,10 @@ class Worker {
   }
 
 #if defined(PYKERNELS_HAS_AMX)
-  // The same in one pass for bf16 on AMX: while the tile unit multiplies the next 32 keys, the vector unit turns the scores of the
-  // last 32 into weights. Returns false, with l and o unchanged, where rows have no maximum yet to go by (the first keys are
-  // looked at for one), where their scores are too small for the table, or when one outgrows its maximum.
+  // The same in one pass for bf16 on AMX: while the tile unit multiplies the next 32 keys, the vector unit turns the
+  // scores of the last 32 into weights. Returns false, with l and o unchanged, where rows have no maximum yet to go
+  // by (the first keys are looked at for one), where their scores are too small for the table, or when one outgrows
+  // its maximum.
   bool fused_tile(int row, int64_t key, int begin, int columns, Range first, Range last) {
     static_assert(kRows == 32 && 2 * 32 * 32 <= kRows * kStride);
     if (p_.softcap > 0 || p_.scale == 0) return false;
@@ -380,8 +383,8 @@ class Worker {
 
     float* const l = l_ + row * 16;
     for (int i = 0; i < 32; ++i) store(l + 16 * i, load(l + 16 * i) + load(sums + 16 * i));
-    matmul<C>(kRows, width_, columns, {weights_, kStride}, {v_, packed_panel<C>(kKeys), begin}, {o_ + row * width_, width_},
-              true);
+    matmul<C>(kRows, width_, columns, {weights_, kStride}, {v_, packed_panel<C>(kKeys), begin},
+              {o_ + row * width_, width_}, true);
     return true;
   }
 
@@ -465,7 +468,8 @@ template <class T>
 void write_unused(const FlashAttentionParams& p, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t)
     for (int64_t h = 0; h < p.heads_q; ++h) {
-      __builtin_memset(static_cast<T*>(p.out) + t * p.out_stride.token + h * p.out_stride.head, 0, p.value_dim * sizeof(T));
+      T* const out = static_cast<T*>(p.out) + t * p.out_stride.token + h * p.out_stride.head;
+      __builtin_memset(out, 0, p.value_dim * sizeof(T));
       static_cast<Wide<T>*>(p.lse)[h * p.seqlen_q + t] = -static_cast<Wide<T>>(kInfinity);
     }
 }
@@ -486,9 +490,11 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
     }
   }
 
-  // Rows per chunk: queries and accumulators take half a megabyte of L2, more chunks than threads where there are rows enough.
+  // Rows per chunk: queries and accumulators take half a megabyte of L2, more chunks than threads where there are
+  // rows enough.
   const int64_t row_bytes = round_up(p.head_dim, C::kDepthAlign) * sizeof(typename C::Elem) +
-                            (round_up(p.value_dim, C::kColumnAlign) + kLanes<typename C::Acc>) * sizeof(typename C::Acc);
+                            (round_up(p.value_dim, C::kColumnAlign) + kLanes<typename C::Acc>) *
+                                sizeof(typename C::Acc);
   int64_t rows = 0, longest = 0;
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t here = sequence(p, s).tq * problem.group;
