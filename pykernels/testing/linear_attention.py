@@ -221,23 +221,36 @@ def _calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:
 
 
 def chunkwise(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None, chunk: int = 128) -> Tensor:
-    """The best plain PyTorch for decay None or [H]: matrix products on chunks, a loop over chunk states. T % chunk == 0."""
+    """The best plain PyTorch: matrix products on chunks, a loop over chunk states. T is a multiple of chunk.
+
+    With a decay per channel queries are multiplied by e^b and keys by e^-b, which overflows where a chunk decays by e^-88.
+    """
     batch, tokens, heads, key_dim = q.shape
     scale = key_dim ** -0.5 if scale is None else scale
-    wide = _wide(q.dtype)
-    decay = q.new_zeros(heads, dtype=wide) if decay is None else decay.to(wide)
-    q, k, v = (x.transpose(1, 2).reshape(batch, heads, tokens // chunk, chunk, -1) for x in (q, k, v))
-    i = torch.arange(chunk, device=q.device)
-    distance, g = (i[:, None] - i).clamp(min=0), decay[:, None, None]
-    weight = torch.where(i[:, None] >= i, (distance * g).exp(), 0.0).to(q.dtype)[:, None]
-    of_query = ((i + 1)[:, None] * g).exp().mul(scale).to(q.dtype)[:, None]
-    of_key = ((chunk - 1 - i)[:, None] * g).exp().to(q.dtype)[:, None]
-    updates = (k * of_key).transpose(-1, -2) @ v
+    wide, count = _wide(q.dtype), tokens // chunk
+
+    def split(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).reshape(batch, heads, count, chunk, -1)
+
+    q, k, v = split(q), split(k), split(v)
+    if decay is None or decay.dim() == 1:
+        g = q.new_zeros(heads, dtype=wide) if decay is None else decay.to(wide)
+        b = (torch.arange(1, chunk + 1, device=q.device) * g[:, None])[None, :, None, :, None]  # [1, H, 1, C, 1]
+    else:
+        b = split(decay.to(wide)).cumsum(3)  # [B, H, N, C, 1 or K]
+    end = b[..., -1:, :]
+    of_query, of_key = (b.exp() * scale).to(q.dtype), (end - b).exp().to(q.dtype)
+    if b.shape[-1] == 1:
+        weights = (b - b.transpose(-1, -2)).tril().exp().tril() * scale
+        scores = q @ k.transpose(-1, -2) * weights.to(q.dtype)
+    else:
+        scores = ((q * of_query) @ (k * (-b).exp().to(q.dtype)).transpose(-1, -2)).tril()
+    updates, factor = (k * of_key).transpose(-1, -2) @ v, end.exp().transpose(-1, -2)
     state, states = torch.zeros_like(updates[:, :, 0], dtype=wide), []
-    for n in range(tokens // chunk):
+    for n in range(count):
         states.append(state.to(q.dtype))
-        state = state * (chunk * g).exp() + updates[:, :, n]
-    out = (q @ k.transpose(-1, -2) * (weight * scale)) @ v + (q * of_query) @ torch.stack(states, 2)
+        state = state * factor[:, :, min(n, factor.shape[2] - 1)] + updates[:, :, n]
+    out = scores @ v + (q * of_query) @ torch.stack(states, 2)
     return out.reshape(batch, heads, tokens, -1).transpose(1, 2)
 
 
@@ -247,9 +260,8 @@ def _peer(sample: Sample) -> Callable[..., Tensor] | None:
     unserved = ("bonus", "normalize", "initial_state", "cu_seqlens", "reverse")
     if any(name in args for name in unserved) or args["q"].shape[2] != args["v"].shape[2] or args["q"].shape[1] % 128:
         return None
-    if decay is not None and decay.dim() != 1:
-        return None
-    return lambda q, k, v, decay=None: chunkwise(q, k, v, decay, scale=args.get("scale"))
+    chunk = 32 if decay is not None and decay.dim() == 4 else 128
+    return lambda q, k, v, decay=None: chunkwise(q, k, v, decay, scale=args.get("scale"), chunk=chunk)
 
 
 def _bad_inputs() -> Iterable[BadInput]:

@@ -92,9 +92,10 @@ def test_mamba2_ssd(target):
 
 
 @on_targets
-def test_the_chunkwise_peer_is_right(target):
-    args = inputs("peer", tokens=256, heads=2, key_dim=16, decay="head")
-    near(chunkwise(**args, chunk=64), linear_attention(**args, backend=target.backend))
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_chunkwise_peer_is_right(target, decay):
+    args = inputs(f"peer-{decay}", batch=2, tokens=128, heads=2, key_dim=16, value_dim=12, decay=decay)
+    near(chunkwise(**args, chunk=32), linear_attention(**args, backend=target.backend))
 
 
 # ---- states ------------------------------------------------------------------------------------------------------------
