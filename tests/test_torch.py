@@ -65,7 +65,8 @@ def test_fakes_know_shapes_dtypes_and_strides(op, target):
                 real = torch_op(*args)
                 with FakeTensorMode() as mode:
                     fake = torch_op(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
-                for x, y in zip(real or (), fake or (), strict=True):
+                real, fake = ((x,) if isinstance(x, torch.Tensor) else x or () for x in (real, fake))
+                for x, y in zip(real, fake, strict=True):
                     assert (x.shape, x.dtype, x.stride(), x.device) == (
                         y.shape,
                         y.dtype,
@@ -231,6 +232,7 @@ def test_inference_mode(op, target):
     with torch.inference_mode():
         args = {**case.make(torch.float32, target.device).args, **op.returns}
         values = op.function(**args, backend=target.backend)
+        values = values if isinstance(values, tuple) else (values,)
         assert all(x.is_inference() for x in values)
         for name, x in zip(op.outputs, values):
             assert torch.equal(x, wanted[name]) and x.abs().max() > 0

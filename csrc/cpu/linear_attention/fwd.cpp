@@ -243,6 +243,8 @@ void run(const LinearAttentionParams& p, const Parallel& parallel) {
   const A* const initial = static_cast<const A*>(p.initial_state);
   A* const final_state = static_cast<A*>(p.final_state);
   clear_rest<T, A>(p);
+  if (p.cu_seqlens && p.checkpoints)  // some tiles have no segment
+    __builtin_memset(p.checkpoints, 0, sizeof(A) * p.tiles() * p.heads * size);
 
   int64_t most_segments = 0;
   for (int64_t s = 0; s < p.state_count(); ++s) most_segments = most(most_segments, sequence(p, s).segments());
