@@ -91,4 +91,9 @@ void flash_attention_bwd(const FlashAttentionBackwardParams& params, const Paral
 void flash_attention_decode(const FlashAttentionDecodeParams& params, const Parallel& parallel);
 }  // namespace cpu
 
+// On `stream` (a cudaStream_t) of the current device; bf16 and fp16, head sizes up to 256. Return null, or what went wrong.
+namespace cuda {
+const char* flash_attention_fwd(const FlashAttentionParams& params, void* stream);
+}  // namespace cuda
+
 }  // namespace pykernels
