@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -62,6 +63,8 @@ def integer(name: str, x: Tensor) -> None:
 def number(name: str, x: object) -> float:
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if not -math.inf < x < math.inf:
+        raise ValueError(f"{name} must be finite, got {x}")
     return x
 
 

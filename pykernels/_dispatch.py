@@ -5,7 +5,6 @@ A backend's ops are found by name: `<op>_<part>_<backend>` in `torch.ops.pykerne
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -27,7 +26,21 @@ def register_fake(name: str, fake: Callable) -> None:
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
-@functools.cache
 def op(name: str) -> torch._ops.OpOverload:
-    """The op `pykernels::name`, looked up once."""
+    """The op `pykernels::name`."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def bump_versions(name: str, mutated: tuple[int, ...]) -> None:
+    """Makes `pykernels::name` bump the version counters of the arguments it overwrites, so that autograd notices.
+
+    Neither the native library nor `define` does so by itself.
+    """
+
+    def run(keyset, *args):
+        for i in mutated:
+            torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op(name).redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _library.impl(name, run, "ADInplaceOrView", with_keyset=True)

@@ -91,9 +91,14 @@ def _triton_error(interpret: bool) -> str | None:
     return "torch finds no GPU that Triton can use (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile looks through caches, and can't trace how it is found
 def environment() -> Environment:
     """This process's environment, found once."""
+    return _find_environment()
+
+
+@functools.cache
+def _find_environment() -> Environment:
     interpret = os.environ.get("TRITON_INTERPRET", "0") == "1"
     return Environment(
         cpu=_library.error(),

@@ -37,7 +37,8 @@ bool machine_has(const char* name) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!std::strcmp(name, "avx512")) return avx512;
-  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  // The byte permutes come with every bf16 unit but that of Cooper Lake.
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   if (!std::strcmp(name, "avx512_bf16")) return avx512_bf16;
   if (!std::strcmp(name, "amx")) {
     unsigned a, b, c, d;

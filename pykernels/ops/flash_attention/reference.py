@@ -54,7 +54,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None
         return attention(q, k, v, scale, softcap, left, right)
     # Padding after the last sequence belongs to none: zeros, and lse -inf.
     outs, lses = [], []
-    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    # An empty sequence first, so that the outputs depend on q, k and v even when there is no other.
+    ends_q, ends_k = [0, *cu_seqlens_q.tolist()], [0, *cu_seqlens_k.tolist()]
     for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:]):
         out, lse = attention(q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], scale, softcap, left, right)
         outs.append(out)
@@ -69,7 +70,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None
 def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, new_tokens: int, scale: float,
                            softcap: float, left: int, right: int) -> tuple[Tensor, Tensor]:
     """`attention` of each batch entry against the valid part of its cache."""
-    outs, lses = [], []
+    out, lse = attention(q[:0], k_cache[:0], v_cache[:0], scale, softcap, left, right)  # what remains without batch entries
+    outs, lses = [out], [lse]
     for b, length in enumerate(cache_seqlens.tolist()):
         length = min(max(length + new_tokens, 0), k_cache.shape[1])
         out, lse = attention(q[b:b + 1], k_cache[b:b + 1, :length], v_cache[b:b + 1, :length], scale, softcap, left, right)

@@ -1,0 +1,184 @@
+"""What every `bench_<op>.py` uses: a case, its candidates, and `measure`, which checks them and times them in turn.
+
+A benchmark file describes its op by a `Problem` (inputs, our call on a backend, the float64 reference) and a list of
+`Case`s; peers are in peers.py. A measurement is a plain dictionary, stored as pytest-benchmark's extra information and
+read by report.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pykernels import backends, testing
+
+from . import timer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the results: what is computed, on what, and how much work that is."""
+
+    op: str
+    shape: str  # "B1 H8 T2048 D64", as in the tables
+    options: str  # "causal"
+    dtype: str  # a key of DTYPES
+    direction: str  # "fwd", "fwd+bwd" or "step"
+    device: str
+    threads: int  # torch's intra-op threads; 1 on a GPU
+    work: float  # what `limits` bound: FLOPs, or bytes moved
+    limits: tuple[str, ...]  # the machine's limit to compare with (see limits.py): the first of these that it has
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == "fwd+bwd"
+
+    def __str__(self) -> str:
+        threads = f" {self.threads} thread{'s' * (self.threads != 1)}" if self.device == "cpu" else ""
+        return f"{self.op} {self.shape} {self.options} {self.dtype} {self.direction}{threads}"
+
+    @property
+    def id(self) -> str:
+        return "-".join(str(self).split()[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Something to time, and how its result reads as named tensors in our layout, to check."""
+
+    run: Callable[[], Any]
+    outputs: Callable[[Any], dict[str, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """Named parts of the outputs: in float64, and as the plain composition in the dtype has them (the yardstick)."""
+
+    reference: Mapping[str, Tensor]
+    yardstick: Mapping[str, Tensor]
+    part: Callable[[str, Tensor], Tensor]  # the checked part of a whole output
+    scope: str  # which part: "head 3 of 8", "everything"
+
+    def errors(self, outputs: Mapping[str, Tensor]) -> list[testing.Error]:
+        parts = {name: self.part(name, outputs[name].detach()) for name in self.reference}
+        return [testing.compare(name, x, self.reference[name], self.yardstick[name]) for name, x in parts.items()]
+
+
+class Problem(Protocol):
+    """The inputs of a case, and what runs on them."""
+
+    op: backends.Op
+
+    def ours(self, backend: str) -> Call: ...
+
+    def expected(self) -> Expected: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """Another implementation: None or why it can't run a problem, and its variants, of which the fastest is timed."""
+
+    name: str
+    op: str
+    missing: Callable[[Case], str | None]
+    variants: Callable[[Any, Case], Mapping[str, Call]]
+
+
+def step(function: Callable[..., Tensor], inputs: Iterable[Tensor],
+         dout: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of `function(*inputs)` -> (out,), or with `dout` forward and backward -> (out, gradients of inputs)."""
+    if dout is None:
+        inputs = tuple(x.detach() for x in inputs)
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (function(*inputs),)
+
+        return forward
+    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+
+    def both() -> tuple[Tensor, ...]:
+        out = function(*inputs)
+        return (out, *torch.autograd.grad(out, inputs, dout))
+
+    return both
+
+
+def devices_and_threads() -> list[tuple[str, int]]:
+    """Where to measure: the GPU if there is one; else the CPU on one thread and on all of them."""
+    if torch.cuda.is_available():
+        return [("cuda", 1)]
+    return [("cpu", threads) for threads in sorted({1, torch.get_num_threads()})]
+
+
+def our_backends(op: backends.Op, case: Case, wanted: Iterable[str] | None = None) -> tuple[list[str], dict[str, str]]:
+    """(backends to measure, why not the others): those that run on the case's device, by default the compiled ones."""
+    found, missing = [], {}
+    for backend in wanted or ("cuda", "triton", "cpu"):
+        choice = testing.choice(op, backend, case.device, DTYPES[case.dtype])
+        if choice.backend is not None:
+            found.append(backend)
+        else:
+            missing[f"pykernels {backend}"] = choice.reason
+    return found, missing
+
+
+def _candidate(name: str, variant: str | None, call: Call, case: Case, expected: Expected) -> tuple[dict, float]:
+    """Runs a call once, checks what it returns -> (its entry in the record, the seconds it took)."""
+    results = []
+    seconds = timer.warm_up(lambda: results.append(call.run()), case.device)
+    errors = expected.errors(call.outputs(results.pop()))
+    entry = {"name": name, "variant": variant, "errors": {e.tensor: [e.error, e.budget] for e in errors},
+             "problem": "; ".join(e.problem for e in errors if e.problem) or None}
+    return entry, seconds
+
+
+def measure(case: Case, problem: Problem, peers: Iterable[Peer], *, seconds: float, wanted: Iterable[str] | None = None,
+            min_rounds: int = 5) -> dict:
+    """Checks our backends and the peers on `problem`, times them in turn for about `seconds` -> the record of the case.
+
+    A candidate of ours beyond its error budget, or a peer ten times beyond it (which then does not compute the same),
+    has a "problem" in its entry and is not timed.
+    """
+    expected = problem.expected()
+    backend_names, missing = our_backends(problem.op, case, wanted)
+    entries: list[dict] = []
+    runs: dict[str, Callable[[], Any]] = {}
+    warm: dict[str, float] = {}
+
+    def add(name: str, variant: str | None, call: Call, allowed: float) -> None:
+        entry, took = _candidate(name, variant, call, case, expected)
+        worst = max(entry["errors"].items(), key=lambda item: item[1][0] / max(item[1][1], 1e-300))
+        if entry["problem"] is None and worst[1][0] > allowed * worst[1][1]:
+            entry["problem"] = f"error of {worst[0]} is {worst[1][0]:.2e}, its budget {worst[1][1]:.2e}"
+        entries.append(entry)
+        if entry["problem"] is None:
+            runs[name], warm[name] = call.run, took
+
+    with testing.use_threads(case.threads):
+        for backend in backend_names:
+            add(f"pykernels {backend}", None, problem.ours(backend), allowed=1.0)
+        for peer in peers:
+            if (reason := peer.missing(case)) is not None:
+                missing[peer.name] = reason
+                continue
+            variants = dict(peer.variants(problem, case))
+            best = timer.fastest({name: call.run for name, call in variants.items()}, case.device)
+            add(peer.name, best, variants[best], allowed=10.0)
+        clock = timer.clock_for(case.device)
+        samples = timer.interleave(runs, clock, seconds=seconds, warm=warm, min_rounds=min_rounds,
+                                   seed=zlib.crc32(str(case).encode())) if runs else {}
+    for entry in entries:
+        taken = samples.get(entry["name"], [])
+        entry["seconds"] = [time for time, _ in taken]
+        if case.device != "cpu":
+            entry["call_seconds"] = [call for _, call in taken]
+    return {**dataclasses.asdict(case), "limits": list(case.limits), "checked": expected.scope, "candidates": entries,
+            "missing": missing}

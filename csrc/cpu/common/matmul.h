@@ -1,0 +1,407 @@
+// Block matrix products C (+)= A B on operands packed in scratch memory, and the functions that pack them.
+//
+// A compute type says how: F32 and F64 (fused multiply-add) everywhere; BF16 (products of bf16 pairs, summed in fp32) where
+// the ISA has bf16 dot products or AMX tiles (PYKERNELS_HAS_BF16_DOT). ComputeFor<T> is the one for tensors of type T.
+//
+// Layouts, for C [rows, columns], A [rows, depth], B [depth, columns]:
+//   A  row-major, any leading dimension. Depth is padded with zeros to a multiple of kDepthAlign.
+//   B  panels of kPanel columns. In a panel, element (k, n) is at (k / kPair) * kPanel * kPair + n * kPair + k % kPair: pairs of
+//      consecutive k side by side. Depth is padded with zeros to a multiple of kDepthAlign, columns to one of kColumnAlign (the
+//      pack functions do it); what is left of the last panel is neither written nor read.
+//   C  row-major. Written up to rows rounded to kRowAlign and columns rounded to kColumnAlign: leave that room; A must have
+//      those rows too (any contents: row i of C depends on row i of A alone).
+// Ranges of a block are products of their own. A range of k starts at a multiple of kDepthAlign (A moved on by as many elements,
+// PackedB::first), a range of n at a multiple of kPanel (B moved on by whole panels).
+#pragma once
+
+#include "simd.h"
+
+#if defined(__AVX512BF16__)
+#define PYKERNELS_HAS_BF16_DOT 1
+#endif
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define PYKERNELS_HAS_AMX 1
+#endif
+
+namespace pykernels::cpu::PYKERNELS_ISA {
+
+template <class S>
+struct FmaCompute {
+  using Elem = S;  // of packed A and B
+  using Acc = S;   // of C
+  static constexpr int kPair = 1, kDepthAlign = 1, kRowAlign = 1;
+  static constexpr int kColumnAlign = kLanes<S>, kPanel = 2 * kLanes<S>;
+  // Rows of C held in registers at a time, beside kPanel columns. 12 x 2 accumulators leave room for B and A in 32 registers,
+  // 6 x 2 in 16; in both the loads (rows + 2 per 2 * rows products) stay below what the FMA units leave time for.
+#if defined(__AVX512F__) || defined(__aarch64__)
+  static constexpr int kTileRows = 12;
+#else
+  static constexpr int kTileRows = 6;
+#endif
+};
+using F32 = FmaCompute<float>;
+using F64 = FmaCompute<double>;
+
+#if defined(PYKERNELS_HAS_BF16_DOT)
+struct BF16 {
+  using Elem = BFloat16;
+  using Acc = float;
+  static constexpr int kPair = 2, kColumnAlign = 16, kPanel = 32;
+#if defined(PYKERNELS_HAS_AMX)
+  static constexpr int kDepthAlign = 32, kRowAlign = 16, kTileRows = 32;
+#else
+  static constexpr int kDepthAlign = 2, kRowAlign = 1, kTileRows = 12;
+#endif
+};
+#endif
+
+namespace detail {
+template <class T>
+struct ComputeFor {
+  using type = F32;
+};
+template <>
+struct ComputeFor<double> {
+  using type = F64;
+};
+#if defined(PYKERNELS_HAS_BF16_DOT)
+template <>
+struct ComputeFor<BFloat16> {
+  using type = BF16;
+};
+#endif
+}  // namespace detail
+// fp16 is always computed in fp32: probabilities rounded to bf16 would spend more than its error budget.
+template <class T>
+using ComputeFor = typename detail::ComputeFor<T>::type;
+
+// Elements of a packed B of this depth and number of columns; its panel_stride is packed_panel<C>(depth).
+template <class C>
+PYKERNELS_INLINE constexpr int64_t packed_panel(int64_t depth) {
+  return round_up(depth, C::kDepthAlign) * C::kPanel;
+}
+template <class C>
+PYKERNELS_INLINE constexpr int64_t packed_size(int64_t depth, int64_t columns) {
+  return round_up(depth, C::kDepthAlign) * round_up(columns, C::kPanel);
+}
+// The operands of a product.
+template <class C>
+struct MatrixA {
+  const typename C::Elem* data;
+  int64_t stride;  // of its rows
+};
+template <class C>
+struct PackedB {
+  const typename C::Elem* data;
+  int64_t panel_stride;
+  int first = 0;  // the product takes rows first, first + 1, ... of B; a multiple of kDepthAlign
+};
+template <class C>
+struct MatrixC {
+  typename C::Acc* data;
+  int64_t stride;
+};
+
+// AMX keeps its tile registers off until configured. Every thread that calls matmul<BF16> holds one of these meanwhile; it
+// does nothing for other ISAs.
+class Tiles {
+ public:
+  Tiles() {
+#if defined(PYKERNELS_HAS_AMX)
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+#endif
+  }
+  ~Tiles() {
+#if defined(PYKERNELS_HAS_AMX)
+    _tile_release();
+#endif
+  }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+// ---- the product -------------------------------------------------------------------------------------------------------
+
+namespace detail {
+
+template <class S>
+PYKERNELS_INLINE Vec<S> multiply_add(Vec<S> b, const S* a, Vec<S> c) {
+  return c + b * splat(*a);
+}
+template <class S>
+PYKERNELS_INLINE Vec<S> load_b(const S* b) {
+  return load(b);
+}
+#if defined(PYKERNELS_HAS_BF16_DOT)
+PYKERNELS_INLINE Vec<float> multiply_add(VecU32 b, const BFloat16* a, Vec<float> c) {
+  const __m512i pair = _mm512_set1_epi32(load_bits<int>(a));
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)pair, (__m512bh)b);
+}
+PYKERNELS_INLINE VecU32 load_b(const BFloat16* b) { return load_bits<VecU32>(b); }
+#endif
+
+// C tile of Rows x Vectors registers.
+template <class C, int Rows, int Vectors>
+PYKERNELS_INLINE void register_tile(int depth, const typename C::Elem* a, int64_t lda, const typename C::Elem* b,
+                                    typename C::Acc* c, int64_t ldc, bool accumulate) {
+  using Acc = typename C::Acc;
+  constexpr int lanes = kLanes<Acc>, step = lanes * C::kPair;
+  Vec<Acc> sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = accumulate ? load(c + i * ldc + j * lanes) : Vec<Acc>{};
+  for (int k = 0; k < depth; k += C::kPair) {
+    decltype(load_b(b)) row[Vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) row[j] = load_b(b + j * step);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = multiply_add(row[j], a + i * lda, sum[i][j]);
+    a += C::kPair;
+    b += C::kPanel * C::kPair;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) store(c + i * ldc + j * lanes, sum[i][j]);
+}
+
+// The rows % kTileRows last rows: the tile of exactly that height.
+template <class C, int Rows, int Vectors>
+void last_rows(int rows, int depth, const typename C::Elem* a, int64_t lda, const typename C::Elem* b, typename C::Acc* c,
+               int64_t ldc, bool accumulate) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows)
+      register_tile<C, Rows, Vectors>(depth, a, lda, b, c, ldc, accumulate);
+    else
+      last_rows<C, Rows - 1, Vectors>(rows, depth, a, lda, b, c, ldc, accumulate);
+  }
+}
+
+// One panel of B against all rows.
+template <class C, int Vectors>
+struct Panel {
+  static __attribute__((noinline)) void multiply(int rows, int depth, const typename C::Elem* a, int64_t lda,
+                                                 const typename C::Elem* b, typename C::Acc* c, int64_t ldc,
+                                                 bool accumulate) {
+    int i = 0;
+    for (; i + C::kTileRows <= rows; i += C::kTileRows)
+      register_tile<C, C::kTileRows, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
+    last_rows<C, C::kTileRows - 1, Vectors>(rows - i, depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
+  }
+};
+
+#if defined(PYKERNELS_HAS_AMX)
+// C block of RowTiles x Vectors tiles of 16 x 16, in tiles 0-3; A in 4-5, B in 6-7.
+template <int RowTiles, int Vectors>
+PYKERNELS_INLINE void amx_tile(int depth, const BFloat16* a, int64_t lda, const BFloat16* b, float* c, int64_t ldc,
+                               bool accumulate) {
+  constexpr int b_bytes = 2 * 64;
+  const int64_t a_bytes = lda * 2, c_bytes = ldc * 4;
+  float* const c1 = c + 16 * ldc;
+  const BFloat16* const a1 = a + 16 * lda;
+  if (accumulate) {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (Vectors > 1) _tile_loadd(1, c + 16, c_bytes);
+    if constexpr (RowTiles > 1) _tile_loadd(2, c1, c_bytes);
+    if constexpr (RowTiles > 1 && Vectors > 1) _tile_loadd(3, c1 + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (Vectors > 1) _tile_zero(1);
+    if constexpr (RowTiles > 1) _tile_zero(2);
+    if constexpr (RowTiles > 1 && Vectors > 1) _tile_zero(3);
+  }
+  for (int k = 0; k < depth; k += 32) {
+    _tile_loadd(6, b, b_bytes);
+    _tile_loadd(4, a + k, a_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (Vectors > 1) {
+      _tile_loadd(7, b + 32, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (RowTiles > 1) {
+      _tile_loadd(5, a1 + k, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (Vectors > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    b += 2 * 512;
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (Vectors > 1) _tile_stored(1, c + 16, c_bytes);
+  if constexpr (RowTiles > 1) _tile_stored(2, c1, c_bytes);
+  if constexpr (RowTiles > 1 && Vectors > 1) _tile_stored(3, c1 + 16, c_bytes);
+}
+
+template <int Vectors>
+struct Panel<BF16, Vectors> {
+  static __attribute__((noinline)) void multiply(int rows, int depth, const BFloat16* a, int64_t lda, const BFloat16* b,
+                                                 float* c, int64_t ldc, bool accumulate) {
+    int i = 0;
+    for (; i + 16 < rows; i += 32)
+      amx_tile<2, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
+    if (i < rows) amx_tile<1, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
+  }
+};
+#endif
+
+}  // namespace detail
+
+// C = A B, or C += A B. `depth` is rounded up to kDepthAlign (the padding of A and B is read).
+template <class C>
+void matmul(int rows, int columns, int depth, MatrixA<C> a, PackedB<C> b, MatrixC<C> c, bool accumulate) {
+  depth = round_up(depth, C::kDepthAlign);
+  const typename C::Elem* panel = b.data;
+  for (int n = 0; n < columns; n += C::kPanel, panel += b.panel_stride) {
+    const auto multiply = columns - n > C::kColumnAlign ? detail::Panel<C, 2>::multiply : detail::Panel<C, 1>::multiply;
+    multiply(rows, depth, a.data, a.stride, panel + b.first * C::kPanel, c.data + n, c.stride, accumulate);
+  }
+}
+
+// ---- packing -----------------------------------------------------------------------------------------------------------
+
+namespace detail {
+
+#if defined(PYKERNELS_HAS_BF16_DOT)
+// Columns [0, n) of a row as bf16 bits.
+PYKERNELS_INLINE HalfU16 load_bf16(const BFloat16* p, int64_t n) {
+  if (n >= 16) return load_bits<HalfU16>(p);
+  return n <= 0 ? HalfU16{} : (HalfU16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+}
+template <class T>
+PYKERNELS_INLINE HalfU16 load_bf16(const T* p, int64_t n) {
+  return narrow(load_upto(p, n), BFloat16{});
+}
+// Pairs of consecutive columns.
+PYKERNELS_INLINE VecU32 load_pairs(const BFloat16* p, int64_t n) {
+  if (n >= 32) return load_bits<VecU32>(p);
+  return n <= 0 ? VecU32{} : (VecU32)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1), p);
+}
+template <class T>
+PYKERNELS_INLINE VecU32 load_pairs(const T* p, int64_t n) {
+  return (VecU32)_mm512_cvtne2ps_pbh((__m512)load_upto(p + (n > 16 ? 16 : 0), n > 16 ? n - 16 : 0),
+                                     (__m512)load_upto(p, n));
+}
+// Column by column, the elements of two rows.
+PYKERNELS_INLINE VecU32 interleave(HalfU16 low, HalfU16 high) {
+  return (VecU32)_mm512_cvtepu16_epi32((__m256i)low) | ((VecU32)_mm512_cvtepu16_epi32((__m256i)high) << 16);
+}
+#endif
+
+}  // namespace detail
+
+// B[k][n] = source[k * stride + n]: rows of the source are rows of B. T is any storage type that C's Acc can hold.
+template <class C, class T>
+void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64_t stride, int depth, int columns) {
+  using Acc = typename C::Acc;
+  constexpr int lanes = kLanes<Acc>;
+  const int depth_padded = round_up(depth, C::kDepthAlign), columns_padded = round_up(columns, C::kColumnAlign);
+  for (int first = 0; first < columns_padded; first += C::kPanel, b += panel_stride) {
+    const int width = least(C::kPanel, columns_padded - first);
+    for (int k = 0; k < depth_padded; k += C::kPair) {
+      typename C::Elem* const row = b + k * C::kPanel;
+      const T* const from = source + k * stride + first;
+      for (int n = 0; n < width; n += lanes) {
+        const int64_t left = columns - first - n;
+        if constexpr (C::kPair == 1) {
+          store(row + n, load_upto(from + n, left));
+        } else {
+#if defined(PYKERNELS_HAS_BF16_DOT)
+          const HalfU16 low = detail::load_bf16(from + n, k < depth ? left : 0);
+          const HalfU16 high = detail::load_bf16(from + n + (k + 1 < depth ? stride : 0), k + 1 < depth ? left : 0);
+          const VecU32 pairs = detail::interleave(low, high);
+          __builtin_memcpy(row + 2 * n, &pairs, sizeof(pairs));
+#endif
+        }
+      }
+    }
+  }
+}
+
+// B[k][n] = source[n * stride + k]: rows of the source are columns of B.
+template <class C, class T>
+void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, int64_t stride, int depth, int columns) {
+  using Acc = typename C::Acc;
+  constexpr int lanes = kLanes<Acc>;
+  const int depth_padded = round_up(depth, C::kDepthAlign), columns_padded = round_up(columns, C::kColumnAlign);
+  for (int first = 0; first < columns_padded; first += C::kPanel, b += panel_stride) {
+    const int width = least(C::kPanel, columns_padded - first);
+    for (int n = 0; n < width; n += lanes) {
+      const int64_t rows = columns - first - n;  // of the source, from the next
+      const T* const from = source + (first + n) * stride;
+      for (int k = 0; k < depth_padded; k += lanes * C::kPair) {
+        if constexpr (C::kPair == 1) {
+          Vec<Acc> square[lanes];
+          for (int i = 0; i < lanes; ++i) square[i] = i < rows ? load_upto(from + i * stride + k, depth - k) : Vec<Acc>{};
+          transpose(square);
+          for (int i = 0; i < least(lanes, depth_padded - k); ++i) store(b + (k + i) * C::kPanel + n, square[i]);
+        } else {
+#if defined(PYKERNELS_HAS_BF16_DOT)
+          VecU32 square[lanes];
+          for (int i = 0; i < lanes; ++i)
+            square[i] = i < rows ? detail::load_pairs(from + i * stride + k, depth - k) : VecU32{};
+          transpose(square);
+          for (int i = 0; i < least(lanes, (depth_padded - k) / 2); ++i)
+            __builtin_memcpy(b + (k + 2 * i) * C::kPanel + 2 * n, &square[i], sizeof(square[i]));
+#endif
+        }
+      }
+    }
+  }
+}
+
+// A[m][k] = source[m * stride + k], zeros from depth to lda (at least depth rounded up to kDepthAlign).
+template <class C, class T>
+void copy_rows(typename C::Elem* a, int64_t lda, const T* source, int64_t stride, int rows, int depth) {
+  using Acc = typename C::Acc;
+  constexpr int lanes = kLanes<Acc>;
+  for (int m = 0; m < rows; ++m, a += lda, source += stride)
+    for (int k = 0; k < lda; k += lanes) {
+      if constexpr (C::kPair == 1) {
+        store_upto(a + k, load_upto(source + k, depth - k), lda - k);
+      } else {
+#if defined(PYKERNELS_HAS_BF16_DOT)
+        const HalfU16 bits = detail::load_bf16(source + k, depth - k);
+        __builtin_memcpy(a + k, &bits, 2 * static_cast<size_t>(least<int64_t>(lanes, lda - k)));
+#endif
+      }
+    }
+}
+
+// A[m][k] = source[k * stride + m], zeros from depth to lda.
+template <class C, class T>
+void copy_columns(typename C::Elem* a, int64_t lda, const T* source, int64_t stride, int rows, int depth) {
+  using Acc = typename C::Acc;
+  constexpr int lanes = kLanes<Acc>;
+  for (int m = 0; m < rows; m += lanes)
+    for (int k = 0; k < lda; k += lanes * C::kPair) {
+      if constexpr (C::kPair == 1) {
+        Vec<Acc> square[lanes];
+        for (int i = 0; i < lanes; ++i)
+          square[i] = k + i < depth ? load_upto(source + (k + i) * stride + m, rows - m) : Vec<Acc>{};
+        transpose(square);
+        for (int i = 0; i < least(lanes, rows - m); ++i) store_upto(a + (m + i) * lda + k, square[i], lda - k);
+      } else {
+#if defined(PYKERNELS_HAS_BF16_DOT)
+        VecU32 square[lanes];
+        for (int i = 0; i < lanes; ++i) {
+          const int row = k + 2 * i;
+          const T* const from = source + row * stride + m;
+          square[i] = detail::interleave(row < depth ? detail::load_bf16(from, rows - m) : HalfU16{},
+                                         row + 1 < depth ? detail::load_bf16(from + stride, rows - m) : HalfU16{});
+        }
+        transpose(square);
+        for (int i = 0; i < least(lanes, rows - m); ++i)
+          __builtin_memcpy(a + (m + i) * lda + k, &square[i], 2 * static_cast<size_t>(least<int64_t>(32, lda - k)));
+#endif
+      }
+    }
+}
+
+}  // namespace pykernels::cpu::PYKERNELS_ISA

@@ -1,0 +1,414 @@
+// Flash attention of a few queries against a key/value cache, and the append to that cache.
+//
+// Rows. The query heads that share a key head, times the queries: row r of (batch entry, key head) is query r / group of head
+// r % group. All of them are served while a key is at hand, so that the cache is read once: this is bound by memory.
+// Tasks. One is (batch entry, chunk of kChunk keys, key head). It reads the keys (scores), makes the weights of all of them at
+// once, reads the values, and leaves o, m and l of each row; a second pass adds up the chunks of a head in their order. The
+// chunks depend on the lengths alone, so results are the same whatever the batch and the number of threads.
+// Many rows are no longer bound by memory: they go to the forward kernel, one batch entry at a time.
+#include "../../include/pykernels/flash_attention.h"
+
+#include "../common/scratch.h"
+#include "../common/simd.h"
+
+namespace pykernels::cpu::PYKERNELS_ISA {
+
+void flash_attention_fwd(const FlashAttentionParams& params, const Parallel& parallel);
+
+namespace {
+
+constexpr int kChunk = 256;
+constexpr int kBlock = 32;         // keys whose values are added to one column block at a time
+constexpr int kAhead = 16;         // keys that the prefetch runs ahead
+constexpr int kFewRows = 16;       // beyond these the products bound the time, not the memory...
+constexpr int kFewRowsAlone = 64;  // ...unless there are fewer key heads than threads, and chunks keep them busy
+constexpr int64_t kUnbounded = int64_t{1} << 62;
+
+PYKERNELS_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+// The valid keys of a batch entry.
+int64_t length(const FlashAttentionDecodeParams& p, int64_t b) {
+  return clamp(p.cache_seqlens[b] + p.new_tokens, 0, p.forward.seqlen_k);
+}
+
+// Rows of a token or cache: `row_bytes` from p, brought nearer.
+PYKERNELS_INLINE void prefetch(const void* p, int64_t row_bytes) {
+  for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
+// Splits a number of rows into groups of 4, 2 and 1 (none larger than a vector), for each of which there is a kernel.
+template <class S, class F>
+PYKERNELS_INLINE void for_row_groups(int rows, F&& f) {
+  int r = 0;
+  if constexpr (kLanes<S> >= 4)
+    for (; r + 4 <= rows; r += 4) f(r, std::integral_constant<int, 4>{});
+  for (; r + 2 <= rows; r += 2) f(r, std::integral_constant<int, 2>{});
+  if (r < rows) f(r, std::integral_constant<int, 1>{});
+}
+
+// s[j][r] = factor * q[r].k[j] for the keys of one vector of scores, the last of `n` repeated to fill it up.
+template <int Rows, class T>
+PYKERNELS_INLINE void score_step(const Wide<T>* q, int64_t q_stride, const T* k, int64_t k_stride, int n, int dim,
+                                 Wide<T> factor, Wide<T>* s) {
+  using S = Wide<T>;
+  constexpr int lanes = kLanes<S>, keys = lanes / Rows > 4 ? 4 : lanes / Rows;
+  Vec<S> sum[lanes];
+#pragma GCC unroll 4
+  for (int first = 0; first < lanes / Rows; first += keys) {
+    const T* key[keys];
+    for (int i = 0; i < keys; ++i) key[i] = k + least(first + i, n - 1) * k_stride;
+    Vec<S> part[keys][Rows] = {};
+    int d = 0;
+    for (; d + lanes <= dim; d += lanes) {
+#pragma GCC unroll 4
+      for (int i = 0; i < keys; ++i) {
+        const Vec<S> x = load(key[i] + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) part[i][r] += x * load(q + r * q_stride + d);
+      }
+    }
+    if (d < dim) {
+#pragma GCC unroll 4
+      for (int i = 0; i < keys; ++i) {
+        const Vec<S> x = load(key[i] + d, dim - d);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) part[i][r] += x * load(q + r * q_stride + d);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < keys; ++i)
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) sum[(first + i) * Rows + r] = part[i][r];
+  }
+  store(s, reduce_add_each(sum) * factor);
+}
+
+// o[r] += sum over j of w[j][r] v[j], columns [0, Vectors vectors), of which the last may end at `last` lanes.
+template <int Rows, int Vectors, class T>
+PYKERNELS_INLINE void add_values(const Wide<T>* w, const T* v, int64_t v_stride, int n, int last, Wide<T>* o, int64_t o_stride) {
+  using S = Wide<T>;
+  constexpr int lanes = kLanes<S>;
+  Vec<S> sum[Rows][Vectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < Vectors; ++c) sum[r][c] = load(o + r * o_stride + c * lanes);
+  for (int j = 0; j < n; ++j, v += v_stride, w += Rows) {
+#pragma GCC unroll 4
+    for (int c = 0; c < Vectors; ++c) {
+      const Vec<S> x = Vectors == 1 && last < lanes ? load(v, last) : load(v + c * lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) sum[r][c] += x * splat(w[r]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < Vectors; ++c) store(o + r * o_stride + c * lanes, sum[r][c]);
+}
+
+// What the tasks of one call have in common.
+struct Problem {
+  const FlashAttentionDecodeParams& p;
+  const FlashAttentionParams& f;
+  int64_t group, rows;  // query heads per key head, and rows in all
+  int64_t left, right;
+  int64_t width, row_size;  // of o, padded to whole vectors; of o, m and l together
+  // Of batch entry b: tasks [chunks[b], chunks[b + 1]) are its chunks, from key first_chunk(b) * kChunk on.
+  int64_t* chunks;
+  void* partial;  // [chunk, key head, row] o, m, l
+
+  int64_t position(int64_t b, int64_t t) const { return t + length(p, b) - f.seqlen_q; }
+  int64_t begin(int64_t b, int64_t t) const { return most<int64_t>(0, position(b, t) - left); }
+  int64_t end(int64_t b, int64_t t) const { return clamp(position(b, t) + right + 1, 0, length(p, b)); }
+  int64_t first_chunk(int64_t b) const { return begin(b, 0) / kChunk; }
+};
+
+template <class T>
+void write_row(const Problem& problem, int64_t b, int64_t head_k, int64_t row, const Wide<T>* o, Wide<T> m, Wide<T> l) {
+  using S = Wide<T>;
+  const FlashAttentionParams& f = problem.f;
+  const int64_t head = head_k * problem.group + row % problem.group, t = row / problem.group;
+  T* const out = static_cast<T*>(f.out) + b * f.out_stride.batch + t * f.out_stride.token + head * f.out_stride.head;
+  const Vec<S> inverse = splat(l == 0 ? 0 : 1 / l);
+  for (int64_t c = 0; c < f.value_dim; c += kLanes<S>) store_upto(out + c, load(o + c) * inverse, f.value_dim - c);
+  static_cast<S*>(f.lse)[(b * f.heads_q + head) * f.seqlen_q + t] =
+      l == 0 ? -static_cast<S>(kInfinity)
+             : static_cast<S>(static_cast<double>(m) * kLn2 + __builtin_log(static_cast<double>(l)));
+}
+
+// One thread's buffers, and the work of a task.
+template <class T>
+class Worker {
+  using S = Wide<T>;
+  static constexpr int kLane = kLanes<S>;
+
+ public:
+  Worker(const Problem& problem, Scratch& scratch)
+      : problem_(problem), f_(problem.f), q_stride_(round_up(f_.head_dim, kLane)) {
+    q_ = scratch.take<S>(problem.rows * q_stride_);
+    s_ = scratch.take<S>(problem.rows * kChunk);
+    result_ = scratch.take<S>(problem.rows * problem.row_size);
+  }
+
+  void run(int64_t b, int64_t chunk, int64_t head_k) {
+    const int64_t chunks = problem_.chunks[b + 1] - problem_.chunks[b];
+    const int64_t key = (problem_.first_chunk(b) + chunk) * kChunk;
+    const int64_t first = most(key, problem_.begin(b, 0));
+    const int n = static_cast<int>(least(key + kChunk, problem_.end(b, f_.seqlen_q - 1)) - first);
+    const T* const k = static_cast<const T*>(f_.k) + b * f_.k_stride.batch + head_k * f_.k_stride.head + first * f_.k_stride.token;
+    const T* const v = static_cast<const T*>(f_.v) + b * f_.v_stride.batch + head_k * f_.v_stride.head + first * f_.v_stride.token;
+    const int rows = static_cast<int>(problem_.rows);
+    S* const result = chunks == 1 ? result_
+                                  : static_cast<S*>(problem_.partial) +
+                                        ((problem_.chunks[b] + chunk) * f_.heads_k + head_k) * rows * problem_.row_size;
+    load_queries(b, head_k);
+    scores(k, v, n);
+    for_row_groups<S>(rows, [&](int r, auto group) { weights<group()>(b, r, first, n, result); });
+    values(v, n, result);
+    if (chunks == 1)
+      for (int r = 0; r < rows; ++r) {
+        const S* const o = result + r * problem_.row_size;
+        write_row<T>(problem_, b, head_k, r, o, o[problem_.width], o[problem_.width + 1]);
+      }
+  }
+
+ private:
+  void load_queries(int64_t b, int64_t head_k) {
+    for (int64_t r = 0; r < problem_.rows; ++r) {
+      const T* const q = static_cast<const T*>(f_.q) + b * f_.q_stride.batch + r / problem_.group * f_.q_stride.token +
+                         (head_k * problem_.group + r % problem_.group) * f_.q_stride.head;
+      for (int64_t d = 0; d < f_.head_dim; d += kLane) store(q_ + r * q_stride_ + d, load_upto(q + d, f_.head_dim - d));
+    }
+  }
+
+  // s_[row group][key][row], in units of log 2.
+  void scores(const T* k, const T* v, int n) {
+    const int dim = static_cast<int>(f_.head_dim), rows = static_cast<int>(problem_.rows);
+    const int64_t k_stride = f_.k_stride.token, v_stride = f_.v_stride.token;
+    const S factor = static_cast<S>(f_.softcap > 0 ? f_.scale / f_.softcap : f_.scale * kLog2e);
+    for (int j = 0; j < n; j += kLane) {
+      for (int i = j + kAhead; i < j + kAhead + kLane; ++i) {
+        if (i < n)
+          prefetch(k + i * k_stride, dim * sizeof(T));
+        else if (i - n < kAhead)
+          prefetch(v + least(i - n, n - 1) * v_stride, f_.value_dim * sizeof(T));
+      }
+      for_row_groups<S>(rows, [&](int r, auto group) {
+        constexpr int keys = kLane / group();
+        for (int i = j; i < least(n, j + kLane); i += keys)
+          score_step<group()>(q_ + r * q_stride_, q_stride_, k + i * k_stride, k_stride, n - i, dim, factor,
+                              s_ + r * kChunk + i * group());
+      });
+    }
+  }
+
+  // The scores of a group of rows become weights; leaves m and l in `result`.
+  template <int Rows>
+  void weights(int64_t b, int row, int64_t first, int n, S* result) {
+    constexpr S hidden = -static_cast<S>(kInfinity);
+    S* const s = s_ + row * kChunk;
+    const int size = n * Rows, padded = round_up(size, kLane);
+    if (f_.softcap > 0) {
+      const S cap = static_cast<S>(f_.softcap * kLog2e);
+      for (int i = 0; i < padded; i += kLane) store(s + i, tanh<S>(load(s + i)) * cap);
+    }
+    for (int i = size; i < padded; ++i) s[i] = hidden;
+    for (int r = 0; r < Rows; ++r) {
+      const int64_t t = (row + r) / problem_.group;
+      const int64_t begin = problem_.begin(b, t) - first, end = problem_.end(b, t) - first;
+      if (begin <= 0 && end >= n) continue;
+      for (int j = 0; j < n; ++j)
+        if (j < begin || j >= end) s[j * Rows + r] = hidden;
+    }
+    Vec<S> largest = splat(hidden);
+    for (int i = 0; i < padded; i += kLane) largest = max<S>(load(s + i), largest);
+    // Lane i belongs to row i % Rows.
+    S m[Rows];
+    Vec<S> base;
+    for (int r = 0; r < Rows; ++r) {
+      m[r] = hidden;
+      for (int i = r; i < kLane; i += Rows) m[r] = most(m[r], static_cast<S>(largest[i]));
+      for (int i = r; i < kLane; i += Rows) base[i] = m[r] == hidden ? 0 : m[r];
+    }
+    Vec<S> sum{};
+    for (int i = 0; i < padded; i += kLane) {
+      const Vec<S> w = exp2<S>(load(s + i) - base);
+      store(s + i, w);
+      sum += w;
+    }
+    for (int r = 0; r < Rows; ++r) {
+      S* const statistics = result + (row + r) * problem_.row_size + problem_.width;
+      statistics[0] = m[r];
+      statistics[1] = 0;
+      for (int i = r; i < kLane; i += Rows) statistics[1] += sum[i];
+    }
+  }
+
+  void values(const T* v, int n, S* result) {
+    const int rows = static_cast<int>(problem_.rows), dim = static_cast<int>(f_.value_dim);
+    const int64_t stride = f_.v_stride.token, row_size = problem_.row_size;
+    for (int r = 0; r < rows; ++r) __builtin_memset(result + r * row_size, 0, problem_.width * sizeof(S));
+    for (int j = 0; j < n; j += kBlock) {
+      const int keys = least(kBlock, n - j);
+      for (int i = j + kAhead; i < least(n, j + kAhead + kBlock); ++i) prefetch(v + i * stride, dim * sizeof(T));
+      for_row_groups<S>(rows, [&](int r, auto group) {
+        const S* const w = s_ + r * kChunk + j * group();
+        const T* const block = v + j * stride;
+        S* const o = result + r * row_size;
+        int c = 0;
+        for (; c + 4 * kLane <= dim; c += 4 * kLane)
+          add_values<group(), 4>(w, block + c, stride, keys, kLane, o + c, row_size);
+        for (; c < dim; c += kLane)
+          add_values<group(), 1>(w, block + c, stride, keys, least(kLane, dim - c), o + c, row_size);
+      });
+    }
+  }
+
+  const Problem& problem_;
+  const FlashAttentionParams& f_;
+  const int64_t q_stride_;
+  S* q_;       // [rows, head dim]
+  S* s_;       // [row group, keys, rows of the group] scores, then weights
+  S* result_;  // [rows] o, m, l where they are not partial
+};
+
+// Adds up the chunks of one (batch entry, key head), or writes what a row without keys gets.
+template <class T>
+void combine(const Problem& problem, int64_t b, int64_t head_k, Wide<T>* o) {
+  using S = Wide<T>;
+  const int64_t chunks = problem.chunks[b + 1] - problem.chunks[b], heads = problem.f.heads_k;
+  for (int64_t r = 0; r < problem.rows; ++r) {
+    const S* const partial =
+        static_cast<const S*>(problem.partial) + ((problem.chunks[b] * heads + head_k) * problem.rows + r) * problem.row_size;
+    const int64_t stride = heads * problem.rows * problem.row_size;
+    S m = -static_cast<S>(kInfinity), l = 0;
+    for (int64_t i = 0; i < chunks; ++i) m = most(m, partial[i * stride + problem.width]);
+    __builtin_memset(o, 0, problem.width * sizeof(S));
+    for (int64_t i = 0; i < chunks; ++i) {
+      const S* const from = partial + i * stride;
+      const Vec<S> factor = m == -static_cast<S>(kInfinity) ? splat<S>(1) : exp2<S>(splat(from[problem.width] - m));
+      l += from[problem.width + 1] * factor[0];
+      for (int64_t c = 0; c < problem.width; c += kLanes<S>) store(o + c, load(o + c) + load(from + c) * factor);
+    }
+    write_row<T>(problem, b, head_k, r, o, m, l);
+  }
+}
+
+template <class T>
+void decode(Problem& problem, const Parallel& parallel) {
+  using S = Wide<T>;
+  const FlashAttentionParams& f = problem.f;
+  problem.width = round_up(f.value_dim, kLanes<S>);
+  problem.row_size = problem.width + 2 * kLanes<S>;
+  Scratch table;
+  int64_t* const chunks = table.take<int64_t>(f.batch + 1);
+  problem.chunks = chunks;
+  chunks[0] = 0;
+  bool more_than_one = false, one = true;
+  for (int64_t b = 0; b < f.batch; ++b) {
+    const int64_t first = problem.begin(b, 0), end = problem.end(b, f.seqlen_q - 1);
+    const int64_t count = end > first ? (end - 1) / kChunk - first / kChunk + 1 : 0;
+    chunks[b + 1] = chunks[b] + count;
+    one &= count == 1;
+    more_than_one |= count > 1;
+  }
+  if (more_than_one) problem.partial = table.take<S>(chunks[f.batch] * f.heads_k * problem.rows * problem.row_size);
+
+  run_tasks(parallel, chunks[f.batch] * f.heads_k, [&](TaskQueue& queue) {
+    Scratch scratch;
+    Worker<T> worker(problem, scratch);
+    int64_t b = 0;
+    for (int64_t task; (task = queue.next()) >= 0;) {
+      const int64_t chunk = task / f.heads_k;
+      while (chunk >= chunks[b + 1]) ++b;
+      worker.run(b, chunk - chunks[b], task % f.heads_k);
+    }
+  });
+  if (one) return;
+  run_tasks(parallel, f.batch * f.heads_k, [&](TaskQueue& queue) {
+    Scratch scratch;
+    S* const o = scratch.take<S>(problem.width);
+    for (int64_t task; (task = queue.next()) >= 0;) {
+      const int64_t b = task / f.heads_k;
+      if (chunks[b + 1] - chunks[b] != 1) combine<T>(problem, b, task % f.heads_k, o);
+    }
+  });
+}
+
+// Each batch entry as a forward pass of its own: several at once, or else each on all threads.
+void decode_by_forward(const FlashAttentionDecodeParams& p, const Parallel& parallel) {
+  const auto entry = [&](int64_t b, const Parallel& threads) {
+    const int64_t size = p.forward.dtype == DType::kFloat64 ? 8 : p.forward.dtype == DType::kFloat32 ? 4 : 2;
+    FlashAttentionParams f = p.forward;
+    f.batch = 1;
+    f.seqlen_k = length(p, b);
+    f.q = static_cast<const char*>(f.q) + b * f.q_stride.batch * size;
+    f.k = static_cast<const char*>(f.k) + b * f.k_stride.batch * size;
+    f.v = static_cast<const char*>(f.v) + b * f.v_stride.batch * size;
+    f.out = static_cast<char*>(f.out) + b * f.out_stride.batch * size;
+    f.lse = static_cast<char*>(f.lse) + b * f.heads_q * f.seqlen_q * (size == 8 ? 8 : 4);
+    flash_attention_fwd(f, threads);
+  };
+  if (p.forward.batch < parallel.threads) {
+    for (int64_t b = 0; b < p.forward.batch; ++b) entry(b, parallel);
+    return;
+  }
+  run_tasks(parallel, p.forward.batch, [&](TaskQueue& queue) {
+    for (int64_t b; (b = queue.next()) >= 0;) entry(b, Parallel{1, parallel.run});
+  });
+}
+
+}  // namespace
+
+void flash_attention_decode(const FlashAttentionDecodeParams& params, const Parallel& parallel) {
+  const FlashAttentionParams& f = params.forward;
+  const int64_t group = f.heads_q / f.heads_k, rows = group * f.seqlen_q;
+  if (f.batch == 0 || rows == 0) return;
+  if (rows > (f.batch * f.heads_k < parallel.threads ? kFewRowsAlone : kFewRows)) return decode_by_forward(params, parallel);
+  Problem problem{params,
+                  f,
+                  group,
+                  rows,
+                  f.window_left < 0 ? kUnbounded : least(f.window_left, kUnbounded),
+                  f.window_right < 0 ? kUnbounded : least(f.window_right, kUnbounded),
+                  0,
+                  0,
+                  nullptr,
+                  nullptr};
+  switch (f.dtype) {
+    case DType::kFloat32:
+      return decode<float>(problem, parallel);
+    case DType::kBFloat16:
+      return decode<BFloat16>(problem, parallel);
+    case DType::kFloat16:
+      return decode<Float16>(problem, parallel);
+    case DType::kFloat64:
+      return decode<double>(problem, parallel);
+  }
+}
+
+void flash_attention_append(const FlashAttentionAppendParams& p, const Parallel& parallel) {
+  run_tasks(parallel, p.batch, [&](TaskQueue& queue) {
+    for (int64_t b; (b = queue.next()) >= 0;) {
+      const auto copy = [&](const void* from, const Strides3& from_stride, void* to, const Strides3& to_stride, int64_t dim) {
+        const int64_t start = p.cache_seqlens[b];
+        for (int64_t t = 0; t < p.new_tokens; ++t) {
+          if (start + t < 0 || start + t >= p.capacity) continue;
+          const int64_t source = b * from_stride.batch + t * from_stride.token;
+          const int64_t target = b * to_stride.batch + (start + t) * to_stride.token;
+          // A whole token at once where its heads lie side by side.
+          const bool whole = from_stride.head == dim && to_stride.head == dim;
+          for (int64_t h = 0; h < (whole ? least<int64_t>(1, p.heads) : p.heads); ++h)
+            __builtin_memcpy(static_cast<char*>(to) + (target + h * to_stride.head) * p.element_size,
+                             static_cast<const char*>(from) + (source + h * from_stride.head) * p.element_size,
+                             static_cast<size_t>((whole ? p.heads : 1) * dim * p.element_size));
+        }
+      };
+      copy(p.k, p.k_stride, p.k_cache, p.k_cache_stride, p.head_dim);
+      copy(p.v, p.v_stride, p.v_cache, p.v_cache_stride, p.value_dim);
+    }
+  });
+}
+
+}  // namespace pykernels::cpu::PYKERNELS_ISA

@@ -1,0 +1,366 @@
+// Flash attention, forward.
+//
+// Rows. The query heads that share a key head are folded into the rows of one problem: row r of (sequence, key head) is
+// query r / group of head r % group, so that K and V are packed once for all of them.
+// Tasks. One is (sequence, key head, chunk of rows), a chunk being what keeps its queries and accumulators in the L2 cache.
+// A task walks over blocks of keys; a block of K and V is packed once, then every tile of kRows rows that sees some of it does
+//   S = Q K^T,  P = 2^(c S - m),  l = l 2^(m' - m) + row sums of P,  O = O 2^(m' - m) + P V      (c = scale * log2 e)
+// and at the end out = O / l, lse = (m + log2 l) ln 2. Tiles are cut down to the keys that any of their rows sees; only tiles
+// at an edge of the mask look at single keys. The tiles of rows and blocks of keys depend on the shape alone, so results are
+// the same whatever the number of threads.
+#include "../../include/pykernels/flash_attention.h"
+
+#include "../common/matmul.h"
+#include "../common/scratch.h"
+#include "softmax.h"
+
+namespace pykernels::cpu::PYKERNELS_ISA {
+namespace {
+
+constexpr int64_t kUnbounded = int64_t{1} << 62;
+
+// What the tasks of one call have in common.
+struct Problem {
+  const FlashAttentionParams& p;
+  int64_t group;       // query heads per key head
+  int64_t chunk_rows;  // a multiple of the rows of a tile
+  int64_t left, right;
+  int64_t key_heads;   // batch * heads_k: tasks per (sequence, chunk)
+};
+
+// One sequence: tokens [q0, q0 + tq) of q against [k0, k0 + tk) of k.
+struct Sequence {
+  int64_t q0, tq, k0, tk;
+};
+
+Sequence sequence(const FlashAttentionParams& p, int64_t s) {
+  if (!p.cu_seqlens_q) return {0, p.seqlen_q, 0, p.seqlen_k};
+  const auto clamp = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
+  const int64_t q0 = clamp(p.cu_seqlens_q[s], 0, p.seqlen_q), k0 = clamp(p.cu_seqlens_k[s], 0, p.seqlen_k);
+  return {q0, clamp(p.cu_seqlens_q[s + 1], q0, p.seqlen_q) - q0, k0, clamp(p.cu_seqlens_k[s + 1], k0, p.seqlen_k) - k0};
+}
+
+// The keys [begin, end) that query i of a sequence sees.
+struct Range {
+  int64_t begin, end;
+};
+Range visible(const Problem& problem, const Sequence& s, int64_t i) {
+  const int64_t position = i + s.tk - s.tq;
+  return {most<int64_t>(0, position - problem.left), least<int64_t>(s.tk, position + problem.right + 1)};
+}
+
+// A chunk of rows of a sequence, and about how many scores it takes.
+struct Chunk {
+  int64_t cost;
+  int32_t sequence, index;
+};
+
+// Most expensive first (heap sort: in place, and nothing from the standard library).
+void sort_chunks(Chunk* chunks, int64_t n) {
+  const auto before = [](const Chunk& a, const Chunk& b) {
+    if (a.cost != b.cost) return a.cost < b.cost;
+    return a.sequence != b.sequence ? a.sequence > b.sequence : a.index > b.index;
+  };
+  const auto sift = [&](int64_t root, int64_t end) {
+    for (int64_t child; (child = 2 * root + 1) < end; root = child) {
+      // The least on top.
+      if (child + 1 < end && before(chunks[child + 1], chunks[child])) ++child;
+      if (!before(chunks[child], chunks[root])) return;
+      const Chunk swapped = chunks[root];
+      chunks[root] = chunks[child];
+      chunks[child] = swapped;
+    }
+  };
+  for (int64_t i = n / 2 - 1; i >= 0; --i) sift(i, n);
+  for (int64_t end = n - 1; end > 0; --end) {
+    const Chunk swapped = chunks[0];
+    chunks[0] = chunks[end];
+    chunks[end] = swapped;
+    sift(0, end);
+  }
+}
+
+template <class T>
+struct Shape {
+  using C = ComputeFor<T>;
+#if defined(PYKERNELS_HAS_AMX)
+  static constexpr int kRows = sizeof(typename C::Elem) == 2 ? 32 : 24;
+  static constexpr int kKeys = sizeof(typename C::Elem) == 2 ? 256 : 128;
+#else
+  static constexpr int kRows = 24;
+  static constexpr int kKeys = 128;
+#endif
+  static_assert(kRows % C::kRowAlign == 0 && kKeys % C::kPanel == 0 && kKeys % C::kDepthAlign == 0);
+};
+
+// One thread's buffers, and the work of a task.
+template <class T>
+class Worker {
+  using C = ComputeFor<T>;
+  using Elem = typename C::Elem;
+  using Acc = typename C::Acc;
+  static constexpr int kRows = Shape<T>::kRows, kKeys = Shape<T>::kKeys, kLane = kLanes<Acc>;
+  static constexpr bool kFastExp = kHasFastExp2<C>;
+
+ public:
+  Worker(const Problem& problem, Scratch& scratch)
+      : problem_(problem),
+        p_(problem.p),
+        depth_(static_cast<int>(round_up(p_.head_dim, C::kDepthAlign))),
+        width_(static_cast<int>(round_up(p_.value_dim, C::kColumnAlign))) {
+    q_ = scratch.take<Elem>(problem.chunk_rows * depth_);
+    o_ = scratch.take<Acc>(problem.chunk_rows * width_);
+    m_ = scratch.take<Acc>(problem.chunk_rows);
+    l_ = scratch.take<Acc>(problem.chunk_rows * kLane);
+    k_ = scratch.take<Elem>(packed_size<C>(depth_, kKeys));
+    v_ = scratch.take<Elem>(packed_size<C>(kKeys, width_));
+    s_ = scratch.take<Acc>(kRows * kKeys);
+    weights_ = sizeof(Elem) == sizeof(Acc) ? reinterpret_cast<Elem*>(s_) : scratch.take<Elem>(kRows * kKeys);
+  }
+
+  void run(const Sequence& s, int64_t batch, int64_t head_k, int64_t chunk) {
+    s_q_ = &s;
+    batch_ = batch;
+    head_k_ = head_k;
+    first_row_ = chunk * problem_.chunk_rows;
+    rows_ = static_cast<int>(least(problem_.chunk_rows, s.tq * problem_.group - first_row_));
+    load_queries();
+    const int64_t first = visible(problem_, s, token(0)).begin, end = visible(problem_, s, token(rows_ - 1)).end;
+    for (int64_t key = first / kKeys * kKeys; key < end; key += kKeys) {
+      load_keys(key, static_cast<int>(least<int64_t>(kKeys, end - key)));
+      for (int row = 0; row < rows_; row += kRows) tile(row, key);
+    }
+    write();
+  }
+
+ private:
+  int64_t token(int row) const { return (first_row_ + row) / problem_.group; }
+
+  template <class E>
+  E* address(E* base, const Strides3& stride, int row) const {
+    const int64_t index = first_row_ + row, head = head_k_ * problem_.group + index % problem_.group;
+    return base + batch_ * stride.batch + (s_q_->q0 + index / problem_.group) * stride.token + head * stride.head;
+  }
+
+  void load_queries() {
+    const T* const q = static_cast<const T*>(p_.q);
+    const int padded = round_up(rows_, kRows);
+    Acc largest = 0;
+    for (int row = 0; row < padded; ++row) {
+      Elem* const to = q_ + row * depth_;
+      if (row < rows_) {
+        const T* const from = address(q, p_.q_stride, row);
+        copy_rows<C>(to, depth_, from, 0, 1, static_cast<int>(p_.head_dim));
+        // A negative scale goes into the queries, so that the largest product is the largest score.
+        if (p_.scale < 0) negate(to, depth_);
+        if constexpr (kFastExp) {
+          const float here = largest_magnitude(from, 0, 1, p_.head_dim);
+          if (!(here <= largest)) largest = here != here ? kInfinity : here;
+        }
+      } else {
+        __builtin_memset(to, 0, depth_ * sizeof(Elem));
+      }
+    }
+    largest_q_ = largest;
+    __builtin_memset(o_, 0, sizeof(Acc) * padded * width_);
+    __builtin_memset(l_, 0, sizeof(Acc) * padded * kLane);
+    for (int row = 0; row < padded; ++row) m_[row] = -static_cast<Acc>(kInfinity);
+  }
+
+  static void negate(Elem* x, int n) {
+    for (int i = 0; i < n; ++i) {
+      if constexpr (sizeof(Elem) == 2)
+        x[i].bits ^= 0x8000u;
+      else
+        x[i] = -x[i];
+    }
+  }
+
+  // Packs keys [key, key + n) and their values.
+  void load_keys(int64_t key, int n) {
+    const T* const k = static_cast<const T*>(p_.k) + batch_ * p_.k_stride.batch + head_k_ * p_.k_stride.head +
+                       (s_q_->k0 + key) * p_.k_stride.token;
+    const T* const v = static_cast<const T*>(p_.v) + batch_ * p_.v_stride.batch + head_k_ * p_.v_stride.head +
+                       (s_q_->k0 + key) * p_.v_stride.token;
+    pack_columns<C>(k_, packed_panel<C>(depth_), k, p_.k_stride.token, static_cast<int>(p_.head_dim), n);
+    pack_rows<C>(v_, packed_panel<C>(kKeys), v, p_.v_stride.token, n, static_cast<int>(p_.value_dim));
+    if constexpr (kFastExp) {
+      const double scale = p_.scale < 0 ? -p_.scale : p_.scale;
+      const Acc bound = largest_magnitude(k, p_.k_stride.token, n, p_.head_dim) * largest_q_ *
+                        static_cast<Acc>(static_cast<double>(p_.head_dim) * scale * kLog2e);
+      fast_ = bound < kFastExp2Bound;  // false for NaN
+    }
+  }
+
+  // Rows [row, row + kRows) against the packed block of keys from `key` on.
+  void tile(int row, int64_t key) {
+    const int rows = least(kRows, rows_ - row);
+    const Range first = visible(problem_, *s_q_, token(row)), last = visible(problem_, *s_q_, token(row + rows - 1));
+    if (last.end <= key || first.begin >= key + kKeys) return;
+    // Columns [begin, begin + columns) of the block: whole panels at the front, and no key past the last seen.
+    const int begin = static_cast<int>(most<int64_t>(0, first.begin - key)) / C::kPanel * C::kPanel;
+    const int columns = static_cast<int>(least<int64_t>(kKeys, last.end - key)) - begin;
+    if (columns <= 0) return;
+    const int padded = round_up(columns, kSoftmaxColumns<C>);
+
+    matmul<C>(rows, columns, depth_, {q_ + row * depth_, depth_},
+              {k_ + begin / C::kPanel * packed_panel<C>(depth_), packed_panel<C>(depth_)}, {s_, kKeys}, false);
+
+    const Acc scale = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
+    Acc factor = scale;  // of the scores in s_, to units of log 2
+    if (p_.softcap > 0) {
+      const Acc in = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) / p_.softcap);
+      const Acc out = static_cast<Acc>(p_.softcap * kLog2e);
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < padded; j += kLane)
+          store(s_ + i * kKeys + j, tanh<Acc>(load(s_ + i * kKeys + j) * in) * out);
+      factor = 1;
+    } else if (scale == 0) {
+      // Not a factor: hidden scores stay -infinity.
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < padded; j += kLane) store(s_ + i * kKeys + j, load(s_ + i * kKeys + j) * scale);
+      factor = 1;
+    }
+    const int64_t first_key = key + begin;
+    if (last.begin > first_key || first.end < first_key + padded)
+      for (int i = 0; i < rows; ++i) {
+        const Range range = visible(problem_, *s_q_, token(row + i));
+        mask_row(s_ + i * kKeys, padded, range.begin - first_key, range.end - first_key);
+      }
+
+    Acc* const m = m_ + row;
+    Acc* const l = l_ + row * kLane;
+    Acc* const o = o_ + row * width_;
+    Softmax<C> softmax{rows, padded, s_, weights_, kKeys, factor, m, l, o, width_};
+    if constexpr (kFastExp) {
+      if (fast_)
+        softmax.fast();
+      else
+        softmax.exact();
+    } else {
+      softmax.exact();
+    }
+    matmul<C>(rows, width_, columns, {weights_, kKeys}, {v_, packed_panel<C>(kKeys), begin}, {o, width_}, true);
+  }
+
+  void write() {
+    T* const out = static_cast<T*>(p_.out);
+    Acc* const lse = static_cast<Acc*>(p_.lse);
+    for (int row = 0; row < rows_; ++row) {
+      const Acc sum = reduce_add<Acc>(load(l_ + row * kLane));
+      const Acc inverse = sum == 0 ? 0 : 1 / sum;
+      T* const to = address(out, p_.out_stride, row);
+      for (int64_t j = 0; j < p_.value_dim; j += kLane)
+        store_upto(to + j, load(o_ + row * width_ + j) * inverse, p_.value_dim - j);
+      const int64_t index = first_row_ + row, head = head_k_ * problem_.group + index % problem_.group;
+      const double log_sum = sum == 0 ? -static_cast<double>(kInfinity)
+                                      : static_cast<double>(m_[row]) * kLn2 + __builtin_log(static_cast<double>(sum));
+      lse[(batch_ * p_.heads_q + head) * p_.seqlen_q + s_q_->q0 + index / problem_.group] = static_cast<Acc>(log_sum);
+    }
+  }
+
+  const Problem& problem_;
+  const FlashAttentionParams& p_;
+  const int depth_, width_;  // padded head and value dims
+  // The current task.
+  const Sequence* s_q_ = nullptr;
+  int64_t batch_ = 0, head_k_ = 0, first_row_ = 0;
+  int rows_ = 0;
+  Acc largest_q_ = 0;
+  bool fast_ = false;
+  Elem* q_;        // [chunk_rows, depth]
+  Acc* o_;         // [chunk_rows, width]
+  Acc* m_;         // [chunk_rows] row maxima, in units of log 2
+  Acc* l_;         // [chunk_rows, lanes] row sums, to be added up
+  Elem* k_;        // packed K^T [depth, keys]
+  Elem* v_;        // packed V [keys, width]
+  Acc* s_;         // [kRows, kKeys] scores
+  Elem* weights_;  // [kRows, kKeys] P, in the place of the scores where they have the same type
+};
+
+// Tokens of packed input that belong to no sequence.
+template <class T>
+void write_unused(const FlashAttentionParams& p, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t)
+    for (int64_t h = 0; h < p.heads_q; ++h) {
+      __builtin_memset(static_cast<T*>(p.out) + t * p.out_stride.token + h * p.out_stride.head, 0, p.value_dim * sizeof(T));
+      static_cast<Wide<T>*>(p.lse)[h * p.seqlen_q + t] = -static_cast<Wide<T>>(kInfinity);
+    }
+}
+
+template <class T>
+void forward(const FlashAttentionParams& p, const Parallel& parallel) {
+  using C = ComputeFor<T>;
+  constexpr int tile_rows = Shape<T>::kRows;
+  Problem problem{p, p.heads_q / p.heads_k, 0, p.window_left < 0 ? kUnbounded : p.window_left,
+                  p.window_right < 0 ? kUnbounded : p.window_right, p.batch * p.heads_k};
+  const int64_t sequences = p.cu_seqlens_q ? p.sequences : 1;
+  if (p.cu_seqlens_q) {
+    const int64_t used = sequences ? sequence(p, 0).q0 : p.seqlen_q;
+    write_unused<T>(p, 0, used);
+    if (sequences) {
+      const Sequence last = sequence(p, sequences - 1);
+      write_unused<T>(p, last.q0 + last.tq, p.seqlen_q);
+    }
+  }
+
+  // Rows per chunk: queries and accumulators take half a megabyte of L2, more chunks than threads where there are rows enough.
+  const int64_t row_bytes = round_up(p.head_dim, C::kDepthAlign) * sizeof(typename C::Elem) +
+                            (round_up(p.value_dim, C::kColumnAlign) + kLanes<typename C::Acc>) * sizeof(typename C::Acc);
+  int64_t rows = 0, longest = 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t here = sequence(p, s).tq * problem.group;
+    rows += here;
+    longest = most(longest, here);
+  }
+  int64_t limit = most<int64_t>(4 * tile_rows, (int64_t{640} << 10) / row_bytes);
+  if (parallel.threads > 1) limit = least(limit, most<int64_t>(128, rows * problem.key_heads / (4 * parallel.threads)));
+  const int64_t pieces = most<int64_t>(1, (longest + limit - 1) / limit);
+  problem.chunk_rows = most<int64_t>(tile_rows, round_up((longest + pieces - 1) / pieces, tile_rows));
+
+  int64_t count = 0;
+  for (int64_t s = 0; s < sequences; ++s)
+    count += (sequence(p, s).tq * problem.group + problem.chunk_rows - 1) / problem.chunk_rows;
+  Scratch table;
+  Chunk* const chunks = table.take<Chunk>(count);
+  count = 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const Sequence seq = sequence(p, s);
+    const int64_t in_all = seq.tq * problem.group;
+    for (int64_t first = 0; first < in_all; first += problem.chunk_rows) {
+      const int64_t n = least(problem.chunk_rows, in_all - first);
+      const Range range = visible(problem, seq, (first + n / 2) / problem.group);
+      chunks[count++] = {n * most<int64_t>(1, range.end - range.begin), static_cast<int32_t>(s),
+                         static_cast<int32_t>(first / problem.chunk_rows)};
+    }
+  }
+  sort_chunks(chunks, count);
+
+  run_tasks(parallel, count * problem.key_heads, [&](TaskQueue& queue) {
+    const Tiles tiles;
+    Scratch scratch;
+    Worker<T> worker(problem, scratch);
+    for (int64_t task; (task = queue.next()) >= 0;) {
+      const Chunk& chunk = chunks[task / problem.key_heads];
+      const int64_t bh = task % problem.key_heads;
+      worker.run(sequence(p, chunk.sequence), bh / p.heads_k, bh % p.heads_k, chunk.index);
+    }
+  });
+}
+
+}  // namespace
+
+void flash_attention_fwd(const FlashAttentionParams& params, const Parallel& parallel) {
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return forward<float>(params, parallel);
+    case DType::kBFloat16:
+      return forward<BFloat16>(params, parallel);
+    case DType::kFloat16:
+      return forward<Float16>(params, parallel);
+    case DType::kFloat64:
+      return forward<double>(params, parallel);
+  }
+}
+
+}  // namespace pykernels::cpu::PYKERNELS_ISA

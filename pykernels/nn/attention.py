@@ -1,0 +1,113 @@
+"""Softmax attention as a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.flash_attention import flash_attention, flash_attention_decode
+from .rotary import apply_rotary
+
+
+@dataclasses.dataclass
+class AttentionState:
+    """The keys and values of the tokens so far; entry b of the batch holds lengths[b] of at most Tmax."""
+
+    k: Tensor  # [B, Tmax, Hk, K]
+    v: Tensor  # [B, Tmax, Hk, K]
+    lengths: Tensor  # int32 [B]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its projections: x [B, T, dim] -> [B, T, dim].
+
+    Args:
+        dim: size of the tokens.
+        heads: number of query heads.
+        key_heads: number of key and value heads, a divisor of `heads` (grouped queries); None is `heads`.
+        head_dim: size of a head; None is dim // heads.
+        causal, window, scale, softcap, backend: as in `pykernels.flash_attention`.
+        rotary_base: if given, queries and keys are rotated by their positions (see `apply_rotary`).
+        bias: whether the projections have biases.
+
+    See `pykernels.nn` for how it is called.
+    """
+
+    def __init__(self, dim: int, heads: int, *, key_heads: int | None = None, head_dim: int | None = None,
+                 causal: bool = True, window: tuple[int | None, int | None] | None = None, scale: float | None = None,
+                 softcap: float = 0.0, rotary_base: float | None = None, bias: bool = False, backend: str = "auto",
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        key_heads = heads if key_heads is None else key_heads
+        if heads < 1 or key_heads < 1 or heads % key_heads != 0:
+            raise ValueError(f"key_heads must divide heads, got {key_heads} for {heads} heads")
+        if head_dim is None:
+            if dim % heads != 0:
+                raise ValueError(f"heads must divide dim when head_dim is not given, got {heads} heads for dim {dim}")
+            head_dim = dim // heads
+        if rotary_base is not None and head_dim % 2 != 0:
+            raise ValueError(f"head_dim must be even for rotary_base, got {head_dim}")
+        self.dim, self.heads, self.key_heads, self.head_dim = dim, heads, key_heads, head_dim
+        self.causal, self.window, self.scale, self.softcap = causal, window, scale, softcap
+        self.rotary_base, self.backend = rotary_base, backend
+        self.qkv = nn.Linear(dim, (heads + 2 * key_heads) * head_dim, bias=bias, device=device, dtype=dtype)
+        self.out = nn.Linear(heads * head_dim, dim, bias=bias, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        return (f"dim={self.dim}, heads={self.heads}, key_heads={self.key_heads}, head_dim={self.head_dim}, "
+                f"causal={self.causal}, window={self.window}, scale={self.scale}, softcap={self.softcap}, "
+                f"rotary_base={self.rotary_base}, backend={self.backend!r}")
+
+    def init_state(self, batch: int, max_tokens: int, *, device: torch.device | str | None = None,
+                   dtype: torch.dtype | None = None) -> AttentionState:
+        """An empty cache for `batch` sequences of at most `max_tokens`; defaults: where and in what the layer computes."""
+        if not self.causal:
+            raise ValueError("causal must be True for a layer that continues sequences, got a layer with causal=False")
+        device = self.qkv.weight.device if device is None else torch.device(device)
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else self.qkv.weight.dtype
+        shape = batch, max_tokens, self.key_heads, self.head_dim
+        k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        return AttentionState(k, v, torch.zeros(batch, device=device, dtype=torch.int32))
+
+    def forward(self, x: Tensor, state: AttentionState | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x [B, T, dim] -> [B, T, dim].
+
+        With `state`, x continues its sequences: x's keys and values are appended to it. `cu_seqlens` [sequences + 1]
+        packs several sequences along T (then B is 1), as in `pykernels.flash_attention`.
+        """
+        if state is not None and cu_seqlens is not None:
+            raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
+        batch, tokens, _ = x.shape
+        heads = self.qkv(x).view(batch, tokens, self.heads + 2 * self.key_heads, self.head_dim)
+        q, k, v = heads.split((self.heads, self.key_heads, self.key_heads), dim=2)
+        if self.rotary_base is not None:
+            positions = _positions(tokens, x.device, state, cu_seqlens)
+            q, k = (apply_rotary(y, positions, self.rotary_base) for y in (q, k))
+        options = {"causal": self.causal, "window": self.window, "scale": self.scale, "softcap": self.softcap,
+                   "backend": self.backend}
+        if state is None:
+            out = flash_attention(q, k, v, cu_seqlens_q=cu_seqlens, **options)
+        else:
+            out = flash_attention_decode(q, state.k, state.v, state.lengths, k=k, v=v, **options)
+            state.lengths += tokens
+        return self.out(out.flatten(2))
+
+    def step(self, x: Tensor, state: AttentionState) -> Tensor:
+        """One token: x [B, dim] -> [B, dim]; updates the state."""
+        return self(x[:, None], state)[:, 0]
+
+
+def _positions(tokens: int, device: torch.device, state: AttentionState | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Each token's place in its sequence, [T] or [B, T]."""
+    positions = torch.arange(tokens, device=device)
+    if state is not None:
+        return state.lengths[:, None] + positions
+    if cu_seqlens is not None:
+        # Tokens after the last sequence belong to none; they count on from its start.
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions.to(cu_seqlens.dtype), right=True)
+        return positions - cu_seqlens[sequence.clamp(max=cu_seqlens.shape[0] - 1)]
+    return positions

@@ -1,0 +1,547 @@
+"""Flash attention in Triton: forward, backward, decode and cache append. README.md derives the gradients.
+
+Layout, masks and alignment are those of `reference.py`. Scores live in the exp2 domain: with c = scale * log2(e),
+p = exp2(c * q.k - c * max). One program owns one tile of rows of one head and walks over the other side's blocks: those
+that no row sees are skipped, those that every row sees take a loop without masks. Nothing is accumulated across programs,
+so results are bitwise repeatable. Grids follow from shapes alone.
+
+Names: `i_` index, `o_` offset, `m_` mask of rows, `p_` pointer, `b_` block value; BM query rows, BN key rows, BK key
+columns, BV value columns. A head wider than one slice (BK, BV) is read in slices, and each slice of the result gets a
+program of its own, which recomputes the scores.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._triton import (LN2, LOG2E, clamped, dot_precision, dot_rows, find_sequence, launch, load, load_tile, store,
+                        store_tile, tanh, target, tiles_packed)
+
+# Runtime values on which compiled code must not be specialised: they change from call to call.
+_VARYING = ["Tq", "Tk", "tiles", "sequences", "left", "right"]
+
+
+@triton.jit
+def _span(first, last, shift, below, above, size, B: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr):
+    """Which of the other side's positions the rows first..last see. -> i_0 <= i_1 <= i_2 <= i_3
+
+    Row r sees r + shift - below (if BELOW) to r + shift + above (if ABOVE), within [0, size). Blocks of B in [i_0, i_1)
+    and [i_2, i_3) hold positions that only some rows see or that do not exist; in [i_1, i_2) every row sees everything.
+    """
+    i_0 = 0
+    i_1 = 0
+    i_2 = size
+    i_3 = size
+    if BELOW:
+        i_0 = tl.maximum(first + shift - below, 0) // B * B
+        i_1 = (tl.maximum(last + shift - below, 0) + B - 1) // B * B
+    if ABOVE:
+        i_2 = tl.minimum(tl.maximum(first + shift + above + 1, 0), size)
+        i_3 = tl.minimum(tl.maximum(last + shift + above + 1, 0), size)
+    i_1 = tl.minimum(i_1, i_3)
+    i_2 = tl.maximum(i_2 // B * B, i_1)
+    return i_0, i_1, i_2, i_3
+
+
+@triton.jit
+def _visible(b_distance, m_key, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Which scores count, given key position - query position and which keys exist."""
+    m_s = m_key
+    if LEFT:
+        m_s = m_s & (b_distance >= -left)
+    if RIGHT:
+        m_s = m_s & (b_distance <= right)
+    return m_s
+
+
+@triton.jit
+def _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_first, i_end, tk, left,
+              right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+              BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
+              PRECISION: tl.constexpr):
+    """The online softmax over keys i_first..i_end. -> updated (o, max, sum): [BM, BV], [BM], [BM]"""
+    o_n = tl.arange(0, BN)
+    o_kt = o_n.to(tl.int64) * stride_kt
+    o_vt = o_n.to(tl.int64) * stride_vt
+    for i_n in range(i_first, i_end, BN):
+        m_n = i_n + o_n < tk
+        p_kn = p_k + tl.cast(i_n, tl.int64) * stride_kt
+        b_k = load_tile(p_kn, o_kt, 0, m_n, K, BK, MASK)  # [BN, BK]
+        b_s = dot_rows(b_q, b_k, p_q, o_q, m_q, p_kn, o_kt, m_n, K, BK, True, MASK, PRECISION)  # [BM, BN]
+        if SOFTCAP:
+            b_s = tanh(b_s * inner_scale, p_k.dtype.element_ty == tl.float32)
+        if MASK:
+            b_s = tl.where(_visible((i_n + o_n)[None, :] - o_p[:, None], m_n[None, :], left, right, LEFT, RIGHT),
+                           b_s, -float("inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * score_scale)
+        # A row that has seen nothing yet keeps the maximum -inf; subtract 0 there rather than make NaN of -inf - -inf.
+        b_shift = tl.where(b_new == -float("inf"), 0.0, b_new) if MASK else b_new
+        b_p = tl.exp2(b_s * score_scale - b_shift[:, None])
+        b_decay = tl.exp2(b_max - b_shift)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_max = b_new
+        b_v = load_tile(p_v + tl.cast(i_n, tl.int64) * stride_vt, o_vt, i_v, m_n, V, BV, MASK)  # [BN, BV]
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_decay[:, None], input_precision=PRECISION)
+    return b_o, b_max, b_sum
+
+
+@triton.jit(do_not_specialize=_VARYING + ["new_tokens"])
+def flash_attention_fwd_kernel(
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, cache_seqlens, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt,
+        stride_kh, stride_vb, stride_vt, stride_vh, Tq, Tk, Hq, Hk, tiles, sequences, new_tokens, left, right, inner_scale,
+        score_scale, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Program (tile, slice) owns out[b, rows, h, slice of V] and, if its slice is 0, lse[b, h, rows].
+
+    G query heads that share a key head are packed into the tile, row r being token r // G of head h * G + r % G: decoding
+    then reads the cache once per key head. The forward pass has G = 1.
+    """
+    heads = Hq // G
+    i_t = tl.program_id(0) % tiles
+    i_h = tl.program_id(0) // tiles % heads
+    i_b = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    if RIGHT and not LEFT:
+        i_t = tiles - 1 - i_t  # the longest rows first, so that no long program starts last
+    q_start = 0
+    k_start = 0
+    tq = Tq
+    tk = Tk
+    if cu_seqlens_q is not None:
+        i_s, q_start, tq, i_t = find_sequence(i_t, cu_seqlens_q, sequences, Tq, BM)
+        tk = 0
+        if i_s < sequences:
+            k_start = clamped(cu_seqlens_k + i_s, Tk)
+            tk = tl.maximum(clamped(cu_seqlens_k + i_s + 1, Tk) - k_start, 0)
+    if cache_seqlens is not None:
+        tk = tl.minimum(tl.maximum(tl.load(cache_seqlens + i_b).to(tl.int64) + new_tokens, 0), Tk).to(tl.int32)
+    if i_t * BM >= tq * G:
+        return
+
+    o_r = i_t * BM + tl.arange(0, BM)
+    o_t = o_r // G
+    m_q = o_t < tq
+    o_q = o_t.to(tl.int64) * stride_qt + (o_r % G).to(tl.int64) * stride_qh
+    i_v = tl.program_id(1) * BV
+    p_q = q + i_b * stride_qb + tl.cast(q_start, tl.int64) * stride_qt + tl.cast(i_h * G, tl.int64) * stride_qh
+    i_hk = tl.cast(i_h * G // (Hq // Hk), tl.int64)
+    p_k = k + i_b * stride_kb + tl.cast(k_start, tl.int64) * stride_kt + i_hk * stride_kh
+    p_v = v + i_b * stride_vb + tl.cast(k_start, tl.int64) * stride_vt + i_hk * stride_vh
+    inner_scale = tl.cast(inner_scale, tl.float32)
+    score_scale = tl.cast(score_scale, tl.float32)
+
+    o_p = o_t + (tk - tq)
+    i_0, i_1, i_2, i_3 = _span(i_t * BM // G, tl.minimum((i_t * BM + BM - 1) // G, tq - 1), tk - tq, left, right, tk, BN,
+                               LEFT, RIGHT)
+    b_o = tl.zeros([BM, BV], dtype=tl.float32)
+    b_max = tl.full([BM], -float("inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BM], dtype=tl.float32)
+    b_q = load_tile(p_q, o_q, 0, m_q, K, BK, True)  # [BM, BK]
+    if LEFT:
+        b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_0,
+                                      i_1, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP,
+                                      True, PRECISION)
+    b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_1, i_2,
+                                  tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP, False,
+                                  PRECISION)
+    b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_2, i_3,
+                                  tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP, True,
+                                  PRECISION)
+
+    m_some = b_sum != 0  # rows that saw a key
+    b_sum = tl.where(m_some, b_sum, 1.0)
+    b_o = b_o / b_sum[:, None]
+    b_lse = tl.where(m_some, (b_max + tl.log2(b_sum)) * LN2, -float("inf"))
+    o_h = i_h * G + o_r % G
+    o_out = ((i_b * Tq + q_start + o_t) * Hq + o_h) * V
+    store_tile(out, o_out, i_v, m_q, V, BV, b_o)
+    if tl.program_id(1) == 0:
+        tl.store(lse + (i_b * Hq + o_h) * Tq + q_start + o_t, b_lse, mask=m_q)
+
+
+@triton.jit(do_not_specialize=["Tq", "tiles"])
+def flash_attention_bwd_delta_kernel(out, dout, dlse, delta, stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh,
+                                     Tq, Hq, tiles, V: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr):
+    """One program owns delta[b, h, rows] = rowsum(out * dout) - dlse, the term that every score's gradient subtracts."""
+    i_t = tl.program_id(0) % tiles
+    i_h = tl.program_id(0) // tiles % Hq
+    i_b = (tl.program_id(0) // tiles // Hq).to(tl.int64)
+    o_t = i_t * BM + tl.arange(0, BM)
+    m_q = o_t < Tq
+    p_o = out + i_b * stride_ob + tl.cast(i_h, tl.int64) * stride_oh
+    p_do = dout + i_b * stride_db + tl.cast(i_h, tl.int64) * stride_dh
+    b_delta = tl.zeros([BM], dtype=tl.float32)
+    for i_v in range(0, V, BV):
+        b_o = load_tile(p_o, o_t.to(tl.int64) * stride_ot, i_v, m_q, V, BV, True).to(tl.float32)  # [BM, BV]
+        b_do = load_tile(p_do, o_t.to(tl.int64) * stride_dt, i_v, m_q, V, BV, True).to(tl.float32)
+        b_delta += tl.sum(b_o * b_do, 1)
+    o_row = (i_b * Hq + i_h) * Tq + o_t
+    if dlse is not None:
+        b_delta -= tl.load(dlse + o_row, mask=m_q, other=0.0)
+    tl.store(delta + o_row, b_delta, mask=m_q)
+
+
+@triton.jit
+def _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt, stride_dt, i_k,
+                 i_v, i_first, i_end, tq, shift, left, right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr,
+                 BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                 SOFTCAP: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds what queries i_first..i_end of one head give. -> updated (dk, dv): [BN, BK], [BN, BV]
+
+    Scores are computed transposed, [BN, BM], so that p and ds are left operands of the products that they enter and need
+    no trip through shared memory. Rows past the end are zeros, which add nothing.
+    """
+    o_m = tl.arange(0, BM)
+    o_qt = o_m.to(tl.int64) * stride_qt
+    o_dt = o_m.to(tl.int64) * stride_dt
+    for i_m in range(i_first, i_end, BM):
+        m_q = i_m + o_m < tq
+        p_qm = p_q + tl.cast(i_m, tl.int64) * stride_qt
+        p_dm = p_do + tl.cast(i_m, tl.int64) * stride_dt
+        b_q = load_tile(p_qm, o_qt, i_k, m_q, K, BK, MASK)  # [BM, BK]
+        b_s = dot_rows(b_k, b_q, p_k, o_kt, m_k, p_qm, o_qt, m_q, K, BK, True, MASK, PRECISION)  # [BN, BM]
+        if SOFTCAP:
+            b_tanh = tanh(b_s * inner_scale, p_q.dtype.element_ty == tl.float32)
+            b_s = b_tanh
+        if MASK:
+            b_lse = tl.load(p_lse + i_m + o_m, mask=m_q, other=0.0)
+            b_delta = tl.load(p_delta + i_m + o_m, mask=m_q, other=0.0)
+        else:
+            b_lse = tl.load(p_lse + i_m + o_m)
+            b_delta = tl.load(p_delta + i_m + o_m)
+        b_p = tl.exp2(b_s * score_scale - (b_lse * LOG2E)[None, :])
+        if MASK:
+            b_p = tl.where(_visible(o_n[:, None] - (i_m + o_m + shift)[None, :], m_q[None, :], left, right, LEFT, RIGHT),
+                           b_p, 0.0)
+        b_do = load_tile(p_dm, o_dt, i_v, m_q, V, BV, MASK)  # [BM, BV]
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_dp = dot_rows(b_v, b_do, p_v, o_vt, m_k, p_dm, o_dt, m_q, V, BV, True, MASK, PRECISION)  # [BN, BM]
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        if SOFTCAP:
+            b_ds = b_ds * (1.0 - b_tanh * b_tanh)
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def flash_attention_bwd_dkv_kernel(
+        q, k, v, dout, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt,
+        stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh, Tq, Tk, Hq, Hk, tiles, sequences, left,
+        right, scale, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+        PRECISION: tl.constexpr):
+    """Program (tile, slice) owns dk[b, keys, h, slice of K] and dv[b, keys, h, slice of V]; it sums over h's query heads."""
+    i_t = tl.program_id(0) % tiles
+    i_h = tl.program_id(0) // tiles % Hk
+    i_b = (tl.program_id(0) // tiles // Hk).to(tl.int64)
+    group = Hq // Hk
+    q_start = 0
+    k_start = 0
+    tq = Tq
+    tk = Tk
+    if cu_seqlens_k is not None:
+        i_s, k_start, tk, i_t = find_sequence(i_t, cu_seqlens_k, sequences, Tk, BN)
+        tq = 0
+        if i_s < sequences:
+            q_start = clamped(cu_seqlens_q + i_s, Tq)
+            tq = tl.maximum(clamped(cu_seqlens_q + i_s + 1, Tq) - q_start, 0)
+    if i_t * BN >= tk:
+        return
+
+    o_n = i_t * BN + tl.arange(0, BN)
+    m_k = o_n < tk
+    o_kt = o_n.to(tl.int64) * stride_kt
+    o_vt = o_n.to(tl.int64) * stride_vt
+    # When K and V differ in their numbers of slices, the shorter one starts over and writes the same values again.
+    i_k = tl.program_id(1) % tl.cdiv(K, BK) * BK
+    i_v = tl.program_id(1) % tl.cdiv(V, BV) * BV
+    p_k = k + i_b * stride_kb + tl.cast(k_start, tl.int64) * stride_kt + tl.cast(i_h, tl.int64) * stride_kh
+    p_v = v + i_b * stride_vb + tl.cast(k_start, tl.int64) * stride_vt + tl.cast(i_h, tl.int64) * stride_vh
+    inner_scale = tl.cast(inner_scale, tl.float32)
+    score_scale = tl.cast(score_scale, tl.float32)
+
+    shift = tk - tq  # query i sits at key position i + shift
+    i_0, i_1, i_2, i_3 = _span(i_t * BN, tl.minimum(i_t * BN + BN, tk) - 1, -shift, right, left, tq, BM, RIGHT, LEFT)
+    b_k = load_tile(p_k, o_kt, i_k, m_k, K, BK, True)  # [BN, BK]
+    b_v = load_tile(p_v, o_vt, i_v, m_k, V, BV, True)  # [BN, BV]
+    b_dk = tl.zeros([BN, BK], dtype=tl.float32)
+    b_dv = tl.zeros([BN, BV], dtype=tl.float32)
+    for i_g in range(0, group):
+        i_hq = tl.cast(i_h * group + i_g, tl.int64)
+        p_q = q + i_b * stride_qb + tl.cast(q_start, tl.int64) * stride_qt + i_hq * stride_qh
+        p_do = dout + i_b * stride_db + tl.cast(q_start, tl.int64) * stride_dt + i_hq * stride_dh
+        p_lse = lse + (i_b * Hq + i_hq) * Tq + q_start
+        p_delta = delta + (i_b * Hq + i_hq) * Tq + q_start
+        if RIGHT:
+            b_dk, b_dv = _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta,
+                                      stride_qt, stride_dt, i_k, i_v, i_0, i_1, tq, shift, left, right, inner_scale,
+                                      score_scale, K, V, BM, BK, BV, LEFT, RIGHT, SOFTCAP, True, PRECISION)
+        b_dk, b_dv = _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt,
+                                  stride_dt, i_k, i_v, i_1, i_2, tq, shift, left, right, inner_scale, score_scale, K, V, BM,
+                                  BK, BV, LEFT, RIGHT, SOFTCAP, False, PRECISION)
+        b_dk, b_dv = _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt,
+                                  stride_dt, i_k, i_v, i_2, i_3, tq, shift, left, right, inner_scale, score_scale, K, V, BM,
+                                  BK, BV, LEFT, RIGHT, SOFTCAP, True, PRECISION)
+
+    o_row = (i_b * Tk + k_start + o_n) * Hk + i_h
+    store_tile(dk, o_row * K, i_k, m_k, K, BK, b_dk * tl.cast(scale, tl.float32))
+    store_tile(dv, o_row * V, i_v, m_k, V, BV, b_dv)
+
+
+@triton.jit
+def _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_k, i_first,
+              i_end, tk, left, right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr,
+              BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+              MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds what keys i_first..i_end give. -> updated dq [BM, BK]"""
+    o_n = tl.arange(0, BN)
+    o_kt = o_n.to(tl.int64) * stride_kt
+    o_vt = o_n.to(tl.int64) * stride_vt
+    for i_n in range(i_first, i_end, BN):
+        m_n = i_n + o_n < tk
+        p_kn = p_k + tl.cast(i_n, tl.int64) * stride_kt
+        p_vn = p_v + tl.cast(i_n, tl.int64) * stride_vt
+        b_k = load_tile(p_kn, o_kt, i_k, m_n, K, BK, MASK)  # [BN, BK]
+        b_v = load_tile(p_vn, o_vt, 0, m_n, V, BV, MASK)  # [BN, BV]
+        b_s = dot_rows(b_q, b_k, p_q, o_qt, m_q, p_kn, o_kt, m_n, K, BK, True, MASK, PRECISION)  # [BM, BN]
+        if SOFTCAP:
+            b_tanh = tanh(b_s * inner_scale, p_k.dtype.element_ty == tl.float32)
+            b_s = b_tanh
+        b_p = tl.exp2(b_s * score_scale - b_lse[:, None])
+        if MASK:
+            b_p = tl.where(_visible((i_n + o_n)[None, :] - o_p[:, None], m_n[None, :], left, right, LEFT, RIGHT), b_p, 0.0)
+        b_dp = dot_rows(b_do, b_v, p_do, o_dt, m_q, p_vn, o_vt, m_n, V, BV, True, MASK, PRECISION)  # [BM, BN]
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        if SOFTCAP:
+            b_ds = b_ds * (1.0 - b_tanh * b_tanh)
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return b_dq
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def flash_attention_bwd_dq_kernel(
+        q, k, v, dout, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt,
+        stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh, Tq, Tk, Hq, Hk, tiles, sequences, left,
+        right, scale, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+        PRECISION: tl.constexpr):
+    """Program (tile, slice) owns dq[b, rows, h, slice of K]."""
+    i_t = tl.program_id(0) % tiles
+    i_h = tl.program_id(0) // tiles % Hq
+    i_b = (tl.program_id(0) // tiles // Hq).to(tl.int64)
+    if RIGHT and not LEFT:
+        i_t = tiles - 1 - i_t
+    q_start = 0
+    k_start = 0
+    tq = Tq
+    tk = Tk
+    if cu_seqlens_q is not None:
+        i_s, q_start, tq, i_t = find_sequence(i_t, cu_seqlens_q, sequences, Tq, BM)
+        tk = 0
+        if i_s < sequences:
+            k_start = clamped(cu_seqlens_k + i_s, Tk)
+            tk = tl.maximum(clamped(cu_seqlens_k + i_s + 1, Tk) - k_start, 0)
+    if i_t * BM >= tq:
+        return
+
+    o_t = i_t * BM + tl.arange(0, BM)
+    m_q = o_t < tq
+    o_qt = o_t.to(tl.int64) * stride_qt
+    o_dt = o_t.to(tl.int64) * stride_dt
+    i_k = tl.program_id(1) * BK
+    p_q = q + i_b * stride_qb + tl.cast(q_start, tl.int64) * stride_qt + tl.cast(i_h, tl.int64) * stride_qh
+    p_do = dout + i_b * stride_db + tl.cast(q_start, tl.int64) * stride_dt + tl.cast(i_h, tl.int64) * stride_dh
+    i_hk = tl.cast(i_h // (Hq // Hk), tl.int64)
+    p_k = k + i_b * stride_kb + tl.cast(k_start, tl.int64) * stride_kt + i_hk * stride_kh
+    p_v = v + i_b * stride_vb + tl.cast(k_start, tl.int64) * stride_vt + i_hk * stride_vh
+    o_row = (i_b * Hq + i_h) * Tq + q_start + o_t
+    inner_scale = tl.cast(inner_scale, tl.float32)
+    score_scale = tl.cast(score_scale, tl.float32)
+
+    o_p = o_t + (tk - tq)
+    i_0, i_1, i_2, i_3 = _span(i_t * BM, tl.minimum(i_t * BM + BM, tq) - 1, tk - tq, left, right, tk, BN, LEFT, RIGHT)
+    b_q = load_tile(p_q, o_qt, 0, m_q, K, BK, True)  # [BM, BK]
+    b_do = load_tile(p_do, o_dt, 0, m_q, V, BV, True)  # [BM, BV]
+    b_lse = tl.load(lse + o_row, mask=m_q, other=0.0) * LOG2E
+    b_delta = tl.load(delta + o_row, mask=m_q, other=0.0)
+    b_dq = tl.zeros([BM, BK], dtype=tl.float32)
+    if LEFT:
+        b_dq = _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt,
+                         i_k, i_0, i_1, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP,
+                         True, PRECISION)
+    b_dq = _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_k,
+                     i_1, i_2, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP, False,
+                     PRECISION)
+    b_dq = _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_k,
+                     i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP, True,
+                     PRECISION)
+    o_dq = ((i_b * Tq + q_start + o_t) * Hq + i_h) * K
+    store_tile(dq, o_dq, i_k, m_q, K, BK, b_dq * tl.cast(scale, tl.float32))
+
+
+@triton.jit(do_not_specialize=["new_tokens", "capacity", "tiles"])
+def flash_attention_fwd_append_kernel(k, v, k_cache, v_cache, cache_seqlens, stride_kb, stride_kt, stride_kh, stride_vb,
+                                      stride_vt, stride_vh, stride_kcb, stride_kct, stride_kch, stride_vcb, stride_vct,
+                                      stride_vch, new_tokens, capacity, heads, tiles, K: tl.constexpr, V: tl.constexpr,
+                                      BM: tl.constexpr, BD: tl.constexpr):
+    """One program copies rows of k and v, row r being new token r // heads of head r % heads."""
+    i_b = (tl.program_id(0) // tiles).to(tl.int64)
+    o_r = tl.program_id(0) % tiles * BM + tl.arange(0, BM)
+    o_t = (o_r // heads).to(tl.int64)
+    o_h = (o_r % heads).to(tl.int64)
+    o_c = tl.load(cache_seqlens + i_b).to(tl.int64) + o_t
+    m_r = (o_t < new_tokens) & (o_c >= 0) & (o_c < capacity)
+    for i_d in range(0, K, BD):
+        b_k = load_tile(k + i_b * stride_kb, o_t * stride_kt + o_h * stride_kh, i_d, m_r, K, BD, True)  # [BM, BD]
+        store_tile(k_cache + i_b * stride_kcb, o_c * stride_kct + o_h * stride_kch, i_d, m_r, K, BD, b_k)
+    for i_d in range(0, V, BD):
+        b_v = load_tile(v + i_b * stride_vb, o_t * stride_vt + o_h * stride_vh, i_d, m_r, V, BD, True)  # [BM, BD]
+        store_tile(v_cache + i_b * stride_vcb, o_c * stride_vct + o_h * stride_vch, i_d, m_r, V, BD, b_v)
+
+
+class _Config(NamedTuple):
+    """Tile sizes (query rows BM, key rows BN, columns of a slice of a head) and how a kernel is compiled."""
+
+    BM: int
+    BN: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+# Configurations by kernel, class of target, bytes of an element and head size (the first entry >= it serves).
+_CONFIGS: dict[str, dict[str, dict[int, dict[int, _Config]]]] = {
+    kernel: {"interpreter": {size: {128: _Config(32, 32, 128, 4, 1)} for size in (2, 4)}}
+    for kernel in ("fwd", "decode", "dkv", "dq")
+}
+
+
+def _class(target_name: str) -> str:
+    """The class of targets whose configurations serve: by shared memory per block and kind of matrix instruction."""
+    if target_name in ("interpreter", "sm_80", "sm_87", "sm_90"):
+        return {"sm_87": "sm_80"}.get(target_name, target_name)
+    if target_name in ("sm_100", "sm_103", "sm_110"):
+        return "sm_100"
+    if target_name in ("sm_86", "sm_89") or target_name.startswith("sm_12"):
+        return "sm_86"
+    return "gfx942"
+
+
+def _config(kernel: str, q: Tensor, v: Tensor) -> _Config:
+    head = max(q.shape[3], v.shape[3])
+    sizes = _CONFIGS[kernel][_class(target(q.device))][q.element_size()]
+    return sizes[min((size for size in sizes if size >= head), default=max(sizes))]
+
+
+def _slice(size: int, columns: int) -> int:
+    """The width of a head's slices: all of it if it fits; at least the 16 that matrix instructions take."""
+    return min(max(triton.next_power_of_2(size), 16), columns)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with a contiguous last axis; the other strides are free."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    return {f"stride_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bth")}
+
+
+def _tiles(rows: int, block: int, cu_seqlens: Tensor | None) -> int:
+    return triton.cdiv(rows, block) if cu_seqlens is None else tiles_packed(rows, cu_seqlens.shape[0] - 1, block)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float, left: int, right: int, cu_seqlens_q: Tensor | None) -> dict:
+    """What every kernel needs to know of the scores: exponent = score_scale * (q.k, or tanh(inner_scale * q.k))."""
+    inner_scale, score_scale = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
+    # Bounds that no pair of positions can pass are none, which also keeps sums of positions within 32 bits.
+    bounded_left, bounded_right = 0 <= left < k.shape[1] - 1, 0 <= right < q.shape[1] - 1
+    return dict(Tq=q.shape[1], Tk=k.shape[1], Hq=q.shape[2], Hk=k.shape[2],
+                sequences=0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1, left=left if bounded_left else 0,
+                right=right if bounded_right else 0, inner_scale=inner_scale, score_scale=score_scale * LOG2E.value,
+                K=q.shape[3], LEFT=bounded_left, RIGHT=bounded_right, SOFTCAP=softcap > 0, PRECISION=dot_precision(q.dtype))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+             cache_seqlens: Tensor | None, new_tokens: int, scale: float, softcap: float, left: int, right: int, G: int,
+             config: _Config) -> tuple[Tensor, Tensor]:
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    if softcap == 0:
+        # The running maximum is scaled after it is taken, and masked scores are -inf before: the scale must be positive.
+        q, scale = (-q if scale < 0 else q), max(abs(scale), 2.0 ** -100)
+    batch, tq, heads, _ = q.shape
+    value_dim = v.shape[3]
+    out = q.new_empty(batch, tq, heads, value_dim)
+    lse = q.new_empty(batch, heads, tq, dtype=torch.float32)
+    BM, BN, columns, num_warps, num_stages = config
+    BV = _slice(value_dim, columns)
+    tiles = _tiles(tq * G, BM, cu_seqlens_q)
+    launch(flash_attention_fwd_kernel, (tiles * (heads // G) * batch if G else 0, triton.cdiv(value_dim, BV)), q.device,
+           q=q, k=k, v=v, out=out, lse=lse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+           cache_seqlens=cache_seqlens, new_tokens=new_tokens, tiles=tiles, V=value_dim, G=G, BM=BM, BN=BN,
+           BK=_slice(q.shape[3], columns), BV=BV, num_warps=num_warps, num_stages=num_stages, **_strides(q=q, k=k, v=v),
+           **_scores(q, k, scale, softcap, left, right, cu_seqlens_q))
+    return out, lse
+
+
+def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right):
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, None, 0, scale, softcap, window_left, window_right, 1,
+                    _config("fwd", q, v))
+
+
+def decode(q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, window_left, window_right):
+    G = q.shape[2] // k_cache.shape[2]
+    rows = q.shape[1] * G
+    config = _config("decode" if rows <= 16 else "fwd", q, v_cache)
+    return _forward(q, k_cache, v_cache, None, None, cache_seqlens, new_tokens, scale, softcap, window_left, window_right, G,
+                    config)
+
+
+def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right, deterministic):
+    # Bitwise repeatable as it is: `deterministic` changes nothing.
+    dout, q, k, v, out = (_rows(x) for x in (dout, q, k, v, out))
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    batch, tq, heads, key_dim = q.shape
+    tk, heads_k, value_dim = v.shape[1:]
+    delta = torch.empty_like(lse)
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    tiles = triton.cdiv(tq, 32)
+    launch(flash_attention_bwd_delta_kernel, (tiles * heads * batch,), q.device, out=out, dout=dout, dlse=dlse, delta=delta,
+           Tq=tq, Hq=heads, tiles=tiles, V=value_dim, BM=32, BV=_slice(value_dim, 128), num_warps=4,
+           **_strides(o=out, d=dout))
+
+    shared = dict(q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+                  scale=scale, V=value_dim, **_strides(q=q, k=k, v=v, d=dout),
+                  **_scores(q, k, scale, softcap, window_left, window_right, cu_seqlens_q))
+
+    BM, BN, columns, num_warps, num_stages = _config("dkv", q, v)
+    BK, BV = _slice(key_dim, columns), _slice(value_dim, columns)
+    tiles = _tiles(tk, BN, cu_seqlens_k)
+    slices = max(triton.cdiv(key_dim, BK), triton.cdiv(value_dim, BV))
+    launch(flash_attention_bwd_dkv_kernel, (tiles * heads_k * batch, slices), q.device, dk=dk, dv=dv, tiles=tiles, BM=BM,
+           BN=BN, BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages, **shared)
+
+    BM, BN, columns, num_warps, num_stages = _config("dq", q, v)
+    BK, BV = _slice(key_dim, columns), _slice(value_dim, columns)
+    tiles = _tiles(tq, BM, cu_seqlens_q)
+    launch(flash_attention_bwd_dq_kernel, (tiles * heads * batch, triton.cdiv(key_dim, BK)), q.device, dq=dq, tiles=tiles,
+           BM=BM, BN=BN, BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages, **shared)
+    return dq, dk, dv
+
+
+def append(k_cache, v_cache, k, v, cache_seqlens):
+    k, v = _rows(k), _rows(v)
+    batch, new_tokens, heads, key_dim = k.shape
+    value_dim = v.shape[3]
+    BM, BD = 16, _slice(max(key_dim, value_dim), 128)
+    tiles = triton.cdiv(new_tokens * heads, BM)
+    launch(flash_attention_fwd_append_kernel, (tiles * batch,), k.device, k=k, v=v,
+           k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, new_tokens=new_tokens, capacity=k_cache.shape[1],
+           heads=heads, tiles=tiles, K=key_dim, V=value_dim, BM=BM, BD=BD, num_warps=4,
+           **_strides(k=k, v=v, kc=k_cache, vc=v_cache))

@@ -1,0 +1,39 @@
+"""What tests, benchmarks and `python -m pykernels verify` share: each op described once, and checks that use it.
+
+`OPS` holds one `Description` per public function: how to make its inputs, what it returns and overwrites, which ops of
+torch.ops.pykernels serve it, which inputs it must reject, and what PyTorch itself offers instead. `check` runs one case of a
+description on one `Target` (a backend on a device, on the CPU with one instruction set) and reports the error of every output
+and gradient beside its budget. A new op adds a module here and an entry to `OPS`.
+"""
+
+from __future__ import annotations
+
+from .flash_attention import FLASH_ATTENTION, FLASH_ATTENTION_DECODE
+from .kit import BadInput, Case, Description, Error, Sample, check, compare, cotangents, expected, run
+from .targets import DTYPES, Target, choice, dtypes, poisoned_memory, targets, use_isa, use_threads
+
+OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE)
+
+__all__ = [
+    "DTYPES",
+    "FLASH_ATTENTION",
+    "FLASH_ATTENTION_DECODE",
+    "OPS",
+    "BadInput",
+    "Case",
+    "Description",
+    "Error",
+    "Sample",
+    "Target",
+    "check",
+    "choice",
+    "compare",
+    "cotangents",
+    "dtypes",
+    "expected",
+    "poisoned_memory",
+    "run",
+    "targets",
+    "use_isa",
+    "use_threads",
+]

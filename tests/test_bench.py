@@ -1,0 +1,355 @@
+"""The benchmark kit: its timer, its arithmetic, its checks and its report."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy
+import pytest
+import torch
+
+from bench import bench_flash_attention, environment, kit, limits, peers, report, timer
+from pykernels import testing
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# ---- timer ---------------------------------------------------------------------------------------------------------
+
+
+class FakeClock:
+    """Each candidate takes the seconds it returns; `drift` slows everything down round by round."""
+
+    def __init__(self, drift: float = 1.0) -> None:
+        self.drift, self.order = drift, []
+
+    def calls(self, warm_up_seconds: float) -> int:
+        return 1
+
+    def sample(self, run, calls: int) -> tuple[float, float]:
+        name, seconds = run()
+        round_ = sum(earlier == name for earlier in self.order)
+        self.order.append(name)
+        return seconds * self.drift ** round_, seconds
+
+
+def candidates(**seconds: float) -> dict:
+    return {name: lambda name=name, value=value: (name, value) for name, value in seconds.items()}
+
+
+def interleave(clock: FakeClock, given: dict, **options) -> dict[str, list[tuple[float, float]]]:
+    return timer.interleave(given, clock, **{"seconds": 0.0, "warm": dict.fromkeys(given, 0.0), **options})
+
+
+def test_each_round_runs_each_candidate_once_in_changing_order() -> None:
+    clock = FakeClock()
+    samples = interleave(clock, candidates(a=1.0, b=2.0, c=3.0), min_rounds=12)
+    rounds = [tuple(clock.order[i:i + 3]) for i in range(0, len(clock.order), 3)]
+    assert len(rounds) == 12
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) > 3
+    assert [len(taken) for taken in samples.values()] == [12, 12, 12]
+    assert samples["b"][0] == (2.0, 2.0)
+
+
+def test_rounds_adapt_to_the_time_given() -> None:
+    def slow() -> None:
+        time.sleep(0.01)
+
+    def rounds(seconds: float, **options) -> int:
+        samples = timer.interleave({"slow": slow}, timer.CpuClock(), seconds=seconds, warm={"slow": 0.01}, **options)
+        return len(samples["slow"])
+
+    assert rounds(0.0, min_rounds=3) == 3
+    assert 3 <= rounds(0.2, min_rounds=2) <= 20
+    assert rounds(10.0, max_rounds=4) == 4
+
+
+def test_a_sample_averages_as_many_calls_as_it_needs() -> None:
+    clock, count = timer.CpuClock(), []
+    assert clock.calls(1.0) == 1
+    assert clock.calls(1e-4) == 20
+    seconds, _ = clock.sample(lambda: count.append(time.sleep(0.001)), 5)
+    assert len(count) == 5
+    assert 0.001 <= seconds < 0.005
+
+
+def test_garbage_collection_is_restored_after_an_error() -> None:
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        interleave(FakeClock(), {"a": lambda: 1 / 0})
+    assert gc.isenabled()
+
+
+def test_ratio_within_rounds_is_untouched_by_drift() -> None:
+    samples = interleave(FakeClock(drift=1.3), candidates(ours=1.0, theirs=2.5), min_rounds=9)
+    ratio = timer.Ratio.of([s for s, _ in samples["theirs"]], [s for s, _ in samples["ours"]])
+    assert ratio.of_medians == pytest.approx(2.5)
+    assert dataclasses.astuple(ratio.per_round) == pytest.approx((2.5, 2.5, 2.5))
+
+
+def test_ratio_arithmetic() -> None:
+    ours, theirs = [1.0, 2.0, 4.0], [3.0, 2.0, 8.0]  # round by round 3, 1, 2
+    ratio = timer.Ratio.of(theirs, ours)
+    assert ratio.of_medians == 3.0 / 2.0
+    assert dataclasses.astuple(ratio.per_round) == pytest.approx((2.0, 1.2, 2.8))
+    with pytest.raises(ValueError, match="same rounds"):
+        timer.Ratio.of([1.0], [1.0, 2.0])
+
+
+def test_quantiles() -> None:
+    values = numpy.random.default_rng(0).normal(size=17).tolist()
+    for p in (0.0, 0.1, 0.5, 0.77, 1.0):
+        assert timer.quantile(values, p) == pytest.approx(numpy.quantile(values, p))
+    assert timer.quantile([3.0], 0.9) == 3.0
+
+
+def test_fastest_variant() -> None:
+    calls = {"quick": 0, "close": 0, "slow": 0}
+
+    def variant(name: str, seconds: float):
+        def run() -> None:
+            calls[name] += 1
+            time.sleep(seconds)
+
+        return run
+
+    seconds = {"slow": 0.4, "close": 0.08, "quick": 0.05}
+    assert timer.fastest({name: variant(name, value) for name, value in seconds.items()}, "cpu") == "quick"
+    assert calls == {"quick": 2, "close": 2, "slow": 1}
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------
+
+
+def test_native_limits_compile_and_do_what_they_count() -> None:
+    native, reason = limits._native()
+    assert reason is None
+    assert native.fp32_fma(1000) == 1000 * 12 * native.vector_bits() / 32 * 2
+    for unit in (native.bf16_dot, native.bf16_tile):
+        assert unit(2000) in (0, 2 * unit(1000))
+    source = torch.randint(256, (1 << 20,), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    native.copy_memory(ctypes.c_void_p(target.data_ptr()), ctypes.c_void_p(source.data_ptr()), source.nbytes)
+    assert torch.equal(target, source)
+
+
+def test_a_limit_is_one() -> None:
+    """torch's matmul, on the same thread, does not pass it (but for noise)."""
+    with testing.use_threads(1):
+        assert limits._arithmetic(limits._native()[0].fp32_fma, 1) > 0.5 * limits._matmul(torch.float32, 512)
+
+
+# ---- flash attention's grid ----------------------------------------------------------------------------------------
+
+
+def small_case(dtype: str = "fp32", direction: str = "fwd+bwd") -> tuple[kit.Case, tuple]:
+    return kit.Case("flash_attention", "small", "causal", dtype, direction, "cpu", 1, 1.0, ("fp32",)), (2, 3, 48, 8)
+
+
+def test_grid_covers_every_combination_once() -> None:
+    cases = [case for case, _ in bench_flash_attention.cases([("cpu", 1), ("cpu", 2)])]
+    attention = [case for case in cases if case.op == "flash_attention"]
+    assert len(attention) == 4 * 2 * 2 * 2 * 2  # shapes, masks, dtypes, passes, thread counts
+    assert len({case.id for case in attention}) == len(attention)
+    decode = {case.shape for case in cases if case.op == "flash_attention_decode"}
+    assert decode == {"B1 H32/8 T4096 D128", "B16 H32/8 T4096 D128"}
+    work = {(case.options, case.direction): case.work for case in attention if case.shape == "B1 H8 T2048 D64"}
+    assert work["full", "fwd"] == 4 * 8 * 2048 * 2048 * 64
+    assert work["causal", "fwd"] == work["full", "fwd"] / 2
+    assert work["full", "fwd+bwd"] == 3.5 * work["full", "fwd"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_reference_in_blocks_is_the_reference(causal: bool) -> None:
+    shape = (1, 2, 1300, 8)
+    expected = bench_flash_attention._expected(shape, causal, torch.float32, "cpu")
+    q, k, v, dout = (x.double() for x in bench_flash_attention._inputs([(1, 1300, 2, 8)] * 4, torch.float32, "cpu"))
+    sample = testing.Sample({"q": q, "k": k, "v": v, "causal": causal}, ("q", "k", "v"))
+    whole = testing.run(testing.FLASH_ATTENTION, sample, "reference", grad={"out": dout})
+    for name, x in expected.reference.items():
+        torch.testing.assert_close(x, expected.part(name, whole[name]), rtol=1e-12, atol=1e-12)
+        assert 0 < (expected.yardstick[name].double() - x).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
+def test_measure_checks_and_times(direction: str, dtype: str) -> None:
+    case, shape = small_case(direction=direction, dtype=dtype)
+    problem = bench_flash_attention.Attention(case, shape)
+    record = kit.measure(case, problem, peers.for_op(case.op), seconds=0.0, wanted=["reference"], min_rounds=3)
+    record = json.loads(json.dumps(record))
+    ours, theirs = record["candidates"]
+    assert (ours["name"], theirs["name"]) == ("pykernels reference", "torch SDPA")
+    assert theirs["variant"] in ("default", "math")
+    for entry in (ours, theirs):
+        assert entry["problem"] is None
+        assert len(entry["seconds"]) == 3
+        assert all(0 < seconds < 5 for seconds in entry["seconds"])
+        assert set(entry["errors"]) == ({"out"} if direction == "fwd" else {"out", "dq", "dk", "dv"})
+        assert all(0 <= error <= 10 * budget < 1 for error, budget in entry["errors"].values())
+    assert record["checked"] == "batch 2 of 2, head 2 of 3"
+    assert record["missing"]["FlexAttention"] == "measured on GPUs only"
+
+
+def test_measure_decode() -> None:
+    shape = (2, 4, 2, 64, 8)
+    case = kit.Case("flash_attention_decode", "small", "full cache", "fp32", "step", "cpu", 1, 1.0, ("copy",))
+    problem = bench_flash_attention.Decode(case, shape)
+    assert len(problem.caches) == 64
+    assert len({k.data_ptr() for k, _ in problem.caches}) == 64
+    record = kit.measure(case, problem, peers.for_op(case.op), seconds=0.0, wanted=["reference"], min_rounds=2)
+    assert [entry["problem"] for entry in record["candidates"]] == [None, None]
+    assert [len(entry["seconds"]) for entry in record["candidates"]] == [2, 2]
+
+
+def test_what_is_wrong_is_not_timed() -> None:
+    case, shape = small_case()
+
+    class Wrong(bench_flash_attention.Attention):
+        def ours(self, backend: str) -> kit.Call:
+            right = super().ours(backend)
+            return kit.Call(right.run, lambda result: {**right.outputs(result), "dk": torch.zeros_like(self.k)})
+
+    def inexact(problem: bench_flash_attention.Attention, case: kit.Case) -> dict[str, kit.Call]:
+        right = bench_flash_attention.Attention.ours(problem, "reference")
+        return {"all": kit.Call(right.run, lambda result: {n: 0.999 * x for n, x in right.outputs(result).items()})}
+
+    problem = Wrong(case, shape)
+    record = kit.measure(case, problem, [kit.Peer("off", "flash_attention", lambda case: None, inexact)], seconds=0.0,
+                         wanted=["reference"], min_rounds=2)
+    ours, off = record["candidates"]
+    assert ours["problem"].startswith("error of dk is 1.0")
+    assert "its budget" in off["problem"]
+    assert ours["seconds"] == off["seconds"] == []
+    assert "WRONG" in report.line(record, {})
+    assert "WRONG" in report.table({"environment": ENVIRONMENT, "limits": {}, "results": [record]})
+
+
+def test_runs_under_pytest_benchmark(tmp_path: pathlib.Path) -> None:
+    """The whole way: the runner, our samples in its statistics, the condensed file, the table."""
+    raw = tmp_path / "raw.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-c", "bench/pytest.ini", "-q",
+               "-k", "B4-H8-T512-D64-causal-fp32-fwd-1", "--backends=reference", "--minutes=0.01", "--min-rounds=3",
+               f"--benchmark-json={raw}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[1/1 0:" in done.stdout
+    assert "flash_attention B4 H8 T512 D64 causal fp32 fwd x1: reference" in done.stdout
+    stored = json.loads(raw.read_text())["benchmarks"][0]
+    data = report.load(raw)
+    samples = data["results"][0]["candidates"][0]["seconds"]
+    assert stored["stats"]["median"] == pytest.approx(timer.quantile(samples, 0.5), rel=1e-3)
+    assert stored["stats"]["rounds"] == 3
+    assert data["environment"]["torch"] == torch.__version__
+    assert data["limits"]["cpu 1"]["values"]["fp32"] > 1e9
+    assert data["limits"]["cpu 1"]["values"]["copy"] > 1e8
+    report.save(data, tmp_path / "results" / "here.json")
+    assert report.load(tmp_path / "results" / "here.json") == data
+    assert "torch SDPA" in report.table(data)
+
+
+# ---- report --------------------------------------------------------------------------------------------------------
+
+ENVIRONMENT = {"machine": "box", "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "pykernels": "0.1",
+               "torch": "2.10", "triton": None, "cuda": None, "python": "3.12", "cpu": "Some CPU", "cores": 2,
+               "threads": 2, "isa": "avx2", "gpu": None, "gpu_capability": None}
+
+
+def entry(name: str, seconds: list[float], error: float = 0.5) -> dict:
+    return {"name": name, "variant": None if name.startswith("pykernels") else "default", "problem": None,
+            "seconds": seconds, "errors": {"out": [error * 1e-6, 1e-6]}}
+
+
+def record(threads: int, found: list[dict], dtype: str = "fp32") -> dict:
+    return {"op": "flash_attention", "shape": "B1 H1 T9 D8", "options": "causal", "dtype": dtype, "direction": "fwd",
+            "device": "cpu", "threads": threads, "work": 1e9, "limits": ["bf16 tile", "fp32"], "checked": "everything",
+            "candidates": found, "missing": {"fla": "fla is not installed"}}
+
+
+DATA = {
+    "environment": ENVIRONMENT,
+    "limits": {"cpu 1": {"values": {"fp32": 40e9, "bf16 tile": None, "copy": 10e9}, "notes": "by hand"}},
+    "results": [
+        record(1, [entry("pykernels cpu", [0.1] * 3), entry("torch SDPA", [0.3, 0.2, 0.2]), entry("other", [0.9] * 3)]),
+        record(2, [entry("pykernels cpu", [0.1] * 3, error=0.25), entry("torch SDPA", [0.08] * 3)]),
+        record(1, [], dtype="bf16"),
+    ],
+}
+
+
+def test_row_figures() -> None:
+    (row,) = report.rows(DATA["results"][0], DATA["limits"])
+    assert (row.backend, row.limit, row.error) == ("cpu", "fp32", 0.5)
+    assert (row.rate, row.share) == (pytest.approx(1e10), pytest.approx(0.25))
+    assert row.peer == "torch SDPA default"  # the fastest of two
+    assert row.ratio.of_medians == pytest.approx(2.0)
+    assert row.ratio.per_round.high == pytest.approx(2.8)
+
+
+def test_table_shows_wins_losses_and_what_was_not_measured() -> None:
+    text = report.table(DATA)
+    won, lost, unmeasured = (line for line in text.splitlines() if line.startswith("B1 H1 T9 D8 causal"))
+    assert "25% fp32" in won
+    assert "2.00 (2.00 [2.00, 2.80])" in won
+    assert "slower" not in won
+    assert "0.80 (0.80 [0.80, 0.80])  slower" in lost
+    assert lost.endswith("0.25")
+    assert report.NOT_MEASURED in unmeasured
+    assert "cpu fp32 fwd: faster than the fastest peer in 1 of 2 cases, 1.26 times in the geometric mean" in text
+    assert "fla: fla is not installed" in text
+    assert len({len(line) - len(line.lstrip()) for line in (won, lost)}) == 1
+
+
+def test_markdown_is_generated_between_markers() -> None:
+    text = report.readme([DATA], expected=lambda environment: DATA["results"])
+    assert "| B1 H1 T9 D8 causal | 2.00 / 0.80 | not measured |" in text
+    assert "NVIDIA GPUs: not measured." in text
+    page = "before\n<!-- a -->\nold\n<!-- b -->\nafter\n"
+    assert report.between(page, "<!-- a -->", "<!-- b -->", text) == f"before\n<!-- a -->\n{text}\n<!-- b -->\nafter\n"
+    assert "old" not in report.between(page, "<!-- a -->", "<!-- b -->", "\\1 new")
+    with pytest.raises(ValueError, match="expected one"):
+        report.between("no markers", "<!-- a -->", "<!-- b -->", text)
+
+
+def test_markdown_without_any_result() -> None:
+    text = report.readme([])
+    assert "CPUs: not measured." in text
+    assert "NVIDIA GPUs: not measured." in text
+
+
+def test_full_markdown_has_every_figure_and_gap() -> None:
+    absent = {**record(2, [], dtype="bf16"), "candidates": []}
+    text = report.full([DATA], expected=lambda environment: [*DATA["results"], absent])
+    rows = [line for line in text.splitlines() if line.startswith("| B1 H1 T9 D8 causal")]
+    assert len(rows) == 4
+    assert sum(report.NOT_MEASURED in row for row in rows) == 2
+    assert len({row.count("|") for row in rows}) == 1
+    assert "1 thread: fp32 40.0 GFLOP/s, copy 10.0 GB/s" in text
+
+
+def test_grid_of_a_machine_is_every_case() -> None:
+    found = report.grid(ENVIRONMENT)
+    places = {(case["op"], case["threads"]) for case in found}
+    assert places == {(op, threads) for op in ("flash_attention", "flash_attention_decode") for threads in (1, 2)}
+    assert {case["device"] for case in report.grid({**ENVIRONMENT, "gpu": "GPU"})} == {"cuda"}
+
+
+def test_plots(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    written = report.plots(DATA, tmp_path)
+    assert [path.name for path in written] == ["box-flash_attention-speedup.png", "box-flash_attention-rate.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in written)
+
+
+def test_environment_names_the_machine() -> None:
+    found = json.loads(json.dumps(environment.describe()))
+    assert found["torch"] == torch.__version__
+    assert set(ENVIRONMENT) <= set(found)
+    assert found["machine"] and set(found["machine"]) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
