@@ -20,6 +20,33 @@ void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(error);
 }
 
+// {"q": address, "q_stride": (batch, token, head), "batch": ..., ...}: the fields of the params structs by their names.
+template <class T>
+T* pointer(const py::dict& fields, const char* name) {
+  return reinterpret_cast<T*>(fields[name].cast<std::uintptr_t>());
+}
+
+pykernels::Strides3 strides(const py::dict& fields, const char* name) {
+  const auto stride = fields[name].cast<std::tuple<int64_t, int64_t, int64_t>>();
+  return {std::get<0>(stride), std::get<1>(stride), std::get<2>(stride)};
+}
+
+pykernels::FlashAttentionParams attention_params(const py::dict& f) {
+  pykernels::FlashAttentionParams p{};
+  p.dtype = static_cast<pykernels::DType>(f["dtype"].cast<int>());
+  const auto number = [&](const char* name) { return f[name].cast<int64_t>(); };
+  p.batch = number("batch"), p.seqlen_q = number("seqlen_q"), p.seqlen_k = number("seqlen_k"), p.heads_q = number("heads_q");
+  p.heads_k = number("heads_k"), p.head_dim = number("head_dim"), p.value_dim = number("value_dim");
+  p.q = pointer<void>(f, "q"), p.k = pointer<void>(f, "k"), p.v = pointer<void>(f, "v");
+  p.q_stride = strides(f, "q_stride"), p.k_stride = strides(f, "k_stride"), p.v_stride = strides(f, "v_stride");
+  p.out = pointer<void>(f, "out"), p.out_stride = strides(f, "out_stride"), p.lse = pointer<void>(f, "lse");
+  p.cu_seqlens_q = pointer<int32_t>(f, "cu_seqlens_q"), p.cu_seqlens_k = pointer<int32_t>(f, "cu_seqlens_k");
+  p.sequences = number("sequences");
+  p.scale = f["scale"].cast<double>(), p.softcap = f["softcap"].cast<double>();
+  p.window_left = number("window_left"), p.window_right = number("window_right");
+  return p;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(pykernels_cuda_host, m) {
@@ -41,4 +68,7 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
                                          static_cast<int>(i.size)));
       },
       "Runs a kernel of faults.cu on n floats.");
+  m.def(
+      "flash_attention_fwd", [](const py::dict& fields) { check(pykernels::cuda::flash_attention_fwd(attention_params(fields), nullptr)); },
+      "pykernels::cuda::flash_attention_fwd; the fields of its params by name, pointers as addresses.");
 }

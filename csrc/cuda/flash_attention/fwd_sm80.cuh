@@ -19,7 +19,7 @@ struct ForwardConfig {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   // Two row tiles per warp use each fragment of K and V twice, as long as the registers suffice.
   static constexpr int kMTiles = kHead <= 128 ? 2 : 1;
-  static constexpr int kN = kHead <= 96 ? 64 : 32;
+  static constexpr int kN = kHead <= 64 ? 64 : kHead == 96 ? 48 : 32;
   static constexpr int kM = 16 * kMTiles * kWarps;
   using QTile = SharedTile<T, kM, kHead>;
   using KTile = SharedTile<T, kN, kHead>;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(Config::kThreads)
           }
     }
 
-    uint32_t weights[kMTiles][kN / 16][4];  // P, as the operand of the next product
+    // S becomes P.
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -148,27 +148,26 @@ __global__ void __launch_bounds__(Config::kThreads)
 #pragma unroll
         for (int n = 0; n < kHead / 8; ++n) o[m][n][2 * half] *= rescale, o[m][n][2 * half + 1] *= rescale;
       }
-#pragma unroll
-      for (int n = 0; n < kN / 16; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* pair = &s[m][2 * n + i / 2][2 * (i % 2)];
-          weights[m][n][i] = ptx::pack<T>(pair[0], pair[1]);
-        }
     }
 
 #pragma unroll
-    for (int n = 0; n < kN / 16; ++n)  // O += P V
+    for (int n = 0; n < kN / 16; ++n) {  // O += P V
+      uint32_t a[kMTiles][4];
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = ptx::pack<T>(s[m][2 * n + i / 2][2 * (i % 2)], s[m][2 * n + i / 2][2 * (i % 2) + 1]);
 #pragma unroll
       for (int d = 0; d < kHead / 16; ++d) {
         uint32_t b[2][2];
         load_b_trans(b, v_now, 16 * n, 16 * d);
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
-          ptx::mma_m16n8k16<T>(o[m][2 * d], weights[m][n], b[0], o[m][2 * d]);
-          ptx::mma_m16n8k16<T>(o[m][2 * d + 1], weights[m][n], b[1], o[m][2 * d + 1]);
+          ptx::mma_m16n8k16<T>(o[m][2 * d], a[m], b[0], o[m][2 * d]);
+          ptx::mma_m16n8k16<T>(o[m][2 * d + 1], a[m], b[1], o[m][2 * d + 1]);
         }
       }
+    }
   }
 
   // A warp's rows of Q are read by it alone, so it may put its output there.

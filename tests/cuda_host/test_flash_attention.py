@@ -1,0 +1,60 @@
+"""The CUDA kernels of flash attention, executed on the host: the op's ordinary cases against the float64 definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pykernels.ops.flash_attention import registration
+from pykernels.testing import FLASH_ATTENTION, Case, compare, expected
+from pykernels.testing.flash_attention import _options, attention_case
+from pykernels.testing.kit import seed
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _fits(case: Case) -> bool:
+    """Within the kernels' head sizes, and small enough for an executor that is 10^5 times slower than a GPU."""
+    args = case.make(torch.float16, "cpu").args
+    q, v = args["q"], args["v"]
+    return max(q.shape[3], v.shape[3]) <= 256 and q.shape[0] * q.shape[1] * q.shape[2] * v.shape[1] * (q.shape[3] + v.shape[3]) < 6e7
+
+
+CASES = [case for case in (*FLASH_ATTENTION.cases, *FLASH_ATTENTION.extremes) if _fits(case)]
+# Every instantiation, with rows and keys across its tiles.
+SIZES = [attention_case(f"size-{head_dim}", tq=140, tk=150, heads_q=1, head_dim=head_dim, causal=True)
+         for head_dim in (32, 64, 96, 128, 192, 256)]
+
+
+def _run(host, case: Case, dtype: torch.dtype, seed_: int) -> list:
+    sample = case.make(dtype, "cpu")
+    args = sample.args
+    cu_q = args.get("cu_seqlens_q")
+    host.set_seed(seed_)
+    out, lse = registration.run("fwd", "cuda_host", args["q"], args["k"], args["v"], cu_q, args.get("cu_seqlens_k", cu_q),
+                                *_options(sample, causal=False))
+    reference, yardstick = expected(FLASH_ATTENTION, case, dtype)
+    return [compare(name, x, reference[name], yardstick[name]) for name, x in (("out", out), ("lse", lse))]
+
+
+@pytest.fixture(scope="module")
+def host_ops(host):
+    import host_ops
+
+    return host_ops
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", [*CASES, *SIZES], ids=str)
+def test_numbers(host, host_ops, case, dtype):
+    if dtype not in case.dtypes:
+        pytest.skip("the case leaves this dtype out")
+    errors = _run(host, case, dtype, seed(case.name + str(dtype)))  # another order of events for each
+    assert all(error.ok for error in errors), [str(error) for error in errors]
+
+
+@pytest.mark.parametrize("seed_", range(12))
+def test_every_order_of_events(host, host_ops, seed_):
+    case = attention_case("orders", tq=70, tk=200, heads_q=2, heads_k=1, head_dim=40, causal=True)
+    errors = _run(host, case, torch.bfloat16, seed_)
+    assert all(error.ok for error in errors), [str(error) for error in errors]
