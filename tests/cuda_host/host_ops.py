@@ -59,4 +59,18 @@ def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
     return out, lse
 
 
+def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options_and_deterministic):
+    *options, deterministic = options_and_deterministic
+    q, k, v, out, dout = map(_last_contiguous, (q, k, v, out, dout))
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    dq, dk, dv = (_with_guards(*x.shape, dtype=x.dtype) for x in (q, k, v))
+    delta = _with_guards(*lse.shape, dtype=torch.float32)
+    fields = _fields(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options) | _tensors(dout=dout, dq=dq, dk=dk, dv=dv)
+    fields |= {"dlse": 0 if dlse is None else dlse.data_ptr(), "delta": delta.data_ptr(), "deterministic": deterministic}
+    build.load().flash_attention_bwd(fields)
+    _check_guards(dq, dk, dv, delta)
+    return dq, dk, dv
+
+
+_dispatch.define("flash_attention_bwd_cuda_host", registration.SCHEMAS["bwd"], bwd)
 _dispatch.define("flash_attention_fwd_cuda_host", registration.SCHEMAS["fwd"], fwd)

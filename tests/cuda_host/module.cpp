@@ -71,4 +71,16 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
   m.def(
       "flash_attention_fwd", [](const py::dict& fields) { check(pykernels::cuda::flash_attention_fwd(attention_params(fields), nullptr)); },
       "pykernels::cuda::flash_attention_fwd; the fields of its params by name, pointers as addresses.");
+  m.def(
+      "flash_attention_bwd",
+      [](const py::dict& f) {
+        pykernels::FlashAttentionBackwardParams p{};
+        p.forward = attention_params(f);
+        p.dout = pointer<void>(f, "dout"), p.dout_stride = strides(f, "dout_stride"), p.dlse = pointer<void>(f, "dlse");
+        p.dq = pointer<void>(f, "dq"), p.dk = pointer<void>(f, "dk"), p.dv = pointer<void>(f, "dv");
+        p.dq_stride = strides(f, "dq_stride"), p.dk_stride = strides(f, "dk_stride"), p.dv_stride = strides(f, "dv_stride");
+        p.deterministic = f["deterministic"].cast<bool>(), p.delta = pointer<void>(f, "delta");
+        check(pykernels::cuda::flash_attention_bwd(p, nullptr));
+      },
+      "pykernels::cuda::flash_attention_bwd, likewise.");
 }

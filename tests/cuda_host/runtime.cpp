@@ -191,15 +191,16 @@ void wake(Thread* thread) {
 
 namespace {
 
+bool same(const char* a, const char* b) { return a == b || !std::strcmp(a, b); }
+bool same(Where a, Where b) { return a.line() == b.line() && same(a.file_name(), b.file_name()); }
+
 void meet(std::vector<Rendezvous>& meetings, const char* what, unsigned mask, unsigned position, unsigned count, void* argument,
           Effect effect, void* context, Where where) {
   std::size_t i = 0;
   for (; i < meetings.size(); ++i) {
     if ((meetings[i].mask & mask) == 0) continue;
     const Rendezvous& other = meetings[i];
-    if (other.mask == mask && !std::strcmp(other.what, what) && other.where.line() == where.line() &&
-        !std::strcmp(other.where.file_name(), where.file_name()))
-      break;
+    if (other.mask == mask && same(other.what, what) && same(other.where, where)) break;
     fail(std::string("divergent warp: ") + what + " at " + text(where) + " with mask " + std::to_string(mask) +
          ", while other lanes of it are in " + other.what + " at " + text(other.where) + " with mask " + std::to_string(other.mask));
   }
@@ -225,7 +226,7 @@ void warp_collective(const char* what, unsigned mask, void* argument, Effect eff
   const unsigned lane = current->lane();
   if ((mask >> lane & 1) == 0) fail(std::string(what) + ": the mask leaves out the calling lane", where);
   const unsigned first = current->warp->index * kWarp;
-  for (unsigned i = 0; i < kWarp; ++i)
+  for (unsigned i = 0; current->warp->meetings.empty() && i < kWarp; ++i)
     if ((mask >> i & 1) && (first + i >= current->block->threads.size() || current->block->threads[first + i]->exited))
       fail(std::string(what) + ": the mask names lane " + std::to_string(i) + ", which has exited or never was", where);
   meet(current->warp->meetings, what, mask, lane, static_cast<unsigned>(__builtin_popcount(mask)), argument, effect, context, where);
@@ -252,7 +253,7 @@ bool arrive(unsigned id, unsigned threads, bool syncthreads, Where where) {
   } else if (barrier.expected != threads) {
     fail("barrier " + std::to_string(id) + ": " + std::to_string(threads) + " threads expected here, but " +
          std::to_string(barrier.expected) + " at " + text(barrier.where), where);
-  } else if (syncthreads && (barrier.where.line() != where.line() || std::strcmp(barrier.where.file_name(), where.file_name()))) {
+  } else if (syncthreads && !same(barrier.where, where)) {
     fail("divergent barrier: __syncthreads at " + text(where) + " while other threads are in the one at " + text(barrier.where));
   }
   if (barrier.arrived[current->linear]) fail("barrier " + std::to_string(id) + ": the thread came twice in one phase", where);
