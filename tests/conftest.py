@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch is imported: waiting threads that spin cost the tests, which are many small calls, most of their time
+# on a machine that does anything else besides.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import pytest
 import torch
@@ -9,7 +15,9 @@ import torch
 from pykernels import _library, backends
 
 # The same examples in every run, so that a failure is always one that a change brought.
-hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.register_profile(
+    "reproducible", derandomize=True, deadline=None, database=None, print_blob=True
+)
 hypothesis.settings.load_profile("reproducible")
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -141,9 +142,10 @@ def test_native_limits_compile_and_do_what_they_count() -> None:
 
 
 def test_a_limit_is_one() -> None:
-    """torch's matmul, on the same thread, does not pass it (but for noise)."""
+    """torch's matmul, on the same thread, does not pass it; tried several times, for other work on the machine."""
+    native, _ = limits._native()
     with testing.use_threads(1):
-        assert limits._arithmetic(limits._native()[0].fp32_fma, 1) > 0.5 * limits._matmul(torch.float32, 512)
+        assert any(limits._arithmetic(native.fp32_fma, 1) > 0.8 * limits._matmul(torch.float32, 512) for _ in range(10))
 
 
 # ---- flash attention's grid ----------------------------------------------------------------------------------------
@@ -195,7 +197,8 @@ def test_measure_checks_and_times(direction: str, dtype: str) -> None:
         assert set(entry["errors"]) == ({"out"} if direction == "fwd" else {"out", "dq", "dk", "dv"})
         assert all(0 <= error <= 10 * budget < 1 for error, budget in entry["errors"].values())
     assert record["checked"] == "batch 2 of 2, head 2 of 3"
-    assert record["missing"]["FlexAttention"] == "measured on GPUs only"
+    slow = "has no backward on CPUs" if case.backward else "compiles for every case: measured with --slow-peers"
+    assert record["missing"]["FlexAttention"] == slow
 
 
 def test_measure_decode() -> None:
@@ -332,6 +335,23 @@ def test_full_markdown_has_every_figure_and_gap() -> None:
     assert sum(report.NOT_MEASURED in row for row in rows) == 2
     assert len({row.count("|") for row in rows}) == 1
     assert "1 thread: fp32 40.0 GFLOP/s, copy 10.0 GB/s" in text
+
+
+def test_docs_are_generated_from_the_results(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    report.save(DATA, tmp_path / "results" / "box.json")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    for _ in range(2):  # the second time changes nothing
+        report.write_docs(tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert text.count("| B1 H1 T9 D8 causal | 2.00 / 0.80 |") == 1
+        assert text.count("| B1 H8 T2048 D64 causal | not measured |") == 1  # of the grid, not among the results
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    for name in re.findall(r"\(plots/(.+)\)", page):
+        assert (tmp_path / "docs" / "plots" / name).exists()
+    assert page.count("plots/") == 2
 
 
 def test_grid_of_a_machine_is_every_case() -> None:
