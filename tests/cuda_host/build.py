@@ -22,7 +22,8 @@ NAME = "pykernels_cuda_host"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 OPTIMIZE = {"plain": ["-O2"],
-            "sanitized": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]}
+            "sanitized": ["-O1", "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+                          "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]}
 
 
 def unavailable() -> str | None:

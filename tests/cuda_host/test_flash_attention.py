@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
+import build
 import pytest
 import torch
 
@@ -75,3 +80,19 @@ def test_bitwise_repeatable(host, host_ops):
     for other in others:
         for name, x in first.items():
             assert torch.equal(x, other[name]), name
+
+
+# Ragged shapes, every way of loading and storing rows, packed and empty sequences; both walks for small and large heads.
+SANITIZED = ("tiny-causal-bfloat16", "head-31-value-1-float16", "head-111-bfloat16", "size-256-float16", "gqa-float16", "blind-window-bfloat16",
+             "no-keys-float16", "packed-different-bfloat16", "packed-window-float16", "layout-padded-float16", "layout-expanded-bfloat16")
+
+
+def test_under_the_sanitizers():
+    """In a process of its own: address and undefined-behaviour sanitizer see every access of the kernels."""
+    if (reason := build.unavailable()) is not None:
+        pytest.skip(reason)
+    build.build("sanitized")
+    tests = [f"{Path(__file__).name}::test_numbers[{name}]" for name in SANITIZED]
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], env=build.sanitized_environment(),
+                            cwd=build.HERE, capture_output=True, text=True)
+    assert result.returncode == 0 and f"{len(SANITIZED)} passed" in result.stdout, (result.stdout + result.stderr)[-4000:]
