@@ -4,25 +4,30 @@
 namespace pykernels::bindings {
 namespace {
 
-std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> cu_seqlens_q,
-                                   std::optional<Tensor> cu_seqlens_k, double scale, double softcap, int64_t window_left,
-                                   int64_t window_right) {
-  const auto launch = [](const FlashAttentionParams& p, const Tensor&) { cpu::flash_attention_fwd(p, torch_threads()); };
+std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
+                                   double scale, double softcap, int64_t window_left, int64_t window_right) {
+  const auto launch = [](const FlashAttentionParams& p, const Tensor&) {
+    cpu::flash_attention_fwd(p, torch_threads());
+  };
   return attention_fwd(launch, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right);
 }
 
-std::tuple<Tensor, Tensor, Tensor> bwd_cpu(const Tensor& dout, std::optional<Tensor> dlse, const Tensor& q, const Tensor& k,
-                                           const Tensor& v, const Tensor& out, const Tensor& lse,
-                                           std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k, double scale,
-                                           double softcap, int64_t window_left, int64_t window_right, bool deterministic) {
-  const auto launch = [](const FlashAttentionBackwardParams& p, const Tensor&) { cpu::flash_attention_bwd(p, torch_threads()); };
-  return attention_bwd(launch, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right,
-                       deterministic);
+std::tuple<Tensor, Tensor, Tensor> bwd_cpu(const Tensor& dout, std::optional<Tensor> dlse, const Tensor& q,
+                                           const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                                           std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
+                                           double scale, double softcap, int64_t window_left, int64_t window_right,
+                                           bool deterministic) {
+  const auto launch = [](const FlashAttentionBackwardParams& p, const Tensor&) {
+    cpu::flash_attention_bwd(p, torch_threads());
+  };
+  return attention_bwd(launch, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left,
+                       window_right, deterministic);
 }
 
-std::tuple<Tensor, Tensor> decode_cpu(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_seqlens,
-                                      int64_t new_tokens, double scale, double softcap, int64_t window_left,
-                                      int64_t window_right) {
+std::tuple<Tensor, Tensor> decode_cpu(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache,
+                                      const Tensor& cache_seqlens, int64_t new_tokens, double scale, double softcap,
+                                      int64_t window_left, int64_t window_right) {
   const Tensor q = last_contiguous(q_), k = last_contiguous(k_cache), v = last_contiguous(v_cache);
   FlashAttentionDecodeParams p{};
   p.forward = make_params(q, k, v, scale, softcap, window_left, window_right);
@@ -49,13 +54,15 @@ void append_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k_, const Tensor& 
   check_shape(k_, {p.batch, p.new_tokens, p.heads, p.head_dim}, "k");
   check_shape(v_cache, {p.batch, p.capacity, p.heads, p.value_dim}, "v_cache");
   check_shape(v_, {p.batch, p.new_tokens, p.heads, p.value_dim}, "v");
-  for (const Tensor* x : {static_cast<const Tensor*>(&v_cache), &k_, &v_}) check_same_dtype(*x, k_cache, "k, v or v_cache");
+  for (const Tensor* x : {static_cast<const Tensor*>(&v_cache), &k_, &v_})
+    check_same_dtype(*x, k_cache, "k, v or v_cache");
   check_dtype(cache_seqlens, ScalarType::Int, "cache_seqlens");
   check_shape(cache_seqlens, {p.batch}, "cache_seqlens");
   STD_TORCH_CHECK(cache_seqlens.is_contiguous(), "pykernels: cache_seqlens must be contiguous");
   // The caches are written in place, so a copy would not do.
   for (const Tensor* x : {&k_cache, &v_cache})
-    STD_TORCH_CHECK(x->size(3) <= 1 || x->stride(3) == 1, "pykernels: the caches must be contiguous in their last axis");
+    STD_TORCH_CHECK(x->size(3) <= 1 || x->stride(3) == 1,
+                    "pykernels: the caches must be contiguous in their last axis");
   const Tensor k = last_contiguous(k_), v = last_contiguous(v_);
   p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
   p.k_stride = strides3(k), p.v_stride = strides3(v);
@@ -69,7 +76,8 @@ void append_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k_, const Tensor& 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pykernels, m) {
   m.def(
-      "flash_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, "
+      "flash_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float "
+      "scale, "
       "float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
   m.def(
       "flash_attention_bwd_cpu(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -79,7 +87,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pykernels, m) {
       "flash_attention_decode_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int new_tokens, "
       "float scale, float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
   m.def(
-      "flash_attention_append_cpu(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens) -> ()");
+      "flash_attention_append_cpu(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pykernels, CPU, m) {

@@ -16,8 +16,8 @@ inline void check_same_device(const Tensor& x, const Tensor& reference, const ch
 inline Strides3 strides3(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
 // Fills what forward, backward and decode share; the tensors must outlive the launch.
-inline FlashAttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double softcap,
-                                        int64_t window_left, int64_t window_right) {
+inline FlashAttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                        double softcap, int64_t window_left, int64_t window_right) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "pykernels: q, k and v need 4 axes");
   check_same_dtype(k, q, "k");
   check_same_dtype(v, q, "v");
@@ -73,11 +73,13 @@ std::tuple<Tensor, Tensor> attention_fwd(Launch launch, const Tensor& q_, const 
 }
 
 template <class Launch>
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(Launch launch, const Tensor& dout_, const std::optional<Tensor>& dlse_,
-                                                 const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& out_,
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(Launch launch, const Tensor& dout_,
+                                                 const std::optional<Tensor>& dlse_, const Tensor& q_,
+                                                 const Tensor& k_, const Tensor& v_, const Tensor& out_,
                                                  const Tensor& lse_, const std::optional<Tensor>& cu_seqlens_q,
-                                                 const std::optional<Tensor>& cu_seqlens_k, double scale, double softcap,
-                                                 int64_t window_left, int64_t window_right, bool deterministic) {
+                                                 const std::optional<Tensor>& cu_seqlens_k, double scale,
+                                                 double softcap, int64_t window_left, int64_t window_right,
+                                                 bool deterministic) {
   const Tensor q = last_contiguous(q_), k = last_contiguous(k_), v = last_contiguous(v_);
   const Tensor dout = last_contiguous(dout_), out = last_contiguous(out_), lse = contiguous_or(lse_);
   std::optional<Tensor> dlse;

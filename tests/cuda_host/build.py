@@ -1,7 +1,8 @@
 """Compiles the CUDA sources for the host, into a Python module that runs them on the executor.
 
-The plain module is what most tests use; the sanitized one (address and undefined behaviour) needs the sanitizer's runtime
-loaded before Python, see `sanitized_environment`. Objects are kept in build/cuda_host, named by what they were made from.
+The plain module is what most tests use; the sanitized one (address and undefined behaviour) needs the sanitizer's
+runtime loaded before Python, see `sanitized_environment`. Objects are kept in build/cuda_host, named by what they were
+made from.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 NAME = "pykernels_cuda_host"
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra",
+         "-Wno-unknown-pragmas", "-Wno-psabi"]
 OPTIMIZE = {"plain": ["-O2"],
-            "sanitized": ["-O1", "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+            "sanitized": ["-O1", "-fsanitize=address", "-fsanitize=alignment,bounds,shift,signed-integer-overflow",
                           "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]}
 
 
@@ -89,9 +91,12 @@ def build(variant: str = "plain") -> Path:
 
 def sanitized_environment() -> dict[str, str]:
     """The variables with which a Python process can import the sanitized module."""
-    libraries = [subprocess.run([COMPILER, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
-                 for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
-    return {**os.environ, "LD_PRELOAD": " ".join(libraries), "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+    def library(name: str) -> str:
+        found = subprocess.run([COMPILER, f"-print-file-name={name}"], check=True, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    libraries = map(library, ("libasan.so", "libubsan.so", "libstdc++.so"))
+    return {**os.environ, "LD_PRELOAD": " ".join(libraries), "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}",
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1",
             "PYKERNELS_CUDA_HOST": "sanitized"}
 

@@ -1,5 +1,5 @@
-// Kernels with one planted fault each, beside the same kernel without it ("..._good"): what the executor must catch, and must
-// not. All of them compute out[i] = 2 in[i] for n floats, n a multiple of 256.
+// Kernels with one planted fault each, beside the same kernel without it ("..._good"): what the executor must
+// catch, and must not. All of them compute out[i] = 2 in[i] for n floats, n a multiple of 256.
 #include <cstring>
 
 #include "cuda/common/launch.cuh"
@@ -42,8 +42,8 @@ __global__ void cp_async_kernel(const float* in, float* out, int n) {
   ptx::cp_async_wait<0>();
 }
 
-// Two stages by cp.async; the next stage is filled while the present one is read. With the fault there is no barrier between
-// the last reads of a stage and its refilling.
+// Two stages by cp.async; the next stage is filled while the present one is read. With the fault there is no
+// barrier between the last reads of a stage and its refilling.
 template <bool kBarrier>
 __global__ void cp_async_pipeline_kernel(const float* in, float* out, int n) {
   constexpr int kStage = 4 * kThreads;
@@ -70,8 +70,8 @@ __global__ void cp_async_pipeline_kernel(const float* in, float* out, int n) {
   ptx::cp_async_wait<0>();
 }
 
-// A producer warp and three consumer warps around two stages filled by bulk copies. The faults: the producer does not wait
-// until a stage has been read, or the consumers say so too early.
+// A producer warp and three consumer warps around two stages filled by bulk copies. The faults: the producer does
+// not wait until a stage has been read, or the consumers say so too early.
 enum class PipelineFault { kNone, kWaitEmpty, kReleasedEarly };
 
 template <PipelineFault kFault>
@@ -250,16 +250,19 @@ __global__ void wgmma_kernel(const float* in, float* out, int n) {
     return (offset ^ (offset >> 7 & 1) << 4) / 2;
   };
   for (int i = thread(); i < 32 * 16; i += kThreads)
-    b[place(i / 16, i % 16)] = i / 16 == i % 16 ? static_cast<uint16_t>(0x4000) : static_cast<uint16_t>(0);  // 2 in bf16
+    b[place(i / 16, i % 16)] =
+        i / 16 == i % 16 ? static_cast<uint16_t>(0x4000) : static_cast<uint16_t>(0);  // 2 in bf16
   for (int first = 0; first < n; first += 64) {
     // Column 0 of A holds 64 inputs (small integers, exact in bf16).
     for (int i = thread(); i < 64 * 16; i += kThreads)
-      a[place(i / 16, i % 16)] = i % 16 == 0 ? static_cast<uint16_t>(__float_as_uint(in[first + i / 16]) >> 16) : static_cast<uint16_t>(0);
+      a[place(i / 16, i % 16)] =
+          i % 16 == 0 ? static_cast<uint16_t>(__float_as_uint(in[first + i / 16]) >> 16) : static_cast<uint16_t>(0);
     if constexpr (kFault != WgmmaFault::kProxyFence) ptx::fence_proxy_async();
     __syncthreads();
     float d[16] = {};
     if constexpr (kFault != WgmmaFault::kFence) ptx::wgmma_fence();
-    ptx::wgmma_ss<BFloat16, 32>(d, ptx::wgmma_descriptor(a, Swizzle::k32, 16, 256), ptx::wgmma_descriptor(b, Swizzle::k32, 16, 256), false);
+    ptx::wgmma_ss<BFloat16, 32>(d, ptx::wgmma_descriptor(a, Swizzle::k32, 16, 256),
+                                ptx::wgmma_descriptor(b, Swizzle::k32, 16, 256), false);
     ptx::wgmma_commit();
     if constexpr (kFault != WgmmaFault::kWait) ptx::wgmma_wait<0>();
     const int lane = thread() % 32, row = thread() / 32 * 16 + lane / 4;

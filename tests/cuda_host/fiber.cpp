@@ -34,7 +34,8 @@ extern "C" void cuda_host_begin(cuda_host::Fiber* fiber);
 #endif
 
 #if defined(__x86_64__)
-asm(".text\n.globl " SYMBOL(cuda_host_switch) "\n" SYMBOL(cuda_host_switch) R"(:
+asm(".text\n.globl " SYMBOL(cuda_host_switch) "\n" SYMBOL(
+    cuda_host_switch) R"(:
   pushq %rbp
   pushq %rbx
   pushq %r12
@@ -56,12 +57,14 @@ asm(".text\n.globl " SYMBOL(cuda_host_switch) "\n" SYMBOL(cuda_host_switch) R"(:
   popq %rbx
   popq %rbp
   ret
-)" ".globl " SYMBOL(cuda_host_trampoline) "\n" SYMBOL(cuda_host_trampoline) R"(:
+)"
+                      ".globl " SYMBOL(cuda_host_trampoline) "\n" SYMBOL(cuda_host_trampoline) R"(:
   movq %rbx, %rdi
   xorl %ebp, %ebp
   call )" SYMBOL(cuda_host_begin) "\n  ud2\n");
 #else
-asm(".text\n.balign 4\n.globl " SYMBOL(cuda_host_switch) "\n" SYMBOL(cuda_host_switch) R"(:
+asm(".text\n.balign 4\n.globl " SYMBOL(cuda_host_switch) "\n" SYMBOL(
+    cuda_host_switch) R"(:
   sub sp, sp, #160
   stp x19, x20, [sp, #0]
   stp x21, x22, [sp, #16]
@@ -88,7 +91,8 @@ asm(".text\n.balign 4\n.globl " SYMBOL(cuda_host_switch) "\n" SYMBOL(cuda_host_s
   ldp d14, d15, [sp, #144]
   add sp, sp, #160
   ret
-)" ".globl " SYMBOL(cuda_host_trampoline) "\n" SYMBOL(cuda_host_trampoline) R"(:
+)"
+                      ".globl " SYMBOL(cuda_host_trampoline) "\n" SYMBOL(cuda_host_trampoline) R"(:
   mov x0, x19
   mov x29, xzr
   bl )" SYMBOL(cuda_host_begin) "\n  brk #0\n");
@@ -100,7 +104,8 @@ namespace cuda_host {
 
 Fiber::Fiber() {
   const std::size_t guard = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  void* memory = mmap(nullptr, guard + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, guard + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   mprotect(memory, guard, PROT_NONE);
   stack_ = static_cast<std::byte*>(memory) + guard;
@@ -122,7 +127,8 @@ void Fiber::start(void (*entry)(void*), void* argument) {
   std::byte* top = stack_ + kStackBytes;
   std::memset(top - kPoisoned, 0xff, kPoisoned);
 #if defined(__x86_64__)
-  // From low to high: control words, r15, r14, r13, r12, rbx, rbp, return address; then a slot that keeps the alignment.
+  // From low to high: control words, r15, r14, r13, r12, rbx, rbp, return address; then a slot that keeps the
+  // alignment.
   auto* frame = reinterpret_cast<std::uint64_t*>(top) - 10;
   std::memset(frame, 0, 10 * sizeof(std::uint64_t));
   asm volatile("stmxcsr (%0)\n fnstcw 4(%0)" : : "r"(frame) : "memory");

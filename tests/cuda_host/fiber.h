@@ -1,7 +1,7 @@
 // Fibers: stacks of their own that one operating-system thread switches between.
 //
-// Our own switch, because longjmp under the address sanitizer gives false reports and swapcontext makes two system calls.
-// Sanitizers are told of every switch.
+// Our own switch, because longjmp under the address sanitizer gives false reports and swapcontext makes two system
+// calls. Sanitizers are told of every switch.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@ class Fiber {
   ~Fiber();
   Fiber(const Fiber&) = delete;
 
-  // Makes the next resume() call `entry(argument)` on a fresh stack, whatever the fiber was doing before: what an abandoned
-  // run left on its stack is never unwound. `entry` must not return; it ends with leave().
+  // Makes the next resume() call `entry(argument)` on a fresh stack, whatever the fiber was doing before: what an
+  // abandoned run left on its stack is never unwound. `entry` must not return; it ends with leave().
   void start(void (*entry)(void*), void* argument);
 
   // From the owner's stack: runs the fiber until it calls suspend() or leave().

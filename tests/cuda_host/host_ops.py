@@ -1,4 +1,4 @@
-"""flash_attention's ops on the host executor, under the backend name "cuda_host", with what csrc/torch does around the kernels."""
+"""flash_attention's ops on the host executor, as a backend "cuda_host", with what csrc/torch does around them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def _check_guards(*outputs: Tensor) -> None:
         assert outside.isnan().all(), "a kernel wrote outside of its output"
 
 
-def _fields(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-            scale: float, softcap: float, window_left: int, window_right: int) -> dict[str, Any]:
+def _fields(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor | None,
+            cu_seqlens_k: Tensor | None, scale: float, softcap: float, window_left: int,
+            window_right: int) -> dict[str, Any]:
     fields: dict[str, Any] = {"dtype": _DTYPES[q.dtype], "scale": scale, "softcap": softcap, "window_left": window_left,
                               "window_right": window_right, "lse": lse.data_ptr()}
     fields["batch"], fields["seqlen_q"], fields["heads_q"], fields["head_dim"] = q.shape
@@ -47,7 +48,8 @@ def _fields(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlen
 
 
 def _tensors(**tensors: Tensor) -> dict[str, Any]:
-    return {n: x.data_ptr() for n, x in tensors.items()} | {n + "_stride": tuple(x.stride()[:3]) for n, x in tensors.items()}
+    pointers = {name: x.data_ptr() for name, x in tensors.items()}
+    return pointers | {name + "_stride": tuple(x.stride()[:3]) for name, x in tensors.items()}
 
 
 def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
@@ -66,7 +68,8 @@ def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options_and_
     dq, dk, dv = (_with_guards(*x.shape, dtype=x.dtype) for x in (q, k, v))
     delta = _with_guards(*lse.shape, dtype=torch.float32)
     fields = _fields(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options) | _tensors(dout=dout, dq=dq, dk=dk, dv=dv)
-    fields |= {"dlse": 0 if dlse is None else dlse.data_ptr(), "delta": delta.data_ptr(), "deterministic": deterministic}
+    fields |= {"dlse": 0 if dlse is None else dlse.data_ptr(), "delta": delta.data_ptr()}
+    fields["deterministic"] = deterministic
     build.load().flash_attention_bwd(fields)
     _check_guards(dq, dk, dv, delta)
     return dq, dk, dv

@@ -56,14 +56,16 @@ __global__ void ldmatrix_kernel(const void* in, void* out) {
 // in: x fp32 [n]; out: the results, 4 bytes each
 template <int kFunction>
 __global__ void convert_kernel(const void* in, void* out) {
-  const float x = static_cast<const float*>(in)[threadIdx.x], y = static_cast<const float*>(in)[blockDim.x - 1 - threadIdx.x];
+  const float x = static_cast<const float*>(in)[threadIdx.x],
+              y = static_cast<const float*>(in)[blockDim.x - 1 - threadIdx.x];
   uint32_t result;
   if constexpr (kFunction == 0) result = ptx::pack<BFloat16>(x, y);
   if constexpr (kFunction == 1) result = ptx::pack<Float16>(x, y);
   if constexpr (kFunction == 2) result = ptx::to_tf32(x);
   if constexpr (kFunction == 3) result = __float_as_uint(ptx::exp2(x));
   if constexpr (kFunction == 4) result = __float_as_uint(ptx::log2(fabsf(x)));
-  if constexpr (kFunction == 5) result = __float_as_uint(ptx::to_float(Float16{static_cast<uint16_t>(__float_as_uint(x) >> 16)}));
+  if constexpr (kFunction == 5)
+    result = __float_as_uint(ptx::to_float(Float16{static_cast<uint16_t>(__float_as_uint(x) >> 16)}));
   static_cast<uint32_t*>(out)[threadIdx.x] = result;
 }
 
@@ -71,7 +73,8 @@ __global__ void convert_kernel(const void* in, void* out) {
 __global__ void cp_async_kernel(const void* in, void* out) {
   SharedMemory shared;
   uint4* rows = shared.take<uint4>(32);
-  ptx::cp_async_16(rows + threadIdx.x, static_cast<const uint4*>(in) + threadIdx.x, static_cast<const unsigned*>(in)[128 + threadIdx.x]);
+  ptx::cp_async_16(rows + threadIdx.x, static_cast<const uint4*>(in) + threadIdx.x,
+                   static_cast<const unsigned*>(in)[128 + threadIdx.x]);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   static_cast<uint4*>(out)[threadIdx.x] = rows[threadIdx.x];
@@ -107,8 +110,8 @@ __global__ void stmatrix_kernel(const void* in, void* out) {
   static_cast<uint4*>(out)[threadIdx.x] = rows[threadIdx.x];
 }
 
-// The tensor [5, 6, kCols] of T is `in`; one tile [2, 4, box] of it goes to shared memory and out as it lies there, with
-// coordinates that leave the tensor on two sides.
+// The tensor [5, 6, kCols] of T is `in`; one tile [2, 4, box] of it goes to shared memory and out as it lies there,
+// with coordinates that leave the tensor on two sides.
 constexpr int kTmaInner = 96, kTmaRows = 6, kTmaSlices = 5;
 
 template <int kTileBytes>
@@ -134,7 +137,8 @@ template <int kTileBytes, bool kReduce>
 __global__ void tma_store_kernel(const __grid_constant__ CUtensorMap map, const void* in, int c0, int c1, int c2) {
   SharedMemory shared;
   unsigned char* tile = shared.take<unsigned char>(kTileBytes, 1024);
-  for (int i = static_cast<int>(threadIdx.x); i < kTileBytes; i += 32) tile[i] = static_cast<const unsigned char*>(in)[i];
+  for (int i = static_cast<int>(threadIdx.x); i < kTileBytes; i += 32)
+    tile[i] = static_cast<const unsigned char*>(in)[i];
   ptx::fence_proxy_async();
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -173,18 +177,22 @@ __global__ void bulk_kernel(const void* in, void* out) {
   }
 }
 
-// in: a [64, 32], b [N, 32] (K-major; b [32, N] when kTransB) in T; out: d [64][N], a b over 32 inner elements, from two
-// wgmma of which the second accumulates. With kTransA a is [32, 64]. kRegisters: a comes from registers.
+// in: a [64, 32], b [N, 32] (K-major; b [32, N] when kTransB) in T; out: d [64][N], a b over 32 inner elements,
+// from two wgmma of which the second accumulates. With kTransA a is [32, 64]. kRegisters: a comes from registers.
 template <class T, int N, bool kRegisters, bool kTransA, bool kTransB, int kWidth>
 __global__ void wgmma_kernel(const void* in, void* out) {
   constexpr int K = 32;
-  constexpr Swizzle kMode = kWidth == 128 ? Swizzle::k128 : kWidth == 64 ? Swizzle::k64 : kWidth == 32 ? Swizzle::k32 : Swizzle::kNone;
+  constexpr Swizzle kMode = kWidth == 128  ? Swizzle::k128
+                            : kWidth == 64 ? Swizzle::k64
+                            : kWidth == 32 ? Swizzle::k32
+                                           : Swizzle::kNone;
   constexpr int kInner = (kWidth == 16 ? 16 : kWidth) / 2;  // elements of a panel's row
   SharedMemory shared;
   T* a = shared.take<T>(64 * K * (128 / 16), 1024);
   T* b = shared.take<T>(N * K * (128 / 16), 1024);
   const T* source = static_cast<const T*>(in);
-  // Rows of `inner` contiguous elements go into panels of kInner columns (one 16-byte chunk without swizzle), row after row.
+  // Rows of `inner` contiguous elements go into panels of kInner columns (one 16-byte chunk without swizzle), row
+  // after row.
   const auto fill = [&](T* to, const T* from, int rows, int columns) {
     for (int i = static_cast<int>(threadIdx.x); i < rows * columns; i += 128) {
       const int row = i / columns, column = i % columns, panel = column / kInner;
@@ -206,7 +214,8 @@ __global__ void wgmma_kernel(const void* in, void* out) {
       const int panel_bytes = size * kInner * 2;
       if (kWidth == 16) return ptx::wgmma_descriptor(bytes + step * 2 * panel_bytes, kMode, panel_bytes, 128);
       const int column = step * 16;
-      return ptx::wgmma_descriptor(bytes + column / kInner * panel_bytes + column % kInner * 2, kMode, 16, 8 * kWidth);
+      return ptx::wgmma_descriptor(bytes + column / kInner * panel_bytes + column % kInner * 2, kMode, 16,
+                                   8 * kWidth);
     }
     const int panel_bytes = K * kInner * 2;
     if (kWidth == 16) return ptx::wgmma_descriptor(bytes + step * 256, kMode, 128, panel_bytes);
@@ -216,7 +225,8 @@ __global__ void wgmma_kernel(const void* in, void* out) {
   uint32_t registers[2][4];
   for (int step = 0; step < 2; ++step)
     for (int i = 0; i < 4; ++i) {
-      const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4 + i % 2 * 8, column = step * 16 + lane % 4 * 2 + i / 2 * 8;
+      const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4 + i % 2 * 8,
+                column = step * 16 + lane % 4 * 2 + i / 2 * 8;
       memcpy(&registers[step][i], source + row * K + column, 4);
     }
   ptx::wgmma_fence();
@@ -224,12 +234,14 @@ __global__ void wgmma_kernel(const void* in, void* out) {
     if constexpr (kRegisters)
       ptx::wgmma_rs<T, N, kTransB>(d, registers[step], descriptor(b, step, kTransB, N), step != 0);
     else
-      ptx::wgmma_ss<T, N, kTransA, kTransB>(d, descriptor(a, step, kTransA, 64), descriptor(b, step, kTransB, N), step != 0);
+      ptx::wgmma_ss<T, N, kTransA, kTransB>(d, descriptor(a, step, kTransA, 64), descriptor(b, step, kTransB, N),
+                                            step != 0);
   }
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   for (int i = 0; i < N / 2; ++i) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4 + i / 2 % 2 * 8,
+              column = i / 4 * 8 + lane % 4 * 2 + i % 2;
     static_cast<float*>(out)[row * N + column] = d[i];
   }
 }
@@ -239,9 +251,9 @@ struct Tma {
   static constexpr int kBytes = 2 * 4 * kBox * static_cast<int>(sizeof(T));
   static const char* map(CUtensorMap* result, const void* base) {
     TensorMapConfig config{};
-    config.dtype = sizeof(T) == 4                      ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                   : std::is_same_v<T, BFloat16>       ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    config.dtype = sizeof(T) == 4                ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                   : std::is_same_v<T, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     config.element_bytes = sizeof(T), config.rank = 3, config.base = base, config.swizzle = kSwizzle;
     const uint64_t size[] = {kTmaInner, kTmaRows, kTmaSlices}, row = kTmaInner * sizeof(T);
     const uint64_t stride[] = {0, row, row * kTmaRows};
@@ -315,9 +327,11 @@ const char* run_instruction(const char* name, const void* in, void* out) {
 }  // namespace pykernels::cuda
 
 // For record_vectors.py: host pointers; `out` is also copied in, for what adds to it or leaves parts alone.
-extern "C" const char* pykernels_run_instruction(const char* name, const void* in, size_t in_bytes, void* out, size_t out_bytes) {
+extern "C" const char* pykernels_run_instruction(const char* name, const void* in, size_t in_bytes, void* out,
+                                                 size_t out_bytes) {
   void *device_in = nullptr, *device_out = nullptr;
-  if (cudaMalloc(&device_in, in_bytes) != cudaSuccess || cudaMalloc(&device_out, out_bytes) != cudaSuccess) return "cudaMalloc failed";
+  if (cudaMalloc(&device_in, in_bytes) != cudaSuccess || cudaMalloc(&device_out, out_bytes) != cudaSuccess)
+    return "cudaMalloc failed";
   cudaMemcpy(device_in, in, in_bytes, cudaMemcpyHostToDevice);
   cudaMemcpy(device_out, out, out_bytes, cudaMemcpyHostToDevice);
   const char* error = pykernels::cuda::run_instruction(name, device_in, device_out);

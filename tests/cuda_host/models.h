@@ -1,7 +1,8 @@
 // What the functions of ptx.cuh do, as C++: included by ptx.cuh when the kernels are compiled for the host.
 //
-// Written from the PTX manual. UNCONFIRMED: no vectors recorded on a GPU are in vectors/ yet (see record_vectors.py); until
-// test_instructions.py has compared a model with such vectors, it only says what we read in the manual.
+// Written from the PTX manual. UNCONFIRMED: no vectors recorded on a GPU are in vectors/ yet (see
+// record_vectors.py); until test_instructions.py has compared a model with such vectors, it only says what we read
+// in the manual.
 #pragma once
 
 #include <bit>
@@ -16,22 +17,23 @@ namespace pykernels::cuda::ptx {
 
 using cuda_host::Where;
 
-// ---- Conversions and arithmetic ------------------------------------------------------------------------------------------
+// ---- Conversions and arithmetic -----------------------------------------------------------------------------------
 
 namespace model {
 
 inline float fp16_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t{bits} >> 15 << 31, exponent = bits >> 10 & 31, fraction = bits & 1023;
   if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000 | fraction << 13);
-  if (exponent == 0) return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(static_cast<float>(fraction) * 0x1p-24f));
+  if (exponent == 0)
+    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(static_cast<float>(fraction) * 0x1p-24f));
   return std::bit_cast<float>(sign | (exponent + 112) << 23 | fraction << 13);
 }
 
 inline uint16_t float_to_fp16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return 0x7fff;  // the canonical NaN
+  if (magnitude > 0x7f800000) return 0x7fff;                                 // the canonical NaN
   if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 2^16 or is larger
-  if (magnitude < 0x38800000) {  // below 2^-14: a multiple of 2^-24
+  if (magnitude < 0x38800000) {                                              // below 2^-14: a multiple of 2^-24
     const float scaled = std::nearbyint(std::bit_cast<float>(magnitude) * 0x1p24f);
     return static_cast<uint16_t>(sign | static_cast<uint32_t>(scaled));
   }
@@ -84,12 +86,12 @@ inline uint32_t to_tf32(float value) {
 inline float exp2(float x) { return model::flush(std::exp2(model::flush(x))); }
 inline float log2(float x) { return std::log2(model::flush(x)); }
 
-// ---- Matrix products of one warp -----------------------------------------------------------------------------------------
+// ---- Matrix products of one warp ----------------------------------------------------------------------------------
 
 namespace model {
 
-// The tensor cores add the exact products of an instruction in an order and precision that NVIDIA does not document; here
-// in double, rounded to fp32 once.
+// The tensor cores add the exact products of an instruction in an order and precision that NVIDIA does not
+// document; here in double, rounded to fp32 once.
 struct Mma {
   float* d;
   const uint32_t* a;
@@ -119,7 +121,9 @@ void mma_m16n8k16(Mma* const* lanes) {
 
 inline void mma_m16n8k8_tf32(Mma* const* lanes) {
   float a[16][8], b[8][8];
-  const auto tf32 = [](uint32_t bits) { return std::bit_cast<float>(bits & ~0x1fffu); };  // the unit ignores the low bits
+  const auto tf32 = [](uint32_t bits) {
+    return std::bit_cast<float>(bits & ~0x1fffu);
+  };  // the unit ignores the low bits
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][t + 4 * (i / 2)] = tf32(lanes[lane]->a[i]);
@@ -136,7 +140,8 @@ inline void mma_m16n8k8_tf32(Mma* const* lanes) {
 }  // namespace model
 
 template <class T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], Where where = Where::current()) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                  Where where = Where::current()) {
   model::Mma mine{d, a, b, c};
   cuda_host::warp_collective("mma.sync", ~0u, mine, where, model::mma_m16n8k16<T>);
 }
@@ -147,7 +152,7 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
   cuda_host::warp_collective("mma.sync tf32", ~0u, mine, where, model::mma_m16n8k8_tf32);
 }
 
-// ---- Fragments from and to shared memory ---------------------------------------------------------------------------------
+// ---- Fragments from and to shared memory --------------------------------------------------------------------------
 
 namespace model {
 
@@ -158,7 +163,8 @@ struct Matrix {
 
 inline uint16_t* checked_row(const void* row, const char* what, Where where) {
   cuda_host::current->block->shared_address(row, what);
-  if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) cuda_host::fail(std::string(what) + ": the row is not 16-byte aligned", where);
+  if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0)
+    cuda_host::fail(std::string(what) + ": the row is not 16-byte aligned", where);
   return static_cast<uint16_t*>(const_cast<void*>(row));
 }
 
@@ -197,7 +203,7 @@ inline void stmatrix_x4_trans(void* shared_row, const uint32_t (&r)[4], Where wh
   cuda_host::warp_collective("stmatrix.trans", ~0u, mine, where, model::move_matrices<true, true>);
 }
 
-// ---- Asynchronous copies of one thread (generic proxy) ---------------------------------------------------------------------
+// ---- Asynchronous copies of one thread (generic proxy) ------------------------------------------------------------
 
 namespace model {
 
@@ -255,7 +261,7 @@ void cp_async_wait() {
   cuda_host::maybe_yield();
 }
 
-// ---- Barriers and fences -------------------------------------------------------------------------------------------------
+// ---- Barriers and fences ------------------------------------------------------------------------------------------
 
 inline void named_barrier_sync(unsigned id, unsigned threads, Where where = Where::current()) {
   cuda_host::barrier_sync(id, threads, false, where);
@@ -316,7 +322,7 @@ inline void fence_proxy_async() {
   cuda_host::maybe_yield();
 }
 
-// ---- TMA and bulk copies -------------------------------------------------------------------------------------------------
+// ---- TMA and bulk copies ------------------------------------------------------------------------------------------
 
 namespace model {
 
@@ -345,12 +351,17 @@ struct Tile {
   unsigned address, bytes;
 
   Tile(const CUtensorMap& map_, const void* shared, const int* coordinates, int rank, const char* what, Where where)
-      : map(map_), block(cuda_host::current->block), address(block->shared_address(shared, what)), bytes(map.element_bytes) {
-    if (static_cast<unsigned>(rank) != map.rank) cuda_host::fail(std::string(what) + ": the tensor map has another rank", where);
+      : map(map_),
+        block(cuda_host::current->block),
+        address(block->shared_address(shared, what)),
+        bytes(map.element_bytes) {
+    if (static_cast<unsigned>(rank) != map.rank)
+      cuda_host::fail(std::string(what) + ": the tensor map has another rank", where);
     for (int i = 0; i < rank; ++i) at[i] = coordinates[i], bytes *= map.box[i];
     block->shared_pointer(address, bytes, what);
     if (address % swizzle_alignment(map.swizzle) != 0)
-      cuda_host::fail(std::string(what) + ": the shared tile is not aligned to " + std::to_string(swizzle_alignment(map.swizzle)) + " bytes",
+      cuda_host::fail(std::string(what) + ": the shared tile is not aligned to " +
+                          std::to_string(swizzle_alignment(map.swizzle)) + " bytes",
                       where);
   }
 
@@ -380,7 +391,8 @@ inline void arrived(cuda_host::Block& block, uint64_t* barrier, unsigned bytes) 
 
 inline void check_barrier(uint64_t* barrier, const char* what, Where where) {
   if (!cuda_host::mbarrier_at(barrier, where).fenced)
-    cuda_host::fail(std::string(what) + ": missing fence between mbarrier.init and its use by the async proxy", where);
+    cuda_host::fail(std::string(what) + ": missing fence between mbarrier.init and its use by the async proxy",
+                    where);
 }
 
 // Bytes written to shared memory by the async proxy are seen by both proxies.
@@ -444,7 +456,9 @@ struct Outgoing : cuda_host::Async {
     read_shared();
     write_global();
   }
-  const char* at_exit() const final { return read ? nullptr : "while a bulk store had still to read its shared memory"; }
+  const char* at_exit() const final {
+    return read ? nullptr : "while a bulk store had still to read its shared memory";
+  }
 };
 
 inline void add(void* to, const void* value, CUtensorMapDataType dtype) {
@@ -484,14 +498,16 @@ struct BulkStore final : Outgoing {
   bool reduce;
   void write_global() override {
     if (!reduce) std::memcpy(global, data.data(), bytes);
-    for (unsigned i = 0; reduce && i < bytes; i += 4) add(global + i, data.data() + i, CU_TENSOR_MAP_DATA_TYPE_FLOAT32);
+    for (unsigned i = 0; reduce && i < bytes; i += 4)
+      add(global + i, data.data() + i, CU_TENSOR_MAP_DATA_TYPE_FLOAT32);
   }
 };
 
 inline void check_bulk(const void* shared, const void* global, unsigned bytes, const char* what, Where where) {
   cuda_host::Block& block = *cuda_host::current->block;
   block.shared_pointer(block.shared_address(shared, what), bytes, what);
-  if (bytes % 16 != 0 || reinterpret_cast<std::uintptr_t>(shared) % 16 != 0 || reinterpret_cast<std::uintptr_t>(global) % 16 != 0)
+  if (bytes % 16 != 0 || reinterpret_cast<std::uintptr_t>(shared) % 16 != 0 ||
+      reinterpret_cast<std::uintptr_t>(global) % 16 != 0)
     cuda_host::fail(std::string(what) + ": addresses and size must be multiples of 16 bytes", where);
 }
 
@@ -532,7 +548,8 @@ void tma_reduce_add(const CUtensorMap* map, const void* shared, Coordinates... c
   model::send(std::make_shared<model::TmaStore>(tile, shared, true));
 }
 
-inline void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* shared_barrier, Where where = Where::current()) {
+inline void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* shared_barrier,
+                      Where where = Where::current()) {
   model::check_barrier(shared_barrier, "bulk load", where);
   model::check_bulk(shared, global, bytes, "bulk load", where);
   auto load = std::make_shared<model::BulkLoad>();
@@ -545,7 +562,8 @@ inline void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t
 inline void bulk_store(void* global, const void* shared, unsigned bytes, Where where = Where::current()) {
   model::check_bulk(shared, global, bytes, "bulk store", where);
   auto store = std::make_shared<model::BulkStore>();
-  store->block = cuda_host::current->block, store->shared = static_cast<const std::byte*>(shared), store->bytes = bytes;
+  store->block = cuda_host::current->block, store->shared = static_cast<const std::byte*>(shared),
+  store->bytes = bytes;
   store->global = static_cast<std::byte*>(global), store->reduce = false;
   model::send(store);
 }
@@ -553,7 +571,8 @@ inline void bulk_store(void* global, const void* shared, unsigned bytes, Where w
 inline void bulk_reduce_add(float* global, const float* shared, unsigned bytes, Where where = Where::current()) {
   model::check_bulk(shared, global, bytes, "bulk reduction", where);
   auto store = std::make_shared<model::BulkStore>();
-  store->block = cuda_host::current->block, store->shared = reinterpret_cast<const std::byte*>(shared), store->bytes = bytes;
+  store->block = cuda_host::current->block, store->shared = reinterpret_cast<const std::byte*>(shared),
+  store->bytes = bytes;
   store->global = reinterpret_cast<std::byte*>(global), store->reduce = true;
   model::send(store);
 }
@@ -574,13 +593,13 @@ void bulk_wait_read() {
   cuda_host::maybe_yield();
 }
 
-// ---- Matrix products of a warpgroup --------------------------------------------------------------------------------------
+// ---- Matrix products of a warpgroup -------------------------------------------------------------------------------
 
 namespace model {
 
 constexpr unsigned kSwizzleWidth[] = {16, 128, 64, 32};  // bytes of a row, by the descriptor's mode
-constexpr CUtensorMapSwizzle kSwizzleMode[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_SWIZZLE_64B,
-                                               CU_TENSOR_MAP_SWIZZLE_32B};
+constexpr CUtensorMapSwizzle kSwizzleMode[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                               CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_32B};
 
 // A matrix operand in shared memory as its descriptor tells it.
 struct Operand {
@@ -589,8 +608,12 @@ struct Operand {
   bool mn_major;
 
   Operand(cuda_host::Block* block_, uint64_t descriptor, bool mn_major_, Where where)
-      : block(block_), start(static_cast<unsigned>(descriptor & 0x3fff) << 4), leading(static_cast<unsigned>(descriptor >> 16 & 0x3fff) << 4),
-        stride(static_cast<unsigned>(descriptor >> 32 & 0x3fff) << 4), mode(static_cast<unsigned>(descriptor >> 62)), mn_major(mn_major_) {
+      : block(block_),
+        start(static_cast<unsigned>(descriptor & 0x3fff) << 4),
+        leading(static_cast<unsigned>(descriptor >> 16 & 0x3fff) << 4),
+        stride(static_cast<unsigned>(descriptor >> 32 & 0x3fff) << 4),
+        mode(static_cast<unsigned>(descriptor >> 62)),
+        mn_major(mn_major_) {
     // The base offset field is 0, so the swizzle's pattern must start at an address it repeats at.
     if ((start >> 7) % (kSwizzleWidth[mode] / 16) != 0)
       cuda_host::fail("wgmma: the operand's swizzle pattern does not start at a multiple of its size", where);
@@ -632,7 +655,7 @@ struct WgmmaBase : cuda_host::Async {
 
 template <class T, int N>
 struct Wgmma final : WgmmaBase {
-  std::vector<float> kept;  // accumulators while they are poisoned
+  std::vector<float> kept;        // accumulators while they are poisoned
   std::shared_ptr<Operand> a, b;  // a is null when it is in registers
   bool accumulate;
   void effect() override {
@@ -648,7 +671,8 @@ struct Wgmma final : WgmmaBase {
     for (unsigned lane = 0; a == nullptr && lane < cuda_host::kWarpgroup; ++lane)
       for (unsigned i = 0; i < 8; ++i) {
         const unsigned reg = i / 2, g = lane % 32 / 4, t = lane % 4;
-        a_values[lane / 32 * 16 + g + 8 * (reg % 2)][2 * t + i % 2 + 8 * (reg / 2)] = element<T>(lanes[lane].a[reg], static_cast<int>(i % 2));
+        a_values[lane / 32 * 16 + g + 8 * (reg % 2)][2 * t + i % 2 + 8 * (reg / 2)] =
+            element<T>(lanes[lane].a[reg], static_cast<int>(i % 2));
       }
     for (unsigned k = 0; k < 16; ++k) {
       for (unsigned row = 0; a != nullptr && row < 64; ++row) a_values[row][k] = a->template at<T>(row, k);
@@ -656,7 +680,8 @@ struct Wgmma final : WgmmaBase {
     }
     for (unsigned lane = 0; lane < cuda_host::kWarpgroup; ++lane)
       for (unsigned i = 0; i < N / 2; ++i) {
-        const unsigned row = lane / 32 * 16 + lane % 32 / 4 + 8 * (i / 2 % 2), col = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+        const unsigned row = lane / 32 * 16 + lane % 32 / 4 + 8 * (i / 2 % 2),
+                       col = i / 4 * 8 + 2 * (lane % 4) + i % 2;
         double sum = accumulate ? double{lanes[lane].d[i]} : 0.0;
         for (unsigned k = 0; k < 16; ++k) sum += double{a_values[row][k]} * double{b_values[k][col]};
         lanes[lane].d[i] = static_cast<float>(sum);
@@ -700,7 +725,8 @@ void wgmma(WgmmaArgument mine, Where where) {
           lanes[i]->accumulate != lanes[0]->accumulate)
         cuda_host::fail("wgmma: the lanes of a warpgroup disagree on a descriptor or on accumulate", where);
     }
-    if (lanes[0]->a == nullptr) operation->a = std::make_shared<Operand>(block, lanes[0]->a_descriptor, kTransA, where);
+    if (lanes[0]->a == nullptr)
+      operation->a = std::make_shared<Operand>(block, lanes[0]->a_descriptor, kTransA, where);
     operation->b = std::make_shared<Operand>(block, lanes[0]->b_descriptor, kTransB, where);
     operation->accumulate = lanes[0]->accumulate;
     group.open.push_back(operation);
@@ -715,13 +741,14 @@ void wgmma(WgmmaArgument mine, Where where) {
 inline uint64_t wgmma_descriptor(const void* shared, Swizzle swizzle, unsigned leading, unsigned stride) {
   constexpr uint64_t kMode[] = {0, 3, 2, 1};
   const unsigned address = cuda_host::current->block->shared_address(shared, "wgmma descriptor");
-  return (uint64_t{address & 0x3ffff} >> 4) | (uint64_t{(leading & 0x3ffff) >> 4} << 16) | (uint64_t{(stride & 0x3ffff) >> 4} << 32) |
-         (kMode[static_cast<int>(swizzle)] << 62);
+  return (uint64_t{address & 0x3ffff} >> 4) | (uint64_t{(leading & 0x3ffff) >> 4} << 16) |
+         (uint64_t{(stride & 0x3ffff) >> 4} << 32) | (kMode[static_cast<int>(swizzle)] << 62);
 }
 
 inline void wgmma_fence(Where where = Where::current()) {
   int nothing = 0;
-  cuda_host::warpgroup_collective("wgmma.fence", nothing, where, [](int* const*) { model::warpgroup().fenced = true; });
+  cuda_host::warpgroup_collective("wgmma.fence", nothing, where,
+                                  [](int* const*) { model::warpgroup().fenced = true; });
 }
 
 inline void wgmma_commit(Where where = Where::current()) {
@@ -752,7 +779,8 @@ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, Where 
 }
 
 template <class T, int N, bool kTransB = false>
-void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate, Where where = Where::current()) {
+void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
+              Where where = Where::current()) {
   model::wgmma<T, N, false, kTransB>({d, a, 0, b, accumulate}, where);
 }
 

@@ -9,7 +9,8 @@
 
 namespace py = pybind11;
 
-extern "C" const char* pykernels_run_instruction(const char* name, const void* in, size_t in_bytes, void* out, size_t out_bytes);
+extern "C" const char* pykernels_run_instruction(const char* name, const void* in, size_t in_bytes, void* out,
+                                                 size_t out_bytes);
 namespace pykernels::cuda {
 const char* run_fault(const char* name, const float* in, float* out, int n);
 }
@@ -20,7 +21,8 @@ void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(error);
 }
 
-// {"q": address, "q_stride": (batch, token, head), "batch": ..., ...}: the fields of the params structs by their names.
+// {"q": address, "q_stride": (batch, token, head), "batch": ..., ...}: the fields of the params structs by their
+// names.
 template <class T>
 T* pointer(const py::dict& fields, const char* name) {
   return reinterpret_cast<T*>(fields[name].cast<std::uintptr_t>());
@@ -35,7 +37,8 @@ pykernels::FlashAttentionParams attention_params(const py::dict& f) {
   pykernels::FlashAttentionParams p{};
   p.dtype = static_cast<pykernels::DType>(f["dtype"].cast<int>());
   const auto number = [&](const char* name) { return f[name].cast<int64_t>(); };
-  p.batch = number("batch"), p.seqlen_q = number("seqlen_q"), p.seqlen_k = number("seqlen_k"), p.heads_q = number("heads_q");
+  p.batch = number("batch"), p.seqlen_q = number("seqlen_q"), p.seqlen_k = number("seqlen_k"),
+  p.heads_q = number("heads_q");
   p.heads_k = number("heads_k"), p.head_dim = number("head_dim"), p.value_dim = number("value_dim");
   p.q = pointer<void>(f, "q"), p.k = pointer<void>(f, "k"), p.v = pointer<void>(f, "v");
   p.q_stride = strides(f, "q_stride"), p.k_stride = strides(f, "k_stride"), p.v_stride = strides(f, "v_stride");
@@ -50,8 +53,10 @@ pykernels::FlashAttentionParams attention_params(const py::dict& f) {
 }  // namespace
 
 PYBIND11_MODULE(pykernels_cuda_host, m) {
-  m.def("set_seed", &cuda_host::set_seed, "The order of the threads and the moments of asynchronous effects of the next launches.");
-  m.def("set_shared_limit", &cuda_host::set_shared_limit, "Dynamic shared memory per block of the modelled GPU, in bytes.");
+  m.def("set_seed", &cuda_host::set_seed,
+        "The order of the threads and the moments of asynchronous effects of the next launches.");
+  m.def("set_shared_limit", &cuda_host::set_shared_limit,
+        "Dynamic shared memory per block of the modelled GPU, in bytes.");
   m.def(
       "run_instruction",
       [](const std::string& name, py::buffer in, py::buffer out) {
@@ -69,16 +74,19 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
       },
       "Runs a kernel of faults.cu on n floats.");
   m.def(
-      "flash_attention_fwd", [](const py::dict& fields) { check(pykernels::cuda::flash_attention_fwd(attention_params(fields), nullptr)); },
+      "flash_attention_fwd",
+      [](const py::dict& fields) { check(pykernels::cuda::flash_attention_fwd(attention_params(fields), nullptr)); },
       "pykernels::cuda::flash_attention_fwd; the fields of its params by name, pointers as addresses.");
   m.def(
       "flash_attention_bwd",
       [](const py::dict& f) {
         pykernels::FlashAttentionBackwardParams p{};
         p.forward = attention_params(f);
-        p.dout = pointer<void>(f, "dout"), p.dout_stride = strides(f, "dout_stride"), p.dlse = pointer<void>(f, "dlse");
+        p.dout = pointer<void>(f, "dout"), p.dout_stride = strides(f, "dout_stride"),
+        p.dlse = pointer<void>(f, "dlse");
         p.dq = pointer<void>(f, "dq"), p.dk = pointer<void>(f, "dk"), p.dv = pointer<void>(f, "dv");
-        p.dq_stride = strides(f, "dq_stride"), p.dk_stride = strides(f, "dk_stride"), p.dv_stride = strides(f, "dv_stride");
+        p.dq_stride = strides(f, "dq_stride"), p.dk_stride = strides(f, "dk_stride"),
+        p.dv_stride = strides(f, "dv_stride");
         p.deterministic = f["deterministic"].cast<bool>(), p.delta = pointer<void>(f, "delta");
         check(pykernels::cuda::flash_attention_bwd(p, nullptr));
       },

@@ -2,8 +2,8 @@
 
     python tests/cuda_host/record_vectors.py
 
-It compiles instructions.cu with nvcc, prints how far each output is from the PTX manual's definition, and stores it. From then
-on test_instructions.py compares the models with what was recorded: that confirms them.
+It compiles instructions.cu with nvcc, prints how far each output is from the PTX manual's definition, and stores it.
+From then on test_instructions.py compares the models with what was recorded: that confirms them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    capability = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], check=True, capture_output=True,
-                                text=True).stdout.split()[0].replace(".", "")
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    capability = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0].replace(".", "")
     arch = "90a" if capability == "90" else capability
     nvcc = sys.argv[1] if len(sys.argv) > 1 else "/usr/local/cuda/bin/nvcc"
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "instructions.so"
-        subprocess.run([nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}",
-                        *(["-DPYKERNELS_SM90A"] if arch == "90a" else []), f"-I{HERE.parents[1] / 'csrc'}", "-Xcompiler", "-fPIC",
-                        "-shared", str(HERE / "instructions.cu"), "-o", str(library)], check=True)
+        flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}",
+                 f"-I{HERE.parents[1] / 'csrc'}", *(["-DPYKERNELS_SM90A"] if arch == "90a" else [])]
+        subprocess.run([nvcc, *flags, "-Xcompiler", "-fPIC", "-shared", str(HERE / "instructions.cu"), "-o",
+                        str(library)], check=True)
         function = ctypes.CDLL(str(library)).pykernels_run_instruction
         function.restype = ctypes.c_char_p
 

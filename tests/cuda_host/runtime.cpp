@@ -104,14 +104,15 @@ std::string waiting_text(const Thread& thread) {
   if (thread.exited) return "exited";
   if (thread.barrier >= 0) {
     const Barrier& barrier = thread.block->barriers[thread.barrier];
-    result = "wait at barrier " + std::to_string(thread.barrier) + " (" + std::to_string(barrier.arrived.count()) + " of " +
-             std::to_string(barrier.expected) + " threads came)";
+    result = "wait at barrier " + std::to_string(thread.barrier) + " (" + std::to_string(barrier.arrived.count()) +
+             " of " + std::to_string(barrier.expected) + " threads came)";
   } else if (thread.mbarrier != nullptr) {
     for (const auto& [object, barrier] : thread.block->mbarriers) {
       if (&barrier != thread.mbarrier) continue;
       std::ostringstream out;
-      out << "wait at the mbarrier at shared address " << thread.block->shared_address(object, "mbarrier") << " (phase " << barrier.phase
-          << ", " << barrier.pending << " of " << barrier.count << " arrivals and " << barrier.bytes << " bytes missing)";
+      out << "wait at the mbarrier at shared address " << thread.block->shared_address(object, "mbarrier")
+          << " (phase " << barrier.phase << ", " << barrier.pending << " of " << barrier.count << " arrivals and "
+          << barrier.bytes << " bytes missing)";
       result = out.str();
     }
   } else {
@@ -187,22 +188,23 @@ void wake(Thread* thread) {
   make_ready(thread);
 }
 
-// ---- Collectives ---------------------------------------------------------------------------------------------------------
+// ---- Collectives --------------------------------------------------------------------------------------------------
 
 namespace {
 
 bool same(const char* a, const char* b) { return a == b || !std::strcmp(a, b); }
 bool same(Where a, Where b) { return a.line() == b.line() && same(a.file_name(), b.file_name()); }
 
-void meet(std::vector<Rendezvous>& meetings, const char* what, unsigned mask, unsigned position, unsigned count, void* argument,
-          Effect effect, void* context, Where where) {
+void meet(std::vector<Rendezvous>& meetings, const char* what, unsigned mask, unsigned position, unsigned count,
+          void* argument, Effect effect, void* context, Where where) {
   std::size_t i = 0;
   for (; i < meetings.size(); ++i) {
     if ((meetings[i].mask & mask) == 0) continue;
     const Rendezvous& other = meetings[i];
     if (other.mask == mask && same(other.what, what) && same(other.where, where)) break;
     fail(std::string("divergent warp: ") + what + " at " + text(where) + " with mask " + std::to_string(mask) +
-         ", while other lanes of it are in " + other.what + " at " + text(other.where) + " with mask " + std::to_string(other.mask));
+         ", while other lanes of it are in " + other.what + " at " + text(other.where) + " with mask " +
+         std::to_string(other.mask));
   }
   if (i == meetings.size()) meetings.push_back({what, where, mask, 0, {}, {}});
   Rendezvous& meeting = meetings[i];
@@ -227,18 +229,23 @@ void warp_collective(const char* what, unsigned mask, void* argument, Effect eff
   if ((mask >> lane & 1) == 0) fail(std::string(what) + ": the mask leaves out the calling lane", where);
   const unsigned first = current->warp->index * kWarp;
   for (unsigned i = 0; current->warp->meetings.empty() && i < kWarp; ++i)
-    if ((mask >> i & 1) && (first + i >= current->block->threads.size() || current->block->threads[first + i]->exited))
-      fail(std::string(what) + ": the mask names lane " + std::to_string(i) + ", which has exited or never was", where);
-  meet(current->warp->meetings, what, mask, lane, static_cast<unsigned>(__builtin_popcount(mask)), argument, effect, context, where);
+    if ((mask >> i & 1) &&
+        (first + i >= current->block->threads.size() || current->block->threads[first + i]->exited))
+      fail(std::string(what) + ": the mask names lane " + std::to_string(i) + ", which has exited or never was",
+           where);
+  meet(current->warp->meetings, what, mask, lane, static_cast<unsigned>(__builtin_popcount(mask)), argument, effect,
+       context, where);
 }
 
 void warpgroup_collective(const char* what, void* argument, Effect effect, void* context, Where where) {
   const unsigned group = current->linear / kWarpgroup;
-  if ((group + 1) * kWarpgroup > current->block->threads.size()) fail(std::string(what) + ": the warpgroup is not whole", where);
-  meet(current->block->warpgroups[group].meetings, what, ~0u, current->linear % kWarpgroup, kWarpgroup, argument, effect, context, where);
+  if ((group + 1) * kWarpgroup > current->block->threads.size())
+    fail(std::string(what) + ": the warpgroup is not whole", where);
+  meet(current->block->warpgroups[group].meetings, what, ~0u, current->linear % kWarpgroup, kWarpgroup, argument,
+       effect, context, where);
 }
 
-// ---- Barriers ------------------------------------------------------------------------------------------------------------
+// ---- Barriers -----------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -246,17 +253,22 @@ namespace {
 bool arrive(unsigned id, unsigned threads, bool syncthreads, Where where) {
   if (id >= kNamedBarriers) fail("barrier " + std::to_string(id) + " does not exist", where);
   if (threads == 0 || threads % kWarp != 0)
-    fail("barrier " + std::to_string(id) + ": the number of threads (" + std::to_string(threads) + ") is no multiple of 32", where);
+    fail("barrier " + std::to_string(id) + ": the number of threads (" + std::to_string(threads) +
+             ") is no multiple of 32",
+         where);
   Barrier& barrier = current->block->barriers[id];
   if (barrier.expected == 0) {
     barrier.expected = threads, barrier.where = where;
   } else if (barrier.expected != threads) {
     fail("barrier " + std::to_string(id) + ": " + std::to_string(threads) + " threads expected here, but " +
-         std::to_string(barrier.expected) + " at " + text(barrier.where), where);
+             std::to_string(barrier.expected) + " at " + text(barrier.where),
+         where);
   } else if (syncthreads && !same(barrier.where, where)) {
-    fail("divergent barrier: __syncthreads at " + text(where) + " while other threads are in the one at " + text(barrier.where));
+    fail("divergent barrier: __syncthreads at " + text(where) + " while other threads are in the one at " +
+         text(barrier.where));
   }
-  if (barrier.arrived[current->linear]) fail("barrier " + std::to_string(id) + ": the thread came twice in one phase", where);
+  if (barrier.arrived[current->linear])
+    fail("barrier " + std::to_string(id) + ": the thread came twice in one phase", where);
   barrier.arrived[current->linear] = true;
   if (barrier.arrived.count() < barrier.expected) return false;
   // The hardware counts warps.
@@ -264,8 +276,9 @@ bool arrive(unsigned id, unsigned threads, bool syncthreads, Where where) {
     unsigned lanes = 0;
     for (unsigned i = 0; i < kWarp; ++i) lanes += barrier.arrived[warp * kWarp + i];
     if (lanes != 0 && lanes != kWarp && (warp + 1) * kWarp <= current->block->threads.size())
-      fail("divergent barrier: only " + std::to_string(lanes) + " threads of warp " + std::to_string(warp) + " came to barrier " +
-           std::to_string(id), where);
+      fail("divergent barrier: only " + std::to_string(lanes) + " threads of warp " + std::to_string(warp) +
+               " came to barrier " + std::to_string(id),
+           where);
   }
   return true;
 }
@@ -281,7 +294,8 @@ void release(Barrier& barrier) {
 
 void barrier_sync(unsigned id, unsigned threads, bool syncthreads, Where where) {
   Block& block = *current->block;
-  if (syncthreads && block.live < block.threads.size()) fail("divergent barrier: __syncthreads after some threads have exited", where);
+  if (syncthreads && block.live < block.threads.size())
+    fail("divergent barrier: __syncthreads after some threads have exited", where);
   if (arrive(id, threads, syncthreads, where)) {
     release(block.barriers[id]);
     make_ready(current);
@@ -314,11 +328,12 @@ void mbarrier_update(MBarrier& barrier, int arrivals, int64_t bytes) {
   barrier.waiting.clear();
 }
 
-// ---- Blocks --------------------------------------------------------------------------------------------------------------
+// ---- Blocks -------------------------------------------------------------------------------------------------------
 
 Block::Block() {
   // Aligned to its size, so that a pointer's low bits are those of the shared address.
-  void* memory = mmap(nullptr, 4 * kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, 4 * kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   const auto address = reinterpret_cast<std::uintptr_t>(memory);
   arena_ = static_cast<std::byte*>(memory) + ((kArenaBytes - address % kArenaBytes) % kArenaBytes);
@@ -368,8 +383,9 @@ void Block::start(uint3 index_, unsigned shared_bytes) {
 void Block::finish() {
   for (unsigned id = 0; id < kNamedBarriers; ++id)
     if (barriers[id].expected != 0)
-      fail("block " + name(index) + ": " + std::to_string(barriers[id].arrived.count()) + " threads arrived at barrier " +
-           std::to_string(id) + ", which was never completed", barriers[id].where);
+      fail("block " + name(index) + ": " + std::to_string(barriers[id].arrived.count()) +
+               " threads arrived at barrier " + std::to_string(id) + ", which was never completed",
+           barriers[id].where);
   for (const auto& operation : pending_)
     if (const char* problem = operation->at_exit()) fail("block " + name(index) + " exited " + problem);
   while (run_some_async()) {
@@ -384,7 +400,9 @@ std::byte* Block::shared(unsigned offset, unsigned bytes, unsigned alignment, Wh
       fail("the shared memory at offset " + std::to_string(offset) + " overlaps another region", where);
   }
   if (offset + bytes > shared_bytes_)
-    fail("shared memory up to " + std::to_string(offset + bytes) + " bytes, but the launch gave " + std::to_string(shared_bytes_), where);
+    fail("shared memory up to " + std::to_string(offset + bytes) + " bytes, but the launch gave " +
+             std::to_string(shared_bytes_),
+         where);
   // Aligned as asked for and no better.
   unsigned address = used_ + kRedZone;
   address = (address + alignment - 1) / alignment * alignment;
@@ -427,7 +445,8 @@ std::byte* Block::shared_pointer(unsigned address, unsigned bytes, const char* w
     const auto start = static_cast<unsigned>(region.memory - arena_);
     if (address >= start && address + bytes <= start + region.bytes) return arena_ + address;
   }
-  fail(std::string(what) + ": shared address " + std::to_string(address) + " is outside of every region of shared memory");
+  fail(std::string(what) + ": shared address " + std::to_string(address) +
+       " is outside of every region of shared memory");
 }
 
 std::byte* Block::async_view(const void* pointer) const {
@@ -464,7 +483,7 @@ bool Block::run_some_async() {
   return true;
 }
 
-// ---- The launch ----------------------------------------------------------------------------------------------------------
+// ---- The launch ---------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -491,7 +510,8 @@ void run_grid(dim3 grid, unsigned shared_bytes) {
     while (!free.empty() && next < order.size()) {
       const uint64_t i = order[next++];
       free.back()->start({static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                          static_cast<unsigned>(i / grid.x / grid.y)}, shared_bytes);
+                          static_cast<unsigned>(i / grid.x / grid.y)},
+                         shared_bytes);
       executor.resident.push_back(free.back());
       free.pop_back();
     }

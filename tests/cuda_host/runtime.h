@@ -7,8 +7,9 @@
 //   - the async proxy (TMA, bulk copies, wgmma) reads shared memory as it was at the last proxy fence.
 // A fault ends the launch with a message instead of a result. Models of the instructions are in models.h.
 //
-// The seed chooses the policies too, so that 12 consecutive seeds see every combination of: asynchronous effects at once, as
-// late as possible, or in between; their destination NaN until then or not; warps in uniform order or by random priorities.
+// The seed chooses the policies too, so that 12 consecutive seeds see every combination of: asynchronous effects at
+// once, as late as possible, or in between; their destination NaN until then or not; warps in uniform order or by
+// random priorities.
 #pragma once
 
 #include <bitset>
@@ -61,11 +62,11 @@ struct Barrier {
 
 // An mbarrier object in shared memory.
 struct MBarrier {
-  unsigned count = 0;    // arrivals per phase
-  int pending = 0;       // arrivals the current phase still needs
-  int64_t bytes = 0;     // transaction bytes the current phase still expects; may be negative for a while
+  unsigned count = 0;  // arrivals per phase
+  int pending = 0;     // arrivals the current phase still needs
+  int64_t bytes = 0;   // transaction bytes the current phase still expects; may be negative for a while
   unsigned phase = 0;
-  bool fenced = false;   // its initialisation has been made visible to the async proxy
+  bool fenced = false;  // its initialisation has been made visible to the async proxy
   std::vector<struct Thread*> waiting;
 };
 
@@ -88,7 +89,7 @@ struct Warp {
   class Block* block;
   unsigned index;
   std::vector<struct Thread*> ready;
-  std::size_t slot;       // in the executor's list of warps with ready threads
+  std::size_t slot;  // in the executor's list of warps with ready threads
   unsigned priority;
   std::vector<Rendezvous> meetings;
 };
@@ -160,12 +161,12 @@ class Block {
   std::vector<std::shared_ptr<Async>> pending_;
 };
 
-// ---- For the shim and the models, from within a kernel -------------------------------------------------------------------
+// ---- For the shim and the models, from within a kernel ------------------------------------------------------------
 
 extern Thread* current;
 using Random = std::mt19937_64;
 Random& random();
-bool eager();    // asynchronous effects happen at issue
+bool eager();  // asynchronous effects happen at issue
 uint64_t seed();
 
 // Ends the launch with a message; it begins with the block and the thread.
@@ -189,14 +190,18 @@ template <class Argument, class F>
 void warp_collective(const char* what, unsigned mask, Argument& argument, Where where, F effect) {
   warp_collective(
       what, mask, const_cast<std::remove_const_t<Argument>*>(&argument),
-      [](void* const* arguments, void* context) { (*static_cast<F*>(context))(reinterpret_cast<Argument* const*>(arguments)); },
+      [](void* const* arguments, void* context) {
+        (*static_cast<F*>(context))(reinterpret_cast<Argument* const*>(arguments));
+      },
       &effect, where);
 }
 template <class Argument, class F>
 void warpgroup_collective(const char* what, Argument& argument, Where where, F effect) {
   warpgroup_collective(
       what, const_cast<std::remove_const_t<Argument>*>(&argument),
-      [](void* const* arguments, void* context) { (*static_cast<F*>(context))(reinterpret_cast<Argument* const*>(arguments)); },
+      [](void* const* arguments, void* context) {
+        (*static_cast<F*>(context))(reinterpret_cast<Argument* const*>(arguments));
+      },
       &effect, where);
 }
 
@@ -207,7 +212,7 @@ void barrier_arrive(unsigned id, unsigned threads, Where where);
 MBarrier& mbarrier_at(const void* object, Where where);
 void mbarrier_update(MBarrier& barrier, int arrivals, int64_t bytes);  // ends the phase when nothing is missing
 
-// ---- For the launch ------------------------------------------------------------------------------------------------------
+// ---- For the launch -----------------------------------------------------------------------------------------------
 
 void set_seed(uint64_t seed);
 // The dynamic shared memory that a block may have on the modelled GPU; 227 KiB at first.

@@ -1,4 +1,4 @@
-"""The executor catches what goes wrong on a GPU: every planted fault of faults.cu shows, and the kernels without it pass."""
+"""The executor catches what goes wrong on a GPU: the planted faults of faults.cu show, kernels without them pass."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ FAULTS = [
     ("pipeline_good", "pipeline_released_early", None),
     ("proxy_good", "proxy_fence_missing", None),
     ("store_reuse_good", "store_reused_early", None),
-    ("shared_bounds_good", "shared_bounds", r"write outside of shared memory regions, after the region at offset 0 of 512 bytes"),
+    ("shared_bounds_good", "shared_bounds", 
+     r"write outside of shared memory regions, after the region at offset 0 of 512 bytes"),
     ("shared_bounds_good", "shared_too_small", r"shared memory up to 1024 bytes, but the launch gave 1000"),
     ("unwritten_good", "unwritten", None),
-    ("divergent_good", "divergent", r"divergent barrier: __syncthreads at faults.cu:\d+ while other threads are in the one at faults.cu"),
+    ("divergent_good", "divergent",
+     r"divergent barrier: __syncthreads at faults.cu:\d+ while other threads are in the one at faults.cu"),
     ("exited_good", "exited",
      r"divergent barrier: __syncthreads after some threads have exited, faults.cu|"
      r"deadlock: .*threads 0-95 wait at barrier 0 \(96 of 128 threads came\), faults.cu:\d+; threads 96-127 exited"),
     ("divergent_warp_good", "divergent_warp", r"divergent warp: __shfl_xor_sync at faults.cu:\d+"),
     ("deadlock_good", "deadlock",
-     r"deadlock: block \(0, 0, 0\): threads 0-31 exited; threads 32-127 wait at barrier 3 \(96 of 128 threads came\), faults.cu:\d+"),
+     r"deadlock: block \(0, 0, 0\): threads 0-31 exited; "
+     r"threads 32-127 wait at barrier 3 \(96 of 128 threads came\), faults.cu:\d+"),
     ("mbarrier_deadlock_good", "mbarrier_deadlock",
-     r"deadlock: .* threads 0-127 wait at the mbarrier at shared address \d+ \(phase 0, 0 of 1 arrivals and 16 bytes missing\)"),
+     r"deadlock: .* threads 0-127 wait at the mbarrier at shared address \d+ "
+     r"\(phase 0, 0 of 1 arrivals and 16 bytes missing\)"),
     ("init_fence_good", "init_fence_missing", "missing fence between mbarrier.init and its use by the async proxy"),
     ("wgmma_good", "wgmma_proxy_fence_missing", None),
     ("wgmma_good", "wgmma_wait_missing", None),
@@ -94,8 +98,8 @@ def _sanitized(program: str) -> subprocess.CompletedProcess:
     if (reason := build.unavailable()) is not None:
         pytest.skip(reason)
     build.build("sanitized")
-    return subprocess.run([sys.executable, "-c", program], env=build.sanitized_environment(), capture_output=True, text=True,
-                          cwd=build.HERE)
+    return subprocess.run([sys.executable, "-c", program], env=build.sanitized_environment(), cwd=build.HERE,
+                          capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name, report", [

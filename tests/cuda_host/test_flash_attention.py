@@ -22,7 +22,8 @@ def _fits(case: Case) -> bool:
     """Within the kernels' head sizes, and small enough for an executor that is 10^5 times slower than a GPU."""
     args = case.make(torch.float16, "cpu").args
     q, v = args["q"], args["v"]
-    return max(q.shape[3], v.shape[3]) <= 256 and q.shape[0] * q.shape[1] * q.shape[2] * v.shape[1] * (q.shape[3] + v.shape[3]) < 6e7
+    work = q.shape[0] * q.shape[1] * q.shape[2] * v.shape[1] * (q.shape[3] + v.shape[3])
+    return max(q.shape[3], v.shape[3]) <= 256 and work < 6e7
 
 
 CASES = [case for case in (*FLASH_ATTENTION.cases, *FLASH_ATTENTION.extremes) if _fits(case)]
@@ -38,8 +39,8 @@ def _run(host, case: Case, dtype: torch.dtype, seed_: int) -> dict[str, torch.Te
     cu_q = args.get("cu_seqlens_q")
     host.set_seed(seed_)
     inputs = [args[name].detach().requires_grad_() for name in "qkv"]
-    out, lse = registration.FlashAttention.apply(*inputs, cu_q, args.get("cu_seqlens_k", cu_q), _options(sample, causal=False), True,
-                                                 "cuda_host")
+    out, lse = registration.FlashAttention.apply(*inputs, cu_q, args.get("cu_seqlens_k", cu_q),
+                                                 _options(sample, causal=False), True, "cuda_host")
     given = cotangents({"out": out, "lse": lse})
     gradients = torch.autograd.grad((out, lse), inputs, (given["out"], given["lse"]))
     return {"out": out.detach(), "lse": lse.detach()} | dict(zip(("dq", "dk", "dv"), gradients))
@@ -73,6 +74,31 @@ def test_every_order_of_events(host, host_ops, seed_):
     _check(host, case, torch.bfloat16, seed_)
 
 
+@pytest.mark.parametrize("head_dim", (32, 64, 96, 128, 192, 256))
+def test_fits_the_shared_memory_of_every_gpu(host, host_ops, head_dim):
+    """sm_86, sm_89 and sm_120 have 99 KiB for a block."""
+    host.set_shared_limit(99 * 1024)
+    try:
+        _check(host, attention_case("small", tq=3, heads_q=1, head_dim=head_dim), torch.float16, 0)
+    finally:
+        host.set_shared_limit(227 * 1024)
+
+
+def test_errors_surface_as_exceptions(host, host_ops):
+    q = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(RuntimeError, match="bfloat16 and float16"):
+        host_ops.fwd(q, q, q, None, None, 1.0, 0.0, -1, -1)
+    q = torch.zeros(1, 4, 1, 257, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="head sizes up to 256"):
+        host_ops.fwd(q, q, q, None, None, 1.0, 0.0, -1, -1)
+    host.set_shared_limit(16 * 1024)
+    try:
+        with pytest.raises(RuntimeError, match="invalid argument"):
+            host_ops.fwd(*[q[..., :64].contiguous()] * 3, None, None, 1.0, 0.0, -1, -1)
+    finally:
+        host.set_shared_limit(227 * 1024)
+
+
 def test_bitwise_repeatable(host, host_ops):
     """Whatever the order of the blocks and threads."""
     case = attention_case("repeat", batch=2, tq=70, tk=90, heads_q=4, heads_k=2, head_dim=24, causal=True)
@@ -82,9 +108,10 @@ def test_bitwise_repeatable(host, host_ops):
             assert torch.equal(x, other[name]), name
 
 
-# Ragged shapes, every way of loading and storing rows, packed and empty sequences; both walks for small and large heads.
-SANITIZED = ("tiny-causal-bfloat16", "head-31-value-1-float16", "head-111-bfloat16", "size-256-float16", "gqa-float16", "blind-window-bfloat16",
-             "no-keys-float16", "packed-different-bfloat16", "packed-window-float16", "layout-padded-float16", "layout-expanded-bfloat16")
+# Ragged shapes, every way of loading and storing rows, packed and empty sequences, small and large heads.
+SANITIZED = ("tiny-causal-bfloat16", "head-31-value-1-float16", "head-111-bfloat16", "size-256-float16", "gqa-float16",
+             "blind-window-bfloat16", "no-keys-float16", "packed-different-bfloat16", "packed-window-float16",
+             "layout-padded-float16", "layout-expanded-bfloat16")
 
 
 def test_under_the_sanitizers():
@@ -93,6 +120,7 @@ def test_under_the_sanitizers():
         pytest.skip(reason)
     build.build("sanitized")
     tests = [f"{Path(__file__).name}::test_numbers[{name}]" for name in SANITIZED]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], env=build.sanitized_environment(),
-                            cwd=build.HERE, capture_output=True, text=True)
-    assert result.returncode == 0 and f"{len(SANITIZED)} passed" in result.stdout, (result.stdout + result.stderr)[-4000:]
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=build.HERE,
+                            env=build.sanitized_environment(), capture_output=True, text=True)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert f"{len(SANITIZED)} passed" in result.stdout, result.stdout[-4000:]

@@ -1,7 +1,7 @@
-"""Inputs and definitions of the instructions in instructions.cu: shared by the tests of the models and by record_vectors.py.
+"""Inputs and definitions of the instructions in instructions.cu, for the tests of the models and record_vectors.py.
 
-Each instruction has its input bytes, what its output holds before, and `expected`: the output by the PTX manual's definition,
-written here on whole matrices with numpy, apart from the C++ models.
+Each instruction has its input bytes, what its output holds before, and `expected`: the output by the PTX manual's
+definition, written here on whole matrices with numpy, apart from the C++ models.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ def compare(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     else:
         finite = np.isfinite(expected)
         np.testing.assert_array_equal(got[~finite], expected[~finite])
-        np.testing.assert_allclose(got[finite], expected[finite], rtol=0, atol=tolerance * np.abs(expected[finite]).max())
+        largest = np.abs(expected[finite]).max()
+        np.testing.assert_allclose(got[finite], expected[finite], rtol=0, atol=tolerance * largest)
 
 
 def _random(name: str) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(name.encode()))
 
 
-# ---- 16-bit types ------------------------------------------------------------------------------------------------------
+# ---- 16-bit types --------------------------------------------------------------------------------------------------
 
 
 def to_bits(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -74,7 +75,7 @@ def _packed(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return low.astype(np.uint32) | high.astype(np.uint32) << 16
 
 
-# ---- Fragments: [register][lane] from matrices -------------------------------------------------------------------------
+# ---- Fragments: [register][lane] from matrices ---------------------------------------------------------------------
 
 
 def a_fragment(a: np.ndarray) -> np.ndarray:
@@ -107,8 +108,8 @@ def _mma(name: str, dtype: str) -> Instruction:
         a, b = from_bits(a_bits, dtype), from_bits(b_bits, dtype)
         registers = [a_fragment(a_bits), b_fragment(b_bits)]
     d = (c + a.astype(np.float64) @ b).astype(np.float32)
-    return Instruction(name, False, np.concatenate([*registers, c_fragment(c).view(np.uint32)]), np.zeros((4, 32), np.float32),
-                       c_fragment(d), 2e-7 * 8)
+    given = np.concatenate([*registers, c_fragment(c).view(np.uint32)])
+    return Instruction(name, False, given, np.zeros((4, 32), np.float32), c_fragment(d), 2e-7 * 8)
 
 
 def _matrices(name: str, trans: bool, store: bool) -> Instruction:
@@ -123,8 +124,8 @@ def _matrices(name: str, trans: bool, store: bool) -> Instruction:
 def _special_floats(name: str) -> np.ndarray:
     x = _random(name).standard_normal(256).astype(np.float32)
     x *= (2.0 ** _random(name + "scale").integers(-30, 18, 256)).astype(np.float32)
-    x[:14] = [0.0, -0.0, np.inf, -np.inf, np.nan, 65519.9, 65520.0, -65536.0, 6.1e-5, 5.9e-8, 2.9e-8, 1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8,
-              1.0 + 2.0**-11]
+    x[:14] = [0.0, -0.0, np.inf, -np.inf, np.nan, 65519.9, 65520.0, -65536.0, 6.1e-5, 5.9e-8, 2.9e-8, 1.0 + 2.0**-8,
+              1.0 + 3 * 2.0**-8, 1.0 + 2.0**-11]
     return x
 
 
@@ -151,9 +152,11 @@ def _convert(name: str) -> Instruction:
         x = np.where(np.isnan(x), np.float32(0.5), np.clip(x, -120, 120) if name == "exp2" else x).astype(np.float32)
         x[2:4] = np.inf, -np.inf
         with np.errstate(divide="ignore"):
-            expected = (np.exp2(x.astype(np.float64)) if name == "exp2" else np.log2(np.abs(x).astype(np.float64))).astype(np.float32)
+            wide = x.astype(np.float64)
+            expected = (np.exp2(wide) if name == "exp2" else np.log2(np.abs(wide))).astype(np.float32)
         tolerance = 3e-7
-    return Instruction(name, False, x, np.zeros(256, np.uint32 if tolerance == 0.0 else np.float32), expected, tolerance)
+    dtype = np.uint32 if tolerance == 0.0 else np.float32
+    return Instruction(name, False, x, np.zeros(256, dtype), expected, tolerance)
 
 
 def _cp_async() -> Instruction:
@@ -161,20 +164,22 @@ def _cp_async() -> Instruction:
     data = random.integers(0, 256, (32, 16), dtype=np.uint8)
     counts = random.integers(0, 17, 32).astype(np.int32)
     expected = np.where(np.arange(16) < counts[:, None], data, 0).astype(np.uint8)
-    return Instruction("cp_async", False, np.concatenate([data.ravel(), counts.view(np.uint8)]), np.zeros((32, 16), np.uint8), expected)
+    given = np.concatenate([data.ravel(), counts.view(np.uint8)])
+    return Instruction("cp_async", False, given, np.zeros((32, 16), np.uint8), expected)
 
 
 def _reduce() -> Instruction:
     x = _random("reduce").integers(-50, 50, 128).astype(np.float32)
-    expected = np.stack([x.reshape(-1, 4).sum(1).repeat(4), x.reshape(4, 32).cumsum(1).ravel(), np.full(128, x.max()), x.cumsum()])
+    quads, warps = x.reshape(-1, 4).sum(1).repeat(4), x.reshape(4, 32).cumsum(1).ravel()
+    expected = np.stack([quads, warps, np.full(128, x.max()), x.cumsum()])
     return Instruction("reduce", False, x, np.zeros((4, 128), np.float32), expected.astype(np.float32))
 
 
-# ---- TMA ---------------------------------------------------------------------------------------------------------------
+# ---- TMA -----------------------------------------------------------------------------------------------------------
 
 
 def swizzle(tile: np.ndarray, width: int) -> np.ndarray:
-    """Bytes of a tile (its rows `width` bytes long) permuted: chunk c of row r goes to c ^ (r * width // 128 % chunks)."""
+    """Bytes of a tile with rows of `width` bytes, permuted: chunk c of row r goes to c ^ (r * width // 128 % chunks)."""
     flat = tile.reshape(-1)
     offsets = np.arange(flat.size)
     chunks = width // 16
@@ -218,7 +223,7 @@ def _bulk() -> Instruction:
     return Instruction("bulk", True, x, np.zeros(256, np.float32), x + np.float32(1))
 
 
-# ---- wgmma -------------------------------------------------------------------------------------------------------------
+# ---- wgmma ---------------------------------------------------------------------------------------------------------
 
 
 def _wgmma(name: str, dtype: str, n: int, trans_a: bool, trans_b: bool) -> Instruction:
@@ -226,7 +231,8 @@ def _wgmma(name: str, dtype: str, n: int, trans_a: bool, trans_b: bool) -> Instr
     a_bits, b_bits = (to_bits(random.standard_normal(s), dtype) for s in ((64, 32), (n, 32)))
     d = from_bits(a_bits, dtype).astype(np.float64) @ from_bits(b_bits, dtype).T
     stored = [np.ascontiguousarray(x.T if trans else x).ravel() for x, trans in ((a_bits, trans_a), (b_bits, trans_b))]
-    return Instruction(name, True, np.concatenate(stored), np.zeros((64, n), np.float32), d.astype(np.float32), 2e-7 * 16)
+    output = np.zeros((64, n), np.float32)
+    return Instruction(name, True, np.concatenate(stored), output, d.astype(np.float32), 2e-7 * 16)
 
 
 INSTRUCTIONS: list[Instruction] = [

@@ -15,8 +15,8 @@ struct Max {
   __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-// Over kLanes neighbouring lanes (a power of two); every lane gets the result. The operator must be commutative: lanes see
-// their partner's value on either side.
+// Over kLanes neighbouring lanes (a power of two); every lane gets the result. The operator must be commutative:
+// lanes see their partner's value on either side.
 template <int kLanes = 32, class T, class Op>
 __device__ __forceinline__ T warp_reduce(T value, Op op) {
 #pragma unroll
@@ -36,8 +36,8 @@ __device__ __forceinline__ T warp_scan(T value, Op op) {
   return value;
 }
 
-// Over a block of kWarps warps; every thread gets the result. `scratch` holds kWarps elements in shared memory and may be
-// used again after the next __syncthreads.
+// Over a block of kWarps warps; every thread gets the result. `scratch` holds kWarps elements in shared memory and
+// may be used again after the next __syncthreads.
 template <int kWarps, class T, class Op>
 __device__ __forceinline__ T block_reduce(T value, T* scratch, Op op) {
   value = warp_reduce(value, op);

@@ -1,16 +1,17 @@
 // Flash attention, backward, for sm_80 and newer (mma.sync, cp.async). Deterministic: no atomics.
 //
-// Two walks over the scores, each recomputing them, instead of one that adds dQ up in global memory: 7 matrix products
-// instead of 5, but every gradient is summed in one fixed order, and no fp32 copy of dQ is needed.
+// Two walks over the scores, each recomputing them, instead of one that adds dQ up in global memory: 7 matrix
+// products instead of 5, but every gradient is summed in one fixed order, and no fp32 copy of dQ is needed.
 //   by query: a block owns kR queries, walks keys:     dQ += dS K
 //   by key:   a block owns kR keys, walks queries (of all query heads of its key head):  dK += dS^T Q,  dV += P^T dO
 // with P = exp(S - lse), dS = P (dP - delta), dP = dO V^T, delta = rowsum(dO O) - dlse.
 //
-// Both are the same kernel: rows R1, R2 in shared memory, columns C1, C2 in two stages. In registers X = R1 C1^T (the scores,
-// or their transpose), Y = R2 C2^T, and from them the operand of first += dS C1 and second += P C2:
-//   by query: R1 = Q, R2 = dO, C1 = K, C2 = V, first = dQ;    by key: R1 = K, R2 = V, C1 = Q, C2 = dO, first = dK, second = dV.
-// Shared memory: R1, later the first output [kR, kHead]; R2, later the second; C1, C2 [2][kC, kHead]; by key lse and delta of
-// the columns [2][2][kC]. One barrier per step, as in the forward kernel.
+// Both are the same kernel: rows R1, R2 in shared memory, columns C1, C2 in two stages. In registers X = R1 C1^T
+// (the scores, or their transpose), Y = R2 C2^T, and from them the operand of first += dS C1 and second += P C2:
+//   by query: R1 = Q, R2 = dO, C1 = K, C2 = V, first = dQ
+//   by key:   R1 = K, R2 = V, C1 = Q, C2 = dO, first = dK, second = dV
+// Shared memory: R1, later the first output [kR, kHead]; R2, later the second; C1, C2 [2][kC, kHead]; by key lse
+// and delta of the columns [2][2][kC]. One barrier per step, as in the forward kernel.
 #pragma once
 
 #include "sm80.cuh"
@@ -29,7 +30,8 @@ struct BackwardConfig {
   static constexpr int kC = kHead <= 192 ? 32 : 16;
   using RTile = SharedTile<T, kR, kHead>;
   using CTile = SharedTile<T, kC, kHead>;
-  static constexpr unsigned kSharedBytes = (kFirst ? 2 : 1) * RTile::kBytes + 4 * CTile::kBytes + 4 * kC * sizeof(float);
+  static constexpr unsigned kSharedBytes =
+      (kFirst ? 2 : 1) * RTile::kBytes + 4 * CTile::kBytes + 4 * kC * sizeof(float);
 };
 
 // delta = rowsum(dout * out) - dlse; one warp per row. Rows that see nothing get 0: they have no gradient.
@@ -40,8 +42,10 @@ __global__ void __launch_bounds__(256)
   const int64_t row = int64_t{blockIdx.x} * 8 + threadIdx.x / 32;
   if (row >= f.batch * f.seqlen_q * f.heads_q) return;
   const int64_t head = row % f.heads_q, token = row / f.heads_q % f.seqlen_q, batch = row / f.heads_q / f.seqlen_q;
-  const auto* dout = static_cast<const T*>(p.dout) + batch * p.dout_stride.batch + token * p.dout_stride.token + head * p.dout_stride.head;
-  const auto* out = static_cast<const T*>(f.out) + batch * f.out_stride.batch + token * f.out_stride.token + head * f.out_stride.head;
+  const auto* dout = static_cast<const T*>(p.dout) + batch * p.dout_stride.batch + token * p.dout_stride.token +
+                     head * p.dout_stride.head;
+  const auto* out = static_cast<const T*>(f.out) + batch * f.out_stride.batch + token * f.out_stride.token +
+                    head * f.out_stride.head;
   float sum = 0.0f;
   for (int64_t i = threadIdx.x % 32; i < f.value_dim; i += 32) sum += ptx::to_float(dout[i]) * ptx::to_float(out[i]);
   sum = warp_reduce(sum, Sum());
@@ -58,9 +62,11 @@ __device__ __forceinline__ float lse_log2(float lse) { return lse == -INFINITY ?
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads)
-    flash_attention_bwd_sm80_kernel(const __grid_constant__ FlashAttentionBackwardParams p, const Alignment aligned, const int64_t tiles) {
+    flash_attention_bwd_sm80_kernel(const __grid_constant__ FlashAttentionBackwardParams p, const Alignment aligned,
+                                    const int64_t tiles) {
   using T = typename Config::T;
-  constexpr int kHead = Config::kHead, kR = Config::kR, kC = Config::kC, kRTiles = Config::kRTiles, kThreads = Config::kThreads;
+  constexpr int kHead = Config::kHead, kR = Config::kR, kC = Config::kC, kRTiles = Config::kRTiles,
+                kThreads = Config::kThreads;
   constexpr bool kByKey = Config::kByKey;
   const FlashAttentionParams& f = p.forward;
   const int64_t head = blockIdx.x / tiles, group = f.heads_q / f.heads_k;
@@ -80,10 +86,12 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int head_dim = static_cast<int>(f.head_dim), value_dim = static_cast<int>(f.value_dim);
   // Row 0 of the sequence, for a head of q or of k.
   const auto q_rows = [&](const void* x, const Strides3& stride, int64_t h) {
-    return static_cast<const T*>(x) + sequence.batch * stride.batch + sequence.q_first * stride.token + h * stride.head;
+    return static_cast<const T*>(x) + sequence.batch * stride.batch + sequence.q_first * stride.token +
+           h * stride.head;
   };
   const auto k_rows = [&](const void* x, const Strides3& stride, int64_t h) {
-    return static_cast<const T*>(x) + sequence.batch * stride.batch + sequence.k_first * stride.token + h * stride.head;
+    return static_cast<const T*>(x) + sequence.batch * stride.batch + sequence.k_first * stride.token +
+           h * stride.head;
   };
   const auto statistic = [&](int64_t h) { return (sequence.batch * f.heads_q + h) * f.seqlen_q + sequence.q_first; };
   const auto* lse = static_cast<const float*>(f.lse);
@@ -104,9 +112,10 @@ __global__ void __launch_bounds__(Config::kThreads)
       const auto c1 = stage(step, c1_even, c1_odd), c2 = stage(step, c2_even, c2_odd);
       if constexpr (kByKey) {
         const int64_t h = head * group + step / c_tiles;
-        load_tile<kThreads>(c1, q_rows(f.q, f.q_stride, h) + col0 * f.q_stride.token, f.q_stride.token, length_c - col0, head_dim, aligned.q);
-        load_tile<kThreads>(c2, q_rows(p.dout, p.dout_stride, h) + col0 * p.dout_stride.token, p.dout_stride.token, length_c - col0,
-                            value_dim, aligned.dout);
+        load_tile<kThreads>(c1, q_rows(f.q, f.q_stride, h) + col0 * f.q_stride.token, f.q_stride.token,
+                            length_c - col0, head_dim, aligned.q);
+        load_tile<kThreads>(c2, q_rows(p.dout, p.dout_stride, h) + col0 * p.dout_stride.token, p.dout_stride.token,
+                            length_c - col0, value_dim, aligned.dout);
         const int i = threadIdx.x;
         if (i < kC) {
           const bool inside = col0 + i < length_c;
@@ -116,15 +125,17 @@ __global__ void __launch_bounds__(Config::kThreads)
         }
       } else {
         const int64_t h = head / group;
-        load_tile<kThreads>(c1, k_rows(f.k, f.k_stride, h) + col0 * f.k_stride.token, f.k_stride.token, length_c - col0, head_dim, aligned.k);
-        load_tile<kThreads>(c2, k_rows(f.v, f.v_stride, h) + col0 * f.v_stride.token, f.v_stride.token, length_c - col0, value_dim,
-                            aligned.v);
+        load_tile<kThreads>(c1, k_rows(f.k, f.k_stride, h) + col0 * f.k_stride.token, f.k_stride.token,
+                            length_c - col0, head_dim, aligned.k);
+        load_tile<kThreads>(c2, k_rows(f.v, f.v_stride, h) + col0 * f.v_stride.token, f.v_stride.token,
+                            length_c - col0, value_dim, aligned.v);
       }
     }
     ptx::cp_async_commit();
   };
 
-  const int warp_row = static_cast<int>(threadIdx.x / 32) * 16 * kRTiles, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp_row = static_cast<int>(threadIdx.x / 32) * 16 * kRTiles, lane = threadIdx.x % 32, g = lane / 4,
+            t = lane % 4;
   float row_lse[kRTiles][2], row_delta[kRTiles][2];  // by query
   if constexpr (!kByKey) {
 #pragma unroll
@@ -139,13 +150,16 @@ __global__ void __launch_bounds__(Config::kThreads)
   }
   if (steps > 0) {
     if constexpr (kByKey) {
-      load_tile<kThreads>(r1, k_rows(f.k, f.k_stride, head) + row0 * f.k_stride.token, f.k_stride.token, rows, head_dim, aligned.k);
+      load_tile<kThreads>(r1, k_rows(f.k, f.k_stride, head) + row0 * f.k_stride.token, f.k_stride.token, rows,
+                          head_dim, aligned.k);
       if constexpr (Config::kFirst)
-        load_tile<kThreads>(r2, k_rows(f.v, f.v_stride, head) + row0 * f.v_stride.token, f.v_stride.token, rows, value_dim, aligned.v);
+        load_tile<kThreads>(r2, k_rows(f.v, f.v_stride, head) + row0 * f.v_stride.token, f.v_stride.token, rows,
+                            value_dim, aligned.v);
     } else {
-      load_tile<kThreads>(r1, q_rows(f.q, f.q_stride, head) + row0 * f.q_stride.token, f.q_stride.token, rows, head_dim, aligned.q);
-      load_tile<kThreads>(r2, q_rows(p.dout, p.dout_stride, head) + row0 * p.dout_stride.token, p.dout_stride.token, rows, value_dim,
-                          aligned.dout);
+      load_tile<kThreads>(r1, q_rows(f.q, f.q_stride, head) + row0 * f.q_stride.token, f.q_stride.token, rows,
+                          head_dim, aligned.q);
+      load_tile<kThreads>(r2, q_rows(p.dout, p.dout_stride, head) + row0 * p.dout_stride.token, p.dout_stride.token,
+                          rows, value_dim, aligned.dout);
     }
     load_stage(0);
   }
@@ -161,7 +175,7 @@ __global__ void __launch_bounds__(Config::kThreads)
     const auto c1 = stage(step, c1_even, c1_odd), c2 = stage(step, c2_even, c2_odd);
     const int col0 = (c_begin + step % c_tiles) * kC;
 
-    float x[kRTiles][kC / 8][4] = {};                          // scores
+    float x[kRTiles][kC / 8][4] = {};                       // scores
     float y[Config::kFirst ? kRTiles : 1][kC / 8][4] = {};  // dP
 #pragma unroll
     for (int d = 0; d < kHead / 16; ++d) {
@@ -188,8 +202,9 @@ __global__ void __launch_bounds__(Config::kThreads)
     }
 
     const int row_last = row0 + kR - 1, col_last = col0 + kC - 1;
-    const bool masked = row_last >= length_r || col_last >= length_c ||
-                        !(kByKey ? band.whole(col0, col_last, row0, row_last) : band.whole(row0, row_last, col0, col_last));
+    const bool masked =
+        row_last >= length_r || col_last >= length_c ||
+        !(kByKey ? band.whole(col0, col_last, row0, row_last) : band.whole(row0, row_last, col0, col_last));
 #pragma unroll
     for (int m = 0; m < kRTiles; ++m)
 #pragma unroll
@@ -208,7 +223,8 @@ __global__ void __launch_bounds__(Config::kThreads)
           if (masked) {
             const int row = row0 + warp_row + 16 * m + g + 8 * (i / 2), col = col0 + column;
             const int query = kByKey ? col : row, key = kByKey ? row : col;
-            if (key < query + band.below || key > query + band.above || row >= length_r || col >= length_c) weight = 0.0f;
+            if (key < query + band.below || key > query + band.above || row >= length_r || col >= length_c)
+              weight = 0.0f;
           }
           x[m][n][i] = weight;
           if constexpr (Config::kFirst) {
@@ -241,7 +257,8 @@ __global__ void __launch_bounds__(Config::kThreads)
           load_b_trans(b, c2, 16 * n, 16 * d);
 #pragma unroll
           for (int i = 0; i < 2 * kRTiles; ++i)
-            ptx::mma_m16n8k16<T>(second[i / 2][2 * d + i % 2], weights[i / 2], b[i % 2], second[i / 2][2 * d + i % 2]);
+            ptx::mma_m16n8k16<T>(second[i / 2][2 * d + i % 2], weights[i / 2], b[i % 2],
+                                 second[i / 2][2 * d + i % 2]);
         }
       }
     }
@@ -258,8 +275,10 @@ __global__ void __launch_bounds__(Config::kThreads)
   __syncwarp();
   const auto store = [&](const auto& from, void* to, const Strides3& stride, int columns, bool aligned_out) {
     const int64_t token = (kByKey ? sequence.k_first : sequence.q_first) + row0;
-    store_rows<16 * kRTiles>(from, warp_row, static_cast<T*>(to) + sequence.batch * stride.batch + token * stride.token + head * stride.head,
-                             stride.token, rows, columns, aligned_out);
+    store_rows<16 * kRTiles>(
+        from, warp_row,
+        static_cast<T*>(to) + sequence.batch * stride.batch + token * stride.token + head * stride.head, stride.token,
+        rows, columns, aligned_out);
   };
   if constexpr (Config::kFirst)
     store(r1, kByKey ? p.dk : p.dq, kByKey ? p.dk_stride : p.dq_stride, head_dim, kByKey ? aligned.dk : aligned.dq);
@@ -267,14 +286,16 @@ __global__ void __launch_bounds__(Config::kThreads)
 }
 
 template <class Config>
-const char* launch_bwd_sm80_walk(const FlashAttentionBackwardParams& p, const Alignment& aligned, cudaStream_t stream) {
+const char* launch_bwd_sm80_walk(const FlashAttentionBackwardParams& p, const Alignment& aligned,
+                                 cudaStream_t stream) {
   const FlashAttentionParams& f = p.forward;
   const int64_t tiles = tiles_per_head(f, Config::kByKey ? f.seqlen_k : f.seqlen_q, Config::kR);
   const int64_t blocks = tiles * (Config::kByKey ? f.heads_k : f.heads_q);
   if (blocks == 0) return nullptr;
   if (blocks > INT32_MAX) return "more tiles than a grid has blocks";
   return launch(flash_attention_bwd_sm80_kernel<Config>,
-                {dim3(static_cast<unsigned>(blocks)), dim3(Config::kThreads), Config::kSharedBytes, stream}, p, aligned, tiles);
+                {dim3(static_cast<unsigned>(blocks)), dim3(Config::kThreads), Config::kSharedBytes, stream}, p,
+                aligned, tiles);
 }
 
 // Null, or what went wrong.
@@ -282,26 +303,31 @@ template <class T, int kHead>
 const char* launch_bwd_sm80(const FlashAttentionBackwardParams& p, cudaStream_t stream) {
   const FlashAttentionParams& f = p.forward;
   Alignment a{};
-  a.q = aligned(f.q, f.q_stride), a.k = aligned(f.k, f.k_stride), a.v = aligned(f.v, f.v_stride), a.dout = aligned(p.dout, p.dout_stride);
+  a.q = aligned(f.q, f.q_stride), a.k = aligned(f.k, f.k_stride), a.v = aligned(f.v, f.v_stride),
+  a.dout = aligned(p.dout, p.dout_stride);
   a.dq = aligned(p.dq, p.dq_stride), a.dk = aligned(p.dk, p.dk_stride), a.dv = aligned(p.dv, p.dv_stride);
   const int64_t rows = f.batch * f.seqlen_q * f.heads_q;
   if ((rows + 7) / 8 > INT32_MAX) return "more queries than a grid has blocks";
   if (rows > 0) {
     const dim3 grid(static_cast<unsigned>((rows + 7) / 8));
-    if (const char* error = launch(flash_attention_bwd_delta_sm80_kernel<T>, {grid, dim3(256), 0, stream}, p)) return error;
+    if (const char* error = launch(flash_attention_bwd_delta_sm80_kernel<T>, {grid, dim3(256), 0, stream}, p))
+      return error;
   }
-  if (const char* error = launch_bwd_sm80_walk<BackwardConfig<T, kHead, false, true, false>>(p, a, stream)) return error;
+  if (const char* error = launch_bwd_sm80_walk<BackwardConfig<T, kHead, false, true, false>>(p, a, stream))
+    return error;
   if constexpr (kHead <= 128) {
     return launch_bwd_sm80_walk<BackwardConfig<T, kHead, true, true, true>>(p, a, stream);
   } else {
     // Both accumulators do not fit the registers: one walk each.
-    if (const char* error = launch_bwd_sm80_walk<BackwardConfig<T, kHead, true, true, false>>(p, a, stream)) return error;
+    if (const char* error = launch_bwd_sm80_walk<BackwardConfig<T, kHead, true, true, false>>(p, a, stream))
+      return error;
     return launch_bwd_sm80_walk<BackwardConfig<T, kHead, true, false, true>>(p, a, stream);
   }
 }
 
 // Each defined in a file of its own, so that they compile side by side.
-#define PYKERNELS_DECLARE_BWD_SM80(head) const char* bwd_sm80_##head(const FlashAttentionBackwardParams& p, cudaStream_t stream);
+#define PYKERNELS_DECLARE_BWD_SM80(head) \
+  const char* bwd_sm80_##head(const FlashAttentionBackwardParams& p, cudaStream_t stream);
 PYKERNELS_DECLARE_BWD_SM80(32)
 PYKERNELS_DECLARE_BWD_SM80(64)
 PYKERNELS_DECLARE_BWD_SM80(96)
@@ -310,12 +336,12 @@ PYKERNELS_DECLARE_BWD_SM80(192)
 PYKERNELS_DECLARE_BWD_SM80(256)
 #undef PYKERNELS_DECLARE_BWD_SM80
 
-#define PYKERNELS_DEFINE_BWD_SM80(head)                                                                \
-  namespace pykernels::cuda::attention {                                                               \
-  const char* bwd_sm80_##head(const FlashAttentionBackwardParams& p, cudaStream_t stream) {            \
-    return p.forward.dtype == DType::kBFloat16 ? launch_bwd_sm80<BFloat16, head>(p, stream)            \
-                                               : launch_bwd_sm80<Float16, head>(p, stream);            \
-  }                                                                                                    \
+#define PYKERNELS_DEFINE_BWD_SM80(head)                                                     \
+  namespace pykernels::cuda::attention {                                                    \
+  const char* bwd_sm80_##head(const FlashAttentionBackwardParams& p, cudaStream_t stream) { \
+    return p.forward.dtype == DType::kBFloat16 ? launch_bwd_sm80<BFloat16, head>(p, stream) \
+                                               : launch_bwd_sm80<Float16, head>(p, stream); \
+  }                                                                                         \
   }
 
 }  // namespace pykernels::cuda::attention

@@ -13,7 +13,8 @@ namespace {
 const char* unsupported(const FlashAttentionParams& p) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the CUDA kernels take bfloat16 and float16";
   if (std::max(p.head_dim, p.value_dim) > 256) return "the CUDA kernels take head sizes up to 256";
-  if (std::max(p.seqlen_q, p.seqlen_k) >= attention::kUnbounded / 4) return "the CUDA kernels take fewer than 2^28 tokens";
+  if (std::max(p.seqlen_q, p.seqlen_k) >= attention::kUnbounded / 4)
+    return "the CUDA kernels take fewer than 2^28 tokens";
   return nullptr;
 }
 

@@ -1,7 +1,7 @@
 // Flash attention, forward, for sm_80 and newer (mma.sync, cp.async).
 //
-// A block owns kM queries of one head; each of its warps kMTiles times 16 of them. It walks the tiles of kN keys that its
-// queries see, in two stages of shared memory: while the warps work on one, the next is copied.
+// A block owns kM queries of one head; each of its warps kMTiles times 16 of them. It walks the tiles of kN keys
+// that its queries see, in two stages of shared memory: while the warps work on one, the next is copied.
 //   S = Q K^T; the running row maximum m and sum l; P = 2^(S - m); O = O 2^(m_old - m) + P V; at the end O / l.
 // S, P, O, m and l stay in registers (P as the operand of the second product), Q in shared memory.
 // Shared memory: Q, later the output [kM, kHead]; K and V [2][kN, kHead].
@@ -28,9 +28,11 @@ struct ForwardConfig {
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads)
-    flash_attention_fwd_sm80_kernel(const __grid_constant__ FlashAttentionParams p, const Alignment aligned, const int64_t tiles) {
+    flash_attention_fwd_sm80_kernel(const __grid_constant__ FlashAttentionParams p, const Alignment aligned,
+                                    const int64_t tiles) {
   using T = typename Config::T;
-  constexpr int kHead = Config::kHead, kN = Config::kN, kM = Config::kM, kMTiles = Config::kMTiles, kThreads = Config::kThreads;
+  constexpr int kHead = Config::kHead, kN = Config::kN, kM = Config::kM, kMTiles = Config::kMTiles,
+                kThreads = Config::kThreads;
   const int64_t head = blockIdx.x / tiles;
   Sequence sequence;
   int m0;
@@ -43,30 +45,34 @@ __global__ void __launch_bounds__(Config::kThreads)
   const auto v_even = take_tile<typename Config::KTile>(shared), v_odd = take_tile<typename Config::KTile>(shared);
 
   const int64_t head_k = head / (p.heads_q / p.heads_k);
-  const auto* q = static_cast<const T*>(p.q) + sequence.batch * p.q_stride.batch + (sequence.q_first + m0) * p.q_stride.token +
-                  head * p.q_stride.head;
-  const auto* k = static_cast<const T*>(p.k) + sequence.batch * p.k_stride.batch + sequence.k_first * p.k_stride.token +
-                  head_k * p.k_stride.head;
-  const auto* v = static_cast<const T*>(p.v) + sequence.batch * p.v_stride.batch + sequence.k_first * p.v_stride.token +
-                  head_k * p.v_stride.head;
+  const auto* q = static_cast<const T*>(p.q) + sequence.batch * p.q_stride.batch +
+                  (sequence.q_first + m0) * p.q_stride.token + head * p.q_stride.head;
+  const auto* k = static_cast<const T*>(p.k) + sequence.batch * p.k_stride.batch +
+                  sequence.k_first * p.k_stride.token + head_k * p.k_stride.head;
+  const auto* v = static_cast<const T*>(p.v) + sequence.batch * p.v_stride.batch +
+                  sequence.k_first * p.v_stride.token + head_k * p.v_stride.head;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const int rows = min(kM, sequence.tq - m0);
 
   // The tiles of keys that any of the queries sees.
   const Band band(p, sequence);
-  const int j_first = max(0, m0 + band.below) / kN, j_last = min(sequence.tk, m0 + rows + band.above);  // first tile, end of keys
+  const int j_first = max(0, m0 + band.below) / kN,
+            j_last = min(sequence.tk, m0 + rows + band.above);  // first tile, end of keys
   const int steps_end = j_last <= 0 ? 0 : (j_last + kN - 1) / kN;
 
   const auto load_stage = [&](int step) {
     if (step < steps_end) {
       const int n0 = step * kN;
-      load_tile<kThreads>(stage(step, k_even, k_odd), k + n0 * p.k_stride.token, p.k_stride.token, sequence.tk - n0, head_dim, aligned.k);
-      load_tile<kThreads>(stage(step, v_even, v_odd), v + n0 * p.v_stride.token, p.v_stride.token, sequence.tk - n0, value_dim, aligned.v);
+      load_tile<kThreads>(stage(step, k_even, k_odd), k + n0 * p.k_stride.token, p.k_stride.token, sequence.tk - n0,
+                          head_dim, aligned.k);
+      load_tile<kThreads>(stage(step, v_even, v_odd), v + n0 * p.v_stride.token, p.v_stride.token, sequence.tk - n0,
+                          value_dim, aligned.v);
     }
     ptx::cp_async_commit();
   };
 
-  const int warp_row = static_cast<int>(threadIdx.x / 32) * 16 * kMTiles, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp_row = static_cast<int>(threadIdx.x / 32) * 16 * kMTiles, lane = threadIdx.x % 32, g = lane / 4,
+            t = lane % 4;
   const Scores scores(p);
   float o[kMTiles][kHead / 8][4] = {};
   float row_max[kMTiles][2], row_sum[kMTiles][2];
@@ -156,7 +162,8 @@ __global__ void __launch_bounds__(Config::kThreads)
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[m][i] = ptx::pack<T>(s[m][2 * n + i / 2][2 * (i % 2)], s[m][2 * n + i / 2][2 * (i % 2) + 1]);
+        for (int i = 0; i < 4; ++i)
+          a[m][i] = ptx::pack<T>(s[m][2 * n + i / 2][2 * (i % 2)], s[m][2 * n + i / 2][2 * (i % 2) + 1]);
 #pragma unroll
       for (int d = 0; d < kHead / 16; ++d) {
         uint32_t b[2][2];
@@ -182,13 +189,14 @@ __global__ void __launch_bounds__(Config::kThreads)
       inverse[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
       const int row = warp_row + 16 * m + g + 8 * half;
       if (t == 0 && row < rows)
-        lse[row] = row_max[m][half] == -INFINITY ? -INFINITY : (row_max[m][half] * scores.factor + ptx::log2(sum)) * kLn2;
+        lse[row] =
+            row_max[m][half] == -INFINITY ? -INFINITY : (row_max[m][half] * scores.factor + ptx::log2(sum)) * kLn2;
     }
     accumulators_to_tile<T, kHead / 16>(o[m], inverse[0], inverse[1], q_tile, warp_row + 16 * m);
   }
   __syncwarp();
-  auto* out = static_cast<T*>(p.out) + sequence.batch * p.out_stride.batch + (sequence.q_first + m0) * p.out_stride.token +
-              head * p.out_stride.head;
+  auto* out = static_cast<T*>(p.out) + sequence.batch * p.out_stride.batch +
+              (sequence.q_first + m0) * p.out_stride.token + head * p.out_stride.head;
   store_rows<16 * kMTiles>(q_tile, warp_row, out, p.out_stride.token, rows, value_dim, aligned.out);
 }
 
@@ -200,13 +208,16 @@ const char* launch_fwd_sm80(const FlashAttentionParams& p, cudaStream_t stream) 
   if (blocks == 0) return nullptr;
   if (blocks > INT32_MAX) return "more tiles of queries than a grid has blocks";
   Alignment a{};
-  a.q = aligned(p.q, p.q_stride), a.k = aligned(p.k, p.k_stride), a.v = aligned(p.v, p.v_stride), a.out = aligned(p.out, p.out_stride);
+  a.q = aligned(p.q, p.q_stride), a.k = aligned(p.k, p.k_stride), a.v = aligned(p.v, p.v_stride),
+  a.out = aligned(p.out, p.out_stride);
   return launch(flash_attention_fwd_sm80_kernel<Config>,
-                {dim3(static_cast<unsigned>(blocks)), dim3(Config::kThreads), Config::kSharedBytes, stream}, p, a, tiles);
+                {dim3(static_cast<unsigned>(blocks)), dim3(Config::kThreads), Config::kSharedBytes, stream}, p, a,
+                tiles);
 }
 
 // Each defined in a file of its own, so that they compile side by side.
-#define PYKERNELS_DECLARE_FWD_SM80(head) const char* fwd_sm80_##head(const FlashAttentionParams& p, cudaStream_t stream);
+#define PYKERNELS_DECLARE_FWD_SM80(head) \
+  const char* fwd_sm80_##head(const FlashAttentionParams& p, cudaStream_t stream);
 PYKERNELS_DECLARE_FWD_SM80(32)
 PYKERNELS_DECLARE_FWD_SM80(64)
 PYKERNELS_DECLARE_FWD_SM80(96)
@@ -215,12 +226,12 @@ PYKERNELS_DECLARE_FWD_SM80(192)
 PYKERNELS_DECLARE_FWD_SM80(256)
 #undef PYKERNELS_DECLARE_FWD_SM80
 
-#define PYKERNELS_DEFINE_FWD_SM80(head)                                                                \
-  namespace pykernels::cuda::attention {                                                               \
-  const char* fwd_sm80_##head(const FlashAttentionParams& p, cudaStream_t stream) {                    \
-    return p.dtype == DType::kBFloat16 ? launch_fwd_sm80<BFloat16, head>(p, stream)                    \
-                                       : launch_fwd_sm80<Float16, head>(p, stream);                    \
-  }                                                                                                    \
+#define PYKERNELS_DEFINE_FWD_SM80(head)                                             \
+  namespace pykernels::cuda::attention {                                            \
+  const char* fwd_sm80_##head(const FlashAttentionParams& p, cudaStream_t stream) { \
+    return p.dtype == DType::kBFloat16 ? launch_fwd_sm80<BFloat16, head>(p, stream) \
+                                       : launch_fwd_sm80<Float16, head>(p, stream); \
+  }                                                                                 \
   }
 
 }  // namespace pykernels::cuda::attention

@@ -20,19 +20,20 @@ struct Alignment {
 };
 
 inline bool aligned(const void* data, const Strides3& stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride.batch % 8 == 0 && stride.token % 8 == 0 && stride.head % 8 == 0;
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride.batch % 8 == 0 && stride.token % 8 == 0 &&
+         stride.head % 8 == 0;
 }
 
 // One sequence of a batch or of packed input.
 struct Sequence {
-  int64_t batch;           // entry of the tensors
+  int64_t batch;             // entry of the tensors
   int64_t q_first, k_first;  // token offsets
   int tq, tk;
 };
 
-// Packed sequences are cut into tiles of kRows tokens. Without knowing the lengths on the host, sequence s gets the slots from
-// offset(s) / kRows + s on, which are enough for it and overlap no other's; a slot may be empty. A further sequence holds what
-// follows the last offset: its queries see no key.
+// Packed sequences are cut into tiles of kRows tokens. Without knowing the lengths on the host, sequence s gets the
+// slots from offset(s) / kRows + s on, which are enough for it and overlap no other's; a slot may be empty. A
+// further sequence holds what follows the last offset: its queries see no key.
 __device__ __forceinline__ int clamp_offset(int offset, int64_t tokens) {
   return offset < 0 ? 0 : offset > tokens ? static_cast<int>(tokens) : offset;
 }
@@ -82,11 +83,14 @@ struct Band {
   __device__ __forceinline__ Band(const FlashAttentionParams& p, const Sequence& s) {
     const int shift = s.tk - s.tq;
     const int left = p.window_left < 0 || p.window_left > kUnbounded ? kUnbounded : static_cast<int>(p.window_left);
-    const int right = p.window_right < 0 || p.window_right > kUnbounded ? kUnbounded : static_cast<int>(p.window_right);
+    const int right =
+        p.window_right < 0 || p.window_right > kUnbounded ? kUnbounded : static_cast<int>(p.window_right);
     below = shift - left, above = shift + right;
   }
   // Whether every query in [i0, i1] sees every key in [j0, j1].
-  __device__ __forceinline__ bool whole(int i0, int i1, int j0, int j1) const { return i1 + below <= j0 && j1 <= i0 + above; }
+  __device__ __forceinline__ bool whole(int i0, int i1, int j0, int j1) const {
+    return i1 + below <= j0 && j1 <= i0 + above;
+  }
 };
 
 // The stage of a double buffer that a step uses; by value, so that the tiles need no address.
@@ -95,10 +99,11 @@ __device__ __forceinline__ Tile stage(int step, const Tile& even, const Tile& od
   return {step % 2 == 0 ? even.data : odd.data};
 }
 
-// Starts the copy of rows [0, rows) and columns [0, columns) at `source` into a tile; the rest of the tile becomes zero.
-// Complete after cp_async_wait and a barrier.
+// Starts the copy of rows [0, rows) and columns [0, columns) at `source` into a tile; the rest of the tile becomes
+// zero. Complete after cp_async_wait and a barrier.
 template <int kThreads, class Tile, class T>
-__device__ __forceinline__ void load_tile(const Tile& tile, const T* source, int64_t stride, int rows, int columns, bool aligned) {
+__device__ __forceinline__ void load_tile(const Tile& tile, const T* source, int64_t stride, int rows, int columns,
+                                          bool aligned) {
   constexpr int kCopies = Tile::kRows * Tile::kChunks;
   if (aligned) {
 #pragma unroll 1
@@ -127,7 +132,8 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const T* source, int
 
 // Writes rows [row0, row0 + kRows) of a tile, those below `rows`, by one warp.
 template <int kRows, class Tile, class T>
-__device__ __forceinline__ void store_rows(const Tile& tile, int row0, T* target, int64_t stride, int rows, int columns, bool aligned) {
+__device__ __forceinline__ void store_rows(const Tile& tile, int row0, T* target, int64_t stride, int rows,
+                                           int columns, bool aligned) {
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x % 32); i < kRows * Tile::kChunks; i += 32) {
     const int row = row0 + i / Tile::kChunks, chunk = i % Tile::kChunks;
@@ -144,7 +150,8 @@ __device__ __forceinline__ void store_rows(const Tile& tile, int row0, T* target
 
 // Writes a warp's accumulators, [16, 16 * kTiles] times a factor per row half, into its rows of a tile.
 template <class T, int kTiles, class Tile>
-__device__ __forceinline__ void accumulators_to_tile(const float (&x)[2 * kTiles][4], float factor0, float factor1, const Tile& tile, int row0) {
+__device__ __forceinline__ void accumulators_to_tile(const float (&x)[2 * kTiles][4], float factor0, float factor1,
+                                                     const Tile& tile, int row0) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int n = 0; n < 2 * kTiles; ++n) {
@@ -153,12 +160,14 @@ __device__ __forceinline__ void accumulators_to_tile(const float (&x)[2 * kTiles
   }
 }
 
-// What comes from q k^T before the exponential, so that the weight of a key is 2^(factor * score - ...): with a soft cap, and
-// for scales that are not positive, the scores are transformed first.
+// What comes from q k^T before the exponential, so that the weight of a key is 2^(factor * score - ...): with a
+// soft cap, and for scales that are not positive, the scores are transformed first.
 struct Scores {
   float scale, softcap, factor;
   __device__ __forceinline__ explicit Scores(const FlashAttentionParams& p)
-      : scale(static_cast<float>(p.scale)), softcap(static_cast<float>(p.softcap)), factor(plain() ? scale * kLog2e : kLog2e) {}
+      : scale(static_cast<float>(p.scale)),
+        softcap(static_cast<float>(p.softcap)),
+        factor(plain() ? scale * kLog2e : kLog2e) {}
   __device__ __forceinline__ bool plain() const { return softcap <= 0.0f && scale > 0.0f; }
   // Within 1e-6 of the value's own size, without branches: a series where the quotient would cancel.
   static __device__ __forceinline__ float tanh(float x) {

@@ -1,5 +1,5 @@
-// Takes the place of CUDA's header when the kernels are compiled for the host: the words of the language, the built-in
-// variables, and the runtime functions that the sources use.
+// Takes the place of CUDA's header when the kernels are compiled for the host: the words of the language, the
+// built-in variables, and the runtime functions that the sources use.
 #pragma once
 
 #define PYKERNELS_CUDA_HOST 1
@@ -27,7 +27,7 @@
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 
-// ---- Synchronisation -----------------------------------------------------------------------------------------------------
+// ---- Synchronisation ----------------------------------------------------------------------------------------------
 
 inline void __syncthreads(cuda_host::Where where = cuda_host::Where::current()) {
   cuda_host::barrier_sync(0, (blockDim.x * blockDim.y * blockDim.z + 31) / 32 * 32, true, where);
@@ -41,7 +41,7 @@ inline void __syncwarp(unsigned mask = ~0u, cuda_host::Where where = cuda_host::
 inline void __threadfence() { cuda_host::maybe_yield(); }
 inline void __threadfence_block() { cuda_host::maybe_yield(); }
 
-// ---- Warp collectives ----------------------------------------------------------------------------------------------------
+// ---- Warp collectives ---------------------------------------------------------------------------------------------
 
 namespace cuda_host {
 
@@ -59,7 +59,8 @@ T shuffle(const char* what, unsigned mask, T value, int width, Where where, Sour
     for (unsigned i = 0; i < kWarp; ++i) {
       if ((mask >> i & 1) == 0) continue;
       const int from = lanes[i]->source;
-      if ((mask >> from & 1) == 0) fail("shuffle: lane " + std::to_string(i) + " reads lane " + std::to_string(from) + " outside of the mask");
+      if ((mask >> from & 1) == 0)
+        fail("shuffle: lane " + std::to_string(i) + " reads lane " + std::to_string(from) + " outside of the mask");
       lanes[i]->result = lanes[from]->value;
     }
   });
@@ -85,33 +86,40 @@ unsigned vote(const char* what, unsigned mask, bool predicate, Where where, Comb
 }  // namespace cuda_host
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int lane, int width = 32, cuda_host::Where where = cuda_host::Where::current()) {
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32,
+              cuda_host::Where where = cuda_host::Where::current()) {
   return cuda_host::shuffle("__shfl_sync", mask, value, width, where, [lane](int, int w) { return lane & (w - 1); });
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, cuda_host::Where where = cuda_host::Where::current()) {
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
+                  cuda_host::Where where = cuda_host::Where::current()) {
   return cuda_host::shuffle("__shfl_xor_sync", mask, value, width, where, [bits](int i, int) { return i ^ bits; });
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, cuda_host::Where where = cuda_host::Where::current()) {
-  return cuda_host::shuffle("__shfl_up_sync", mask, value, width, where, [delta](int i, int) { return i - static_cast<int>(delta); });
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                 cuda_host::Where where = cuda_host::Where::current()) {
+  return cuda_host::shuffle("__shfl_up_sync", mask, value, width, where,
+                            [delta](int i, int) { return i - static_cast<int>(delta); });
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, cuda_host::Where where = cuda_host::Where::current()) {
-  return cuda_host::shuffle("__shfl_down_sync", mask, value, width, where, [delta](int i, int) { return i + static_cast<int>(delta); });
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                   cuda_host::Where where = cuda_host::Where::current()) {
+  return cuda_host::shuffle("__shfl_down_sync", mask, value, width, where,
+                            [delta](int i, int) { return i + static_cast<int>(delta); });
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, cuda_host::Where where = cuda_host::Where::current()) {
   return cuda_host::vote("__ballot_sync", mask, predicate != 0, where, [](unsigned ballot) { return ballot; });
 }
 inline int __any_sync(unsigned mask, int predicate, cuda_host::Where where = cuda_host::Where::current()) {
-  return static_cast<int>(cuda_host::vote("__any_sync", mask, predicate != 0, where, [](unsigned ballot) { return unsigned{ballot != 0}; }));
+  return static_cast<int>(cuda_host::vote("__any_sync", mask, predicate != 0, where,
+                                          [](unsigned ballot) { return unsigned{ballot != 0}; }));
 }
 inline int __all_sync(unsigned mask, int predicate, cuda_host::Where where = cuda_host::Where::current()) {
-  return static_cast<int>(
-      cuda_host::vote("__all_sync", mask, predicate != 0, where, [mask](unsigned ballot) { return unsigned{ballot == mask}; }));
+  return static_cast<int>(cuda_host::vote("__all_sync", mask, predicate != 0, where,
+                                          [mask](unsigned ballot) { return unsigned{ballot == mask}; }));
 }
 
-// ---- Atomics: fibers do not interrupt one another, so plain code is atomic -----------------------------------------------------
+// ---- Atomics: fibers do not interrupt one another, so plain code is atomic ----------------------------------------
 
 namespace cuda_host {
 template <class T, class F>
@@ -140,7 +148,7 @@ T atomicCAS(T* address, T expected, T value) {
   return cuda_host::atomic(address, [=](T old) { return old == expected ? value : old; });
 }
 
-// ---- Arithmetic ----------------------------------------------------------------------------------------------------------
+// ---- Arithmetic ---------------------------------------------------------------------------------------------------
 
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
@@ -153,9 +161,14 @@ T __ldg(const T* address) {
 using std::max;
 using std::min;
 
-// ---- Runtime -------------------------------------------------------------------------------------------------------------
+// ---- Runtime ------------------------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
 using cudaStream_t = struct CUstream_st*;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
@@ -168,7 +181,7 @@ struct cudaLaunchConfig_t {
 };
 
 namespace cuda_host {
-inline std::string launch_error;                     // of the last launch that failed
+inline std::string launch_error;                       // of the last launch that failed
 inline std::map<const void*, unsigned> shared_limits;  // raised by cudaFuncSetAttribute
 }  // namespace cuda_host
 
@@ -200,14 +213,16 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || threads == 0 ||
-      threads > 1024 || block.z > 64)
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 ||
+      threads == 0 || threads > 1024 || block.z > 64)
     return cudaErrorInvalidConfiguration;
   const auto raised = cuda_host::shared_limits.find(reinterpret_cast<const void*>(kernel));
-  if (config->dynamicSmemBytes > (raised == cuda_host::shared_limits.end() ? 48 * 1024 : std::max(raised->second, 48u * 1024)))
+  if (config->dynamicSmemBytes >
+      (raised == cuda_host::shared_limits.end() ? 48 * 1024 : std::max(raised->second, 48u * 1024)))
     return cudaErrorInvalidValue;
   cuda_host::launch_error = cuda_host::run(grid, block, static_cast<unsigned>(config->dynamicSmemBytes),
                                            [&] { kernel(static_cast<Parameters>(arguments)...); });
@@ -234,5 +249,5 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 // For tensor_map.cuh.
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
 constexpr unsigned long long cudaEnableDefault = 0;
-cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version, unsigned long long flags,
-                                             cudaDriverEntryPointQueryResult* found);
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
+                                             unsigned long long flags, cudaDriverEntryPointQueryResult* found);
