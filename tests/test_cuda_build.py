@@ -56,7 +56,13 @@ class Kernel:
 
     @property
     def function(self) -> str:
-        return re.search(r"\d+([a-z0-9_]+_kernel)", self.name).group(1)
+        # Mangled names hold identifiers behind their lengths.
+        for number in re.finditer(r"\d+", self.name):
+            for digits in range(1, len(number.group()) + 1):
+                identifier = self.name[number.end():][:int(number.group()[-digits:])]
+                if identifier.endswith("_kernel"):
+                    return identifier
+        raise ValueError(self.name)
 
     @property
     def head(self) -> str | None:

@@ -77,18 +77,17 @@ void append_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k_, const Tensor& 
 STABLE_TORCH_LIBRARY_FRAGMENT(pykernels, m) {
   m.def(
       "flash_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float "
-      "scale, "
-      "float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
+      "scale, float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
   m.def(
       "flash_attention_bwd_cpu(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, int window_left, int window_right, "
-      "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, int window_left, int "
+      "window_right, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def(
-      "flash_attention_decode_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int new_tokens, "
-      "float scale, float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
+      "flash_attention_decode_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int "
+      "new_tokens, float scale, float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
   m.def(
-      "flash_attention_append_cpu(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens) "
-      "-> ()");
+      "flash_attention_append_cpu(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor "
+      "cache_seqlens) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pykernels, CPU, m) {

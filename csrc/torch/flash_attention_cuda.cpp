@@ -36,12 +36,11 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda(const Tensor& dout, std::optional<Te
 STABLE_TORCH_LIBRARY_FRAGMENT(pykernels, m) {
   m.def(
       "flash_attention_fwd_cuda(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float "
-      "scale, "
-      "float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
+      "scale, float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
   m.def(
       "flash_attention_bwd_cuda(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, int window_left, int window_right, "
-      "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, int window_left, int "
+      "window_right, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pykernels, CUDA, m) {

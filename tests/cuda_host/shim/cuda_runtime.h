@@ -220,6 +220,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 ||
       threads == 0 || threads > 1024 || block.z > 64)
     return cudaErrorInvalidConfiguration;
+  if (config->dynamicSmemBytes > cuda_host::shared_limit()) return cudaErrorInvalidValue;
   const auto raised = cuda_host::shared_limits.find(reinterpret_cast<const void*>(kernel));
   if (config->dynamicSmemBytes >
       (raised == cuda_host::shared_limits.end() ? 48 * 1024 : std::max(raised->second, 48u * 1024)))
