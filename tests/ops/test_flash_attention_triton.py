@@ -19,18 +19,19 @@ interpreted = isolated(TRITON_INTERPRET="1")
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# Between them these use every option, loop and kernel branch at the interpreter's tiles: 32 rows, 32 keys, slices of 64.
+# Between them these use every option, loop and branch at the interpreter's tiles: 32 rows, 32 keys, slices of 64.
 ATTENTION = (
     attention_case("full", batch=2, tq=70, tk=101, heads_q=3, head_dim=33, value_dim=20),
     attention_case("causal-gqa", tq=97, tk=130, heads_q=4, heads_k=2, head_dim=64, causal=True),
     attention_case("blind-rows", batch=2, tq=100, tk=40, heads_q=1, head_dim=16, causal=True),
     attention_case("window", tq=150, tk=140, heads_q=1, head_dim=32, window=(37, 20)),
-    attention_case("window-causal-softcap-mqa", tq=100, heads_q=3, heads_k=1, head_dim=40, window=(33, None), softcap=3.0,
-                   causal=True),
+    attention_case("window-causal-softcap-mqa", tq=100, heads_q=3, heads_k=1, head_dim=40, window=(33, None),
+                   softcap=3.0, causal=True),
     attention_case("packed", tq=175, heads_q=2, heads_k=1, head_dim=24, lengths_q=(33, 0, 1, 70, 64), causal=True),
     attention_case("packed-different-window", tq=120, tk=150, heads_q=1, head_dim=16, value_dim=40,
                    lengths_q=(64, 3, 0, 40), lengths_k=(32, 80, 12, 0), window=(40, 8)),
-    attention_case("packed-many", tq=130, heads_q=1, head_dim=8, lengths_q=(5, 0, 3, 1, 9, 31, 0, 0, 2, 32, 1, 33, 0, 7)),
+    attention_case("packed-many", tq=130, heads_q=1, head_dim=8,
+                   lengths_q=(5, 0, 3, 1, 9, 31, 0, 0, 2, 32, 1, 33, 0, 7)),
     attention_case("slices", tq=40, tk=70, heads_q=2, heads_k=1, head_dim=150, value_dim=64, causal=True),
     attention_case("value-slices", tq=40, tk=70, heads_q=1, head_dim=64, value_dim=256, window=(20, None)),
     attention_case("scale-negative", tq=50, heads_q=1, head_dim=32, scale=-0.3, causal=True),
@@ -40,15 +41,17 @@ ATTENTION = (
     attention_case("no-keys", batch=2, tq=33, tk=0, head_dim=16),
     attention_case("no-queries", batch=2, tq=0, tk=33, head_dim=16),
     attention_case("no-heads", tq=5, heads_q=0, heads_k=2, head_dim=16),
-    attention_case("expanded", batch=3, tq=40, heads_q=1, head_dim=16, layout=lambda x: x[:1].expand(x.shape), causal=True),
+    attention_case("expanded", batch=3, tq=40, heads_q=1, head_dim=16, causal=True,
+                   layout=lambda x: x[:1].expand(x.shape)),
     attention_case("strided", batch=2, tq=40, heads_q=2, head_dim=20, causal=True,
-                   layout=lambda x: torch.stack([x.transpose(1, 2), x.transpose(1, 2) * torch.nan], -1)[..., 0].transpose(1, 2)),
+                   layout=lambda x: torch.stack([x.mT, x.mT * torch.nan], -1)[..., 0].mT),
 )
 DECODE = (
     decode_case("step", lengths=(0, 17, 63, 99), capacity=100, new_tokens=1, head_dim=32),
     decode_case("draft", lengths=(5, 60), capacity=64, tq=4, new_tokens=4, head_dim=16),
     decode_case("prompt", lengths=(40, 3), capacity=110, tq=65, new_tokens=65, head_dim=24, value_dim=40),
-    decode_case("window-softcap", lengths=(50, 80), capacity=90, tq=3, new_tokens=3, head_dim=16, window=(30, None), softcap=2.0),
+    decode_case("window-softcap", lengths=(50, 80), capacity=90, tq=3, new_tokens=3, head_dim=16, window=(30, None),
+                softcap=2.0),
     decode_case("wide", lengths=(40, 7), capacity=50, new_tokens=1, head_dim=130, value_dim=70),
     decode_case("empty-cache", lengths=(0, 5), capacity=6, head_dim=16),
 )
@@ -57,7 +60,8 @@ DECODE = (
 @interpreted
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 @pytest.mark.parametrize("op, case", [pytest.param(op, case, id=f"{op.name}-{case}") for op, cases in
-                                      ((FLASH_ATTENTION, ATTENTION), (FLASH_ATTENTION_DECODE, DECODE)) for case in cases])
+                                      ((FLASH_ATTENTION, ATTENTION), (FLASH_ATTENTION_DECODE, DECODE))
+                                      for case in cases])
 def test_matches_the_float64_reference(op, case, dtype):
     errors = testing.check(op, case, dtype, Target("triton", "cpu"))
     assert {error.tensor for error in errors} >= {*op.outputs, *op.mutates}
@@ -111,7 +115,7 @@ def test_cache_lengths_that_lie_are_clamped_as_in_the_definition():
 @interpreted
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "time", "heads"])
 def test_offsets_pass_32_bits(axis):
-    """Tensors whose elements lie further apart than 2**31 elements, along each axis; the memory between is never touched."""
+    """Elements lie further apart than 2**31 elements, along each axis; the memory between is never touched."""
     shape = [1, 1, 1, 16]
     shape[axis] = 3
     stride = [16, 16, 16, 1]
