@@ -7,12 +7,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import build  # noqa: E402
+import host_build  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def host():
     """The CUDA sources, compiled for the host."""
-    if (reason := build.unavailable()) is not None:
+    if (reason := host_build.unavailable()) is not None:
         pytest.skip(reason)
-    return build.load()
+    return host_build.load()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import build
+import host_build
 from pykernels import _dispatch
 from pykernels.ops.flash_attention import registration
 
@@ -56,7 +56,7 @@ def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
     q, k, v = map(_last_contiguous, (q, k, v))
     out = _with_guards(*q.shape[:3], v.shape[3], dtype=q.dtype)
     lse = _with_guards(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-    build.load().flash_attention_fwd(_fields(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options))
+    host_build.load().flash_attention_fwd(_fields(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options))
     _check_guards(out, lse)
     return out, lse
 
@@ -70,7 +70,7 @@ def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options_and_
     fields = _fields(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options) | _tensors(dout=dout, dq=dq, dk=dk, dv=dv)
     fields |= {"dlse": 0 if dlse is None else dlse.data_ptr(), "delta": delta.data_ptr()}
     fields["deterministic"] = deterministic
-    build.load().flash_attention_bwd(fields)
+    host_build.load().flash_attention_bwd(fields)
     _check_guards(dq, dk, dv, delta)
     return dq, dk, dv
 

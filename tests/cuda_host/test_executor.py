@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 
-import build
+import host_build
 import numpy as np
 import pytest
 
@@ -95,10 +95,10 @@ def test_launch_limits(host):
 
 
 def _sanitized(program: str) -> subprocess.CompletedProcess:
-    if (reason := build.unavailable()) is not None:
+    if (reason := host_build.unavailable()) is not None:
         pytest.skip(reason)
-    build.build("sanitized")
-    return subprocess.run([sys.executable, "-c", program], env=build.sanitized_environment(), cwd=build.HERE,
+    host_build.build("sanitized")
+    return subprocess.run([sys.executable, "-c", program], env=host_build.sanitized_environment(), cwd=host_build.HERE,
                           capture_output=True, text=True)
 
 
@@ -108,8 +108,8 @@ def _sanitized(program: str) -> subprocess.CompletedProcess:
 ])
 def test_sanitizer_reports(name, report):
     result = _sanitized(f"""
-import build, numpy as np
-build.load().run_fault({name!r}, np.ones(1024, np.float32), np.ones(1024, np.float32))
+import host_build, numpy as np
+host_build.load().run_fault({name!r}, np.ones(1024, np.float32), np.ones(1024, np.float32))
 """)
     assert result.returncode != 0 and re.search(report, result.stderr), result.stderr[-3000:]
 
@@ -118,9 +118,9 @@ def test_sanitizer_passes_good_kernels_and_instructions():
     """And keeps working after launches that failed, whose fibers were abandoned."""
     names = sorted({good for good, _, _ in FAULTS} | {"global_bounds_good", "divergent", "deadlock"})
     result = _sanitized(f"""
-import json, build, vectors
+import json, host_build, vectors
 from test_executor import _run
-host = build.load()
+host = host_build.load()
 print(json.dumps([_run(host, name, seed) for name in {names!r} for seed in (0, 1, 5, 10)]))
 for instruction in vectors.INSTRUCTIONS:
     instruction.check(vectors.run(host.run_instruction, instruction))

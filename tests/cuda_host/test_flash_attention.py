@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import build
+import host_build
 import pytest
 import torch
 
@@ -116,11 +116,11 @@ SANITIZED = ("tiny-causal-bfloat16", "head-31-value-1-float16", "head-111-bfloat
 
 def test_under_the_sanitizers():
     """In a process of its own: address and undefined-behaviour sanitizer see every access of the kernels."""
-    if (reason := build.unavailable()) is not None:
+    if (reason := host_build.unavailable()) is not None:
         pytest.skip(reason)
-    build.build("sanitized")
+    host_build.build("sanitized")
     tests = [f"{Path(__file__).name}::test_numbers[{name}]" for name in SANITIZED]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=build.HERE,
-                            env=build.sanitized_environment(), capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=host_build.HERE,
+                            env=host_build.sanitized_environment(), capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert f"{len(SANITIZED)} passed" in result.stdout, result.stdout[-4000:]

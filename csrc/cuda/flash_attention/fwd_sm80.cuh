@@ -56,9 +56,8 @@ __global__ void __launch_bounds__(Config::kThreads)
 
   // The tiles of keys that any of the queries sees.
   const Band band(p, sequence);
-  const int j_first = max(0, m0 + band.below) / kN,
-            j_last = min(sequence.tk, m0 + rows + band.above);  // first tile, end of keys
-  const int steps_end = j_last <= 0 ? 0 : (j_last + kN - 1) / kN;
+  const int keys_end = min(sequence.tk, m0 + rows + band.above);
+  const int steps_begin = max(0, m0 + band.below) / kN, steps_end = keys_end <= 0 ? 0 : (keys_end + kN - 1) / kN;
 
   const auto load_stage = [&](int step) {
     if (step < steps_end) {
@@ -79,12 +78,12 @@ __global__ void __launch_bounds__(Config::kThreads)
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) row_max[m][0] = row_max[m][1] = -INFINITY, row_sum[m][0] = row_sum[m][1] = 0.0f;
 
-  if (j_first < steps_end) {
+  if (steps_begin < steps_end) {
     load_tile<kThreads>(q_tile, q, p.q_stride.token, rows, head_dim, aligned.q);
-    load_stage(j_first);
+    load_stage(steps_begin);
   }
 #pragma unroll 1
-  for (int step = j_first; step < steps_end; ++step) {
+  for (int step = steps_begin; step < steps_end; ++step) {
     ptx::cp_async_wait<0>();
     __syncthreads();
     load_stage(step + 1);
