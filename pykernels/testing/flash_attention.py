@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.flash_attention import OP, flash_attention, flash_attention_decode
+from ..ops.flash_attention import DECODE_OP, OP, flash_attention, flash_attention_decode
 from .kit import BadInput, Case, Description, Sample, seed
 
 # ---- Tensors -------------------------------------------------------------------------------------------------
@@ -613,7 +613,7 @@ def _decode_bad_inputs() -> Iterable[BadInput]:
 
 FLASH_ATTENTION_DECODE = Description(
     function=flash_attention_decode,
-    op=OP,
+    op=DECODE_OP,
     outputs=("out", "lse"),
     returns={"return_lse": True},
     mutates=("k_cache", "v_cache"),
