@@ -442,10 +442,33 @@ def _newest() -> list[pathlib.Path]:
     return found[-1:]
 
 
+def support() -> str:
+    """The README's table of what each op's backends serve, from the ops' own entries in the table of backends."""
+    import torch
+
+    from pykernels.backends import BACKENDS, Query
+    from pykernels.ops import OPS
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    sizes = collections.defaultdict(lambda: 64)
+
+    def cell(op, backend: str) -> str:
+        if backend not in op.backends:
+            return "–"
+        device = "cpu" if backend in ("cpu", "reference") else "cuda"
+        served = [name for name, dtype in dtypes.items() if op.backends[backend](Query(device, dtype, sizes)) is None]
+        return " ".join(served) + (" (on request)" if backend in op.explicit_only else "")
+
+    lines = ["| op | " + " | ".join(BACKENDS) + " |", "|---" * (1 + len(BACKENDS)) + "|"]
+    lines += [f"| `{op.name}` | " + " | ".join(cell(op, backend) for backend in BACKENDS) + " |" for op in OPS]
+    return "\n".join(lines)
+
+
 def write_docs(root: pathlib.Path) -> None:
-    """Regenerates the README's results, docs/benchmarks.md and docs/plots from bench/results."""
+    """Regenerates the README's support matrix and results, docs/benchmarks.md and docs/plots, from bench/results."""
     machines = [load(path) for path in sorted(RESULTS.glob("*.json"))]
     path = root / "README.md"
+    path.write_text(between(path.read_text(), "<!-- support:begin -->", "<!-- support:end -->", support()))
     path.write_text(between(path.read_text(), "<!-- results:begin -->", "<!-- results:end -->", readme(machines)))
     (root / "docs" / "benchmarks.md").write_text(full(machines))
     for data in machines:

@@ -384,3 +384,10 @@ def test_environment_names_the_machine() -> None:
     assert found["torch"] == torch.__version__
     assert set(ENVIRONMENT) <= set(found)
     assert found["machine"] and set(found["machine"]) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def test_the_readme_says_what_the_backends_serve() -> None:
+    """The support matrix in the README is the one that `python -m bench.report --docs` generates."""
+    table = report.support()
+    assert "| `flash_attention` |" in table and "fp32 bf16 fp16 fp64" in table
+    assert f"<!-- support:begin -->\n{table}\n<!-- support:end -->" in (ROOT / "README.md").read_text()
