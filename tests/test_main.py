@@ -36,7 +36,7 @@ def test_info():
         _library.active_isa(),
         "flash_attention, tensors on cpu",
         "-> cpu",
-        "flash_attention has no cuda backend",
+        "flash_attention_decode has no cuda backend",
     ):
         assert word in done.stdout, word
 
@@ -186,7 +186,7 @@ def test_verify_exits_with_its_verdict():
     (
         (
             ("verify", "--op", "nothing"),
-            "--op must be one of flash_attention, flash_attention_decode, got 'nothing'",
+            f"--op must be one of {', '.join(op.name for op in OPS)}, got 'nothing'",
         ),
         (("verify", "--backend", "gpu"), "'gpu'"),
         ((), "required: command"),

@@ -17,7 +17,8 @@ def _tampered(op, change):
     """The description with a function whose outputs are changed."""
 
     def function(**args):
-        return tuple(change(x) for x in op.function(**args))
+        result = op.function(**args)
+        return tuple(change(x) for x in (result if isinstance(result, tuple) else (result,)))
 
     return dataclasses.replace(op, function=function)
 
@@ -95,7 +96,8 @@ def test_samples_are_the_same_every_time_and_for_every_dtype(op):
         for name, x in wide.items():
             assert torch.equal(x.nan_to_num(), again[name].nan_to_num())
             if x.is_floating_point():
-                assert torch.equal(x.nan_to_num().bfloat16(), narrow[name].nan_to_num())
+                # Parameters and states may stay in float32.
+                assert torch.equal(x.nan_to_num().to(narrow[name].dtype), narrow[name].nan_to_num())
 
 
 def test_cotangents_reach_every_output():
