@@ -203,7 +203,7 @@ def test_every_op_has_a_timing_case_that_pytorch_can_do_too():
         sample = op.timing.make(torch.float32, "cpu")
         peer = op.peer(sample)
         assert isinstance(op.timing, Case) and peer is not None
-        theirs = peer(**sample.tensors())  # first: ours may overwrite a state
-        ours = op.function(**sample.args, backend="cpu")
+        theirs = peer(**sample.tensors())
+        ours = op.function(**op.timing.make(torch.float32, "cpu").args, backend="cpu")  # a step overwrites its state
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
         assert ours.abs().max() > 0
