@@ -205,5 +205,6 @@ def test_every_op_has_a_timing_case_that_pytorch_can_do_too():
         assert isinstance(op.timing, Case) and peer is not None
         theirs = peer(**sample.tensors())
         ours = op.function(**op.timing.make(torch.float32, "cpu").args, backend="cpu")  # a step overwrites its state
-        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+        # As the error budget does, relative to the largest output.
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5 * max(1.0, ours.abs().max().item()))
         assert ours.abs().max() > 0
