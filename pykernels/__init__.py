@@ -5,11 +5,14 @@ from __future__ import annotations
 from ._library import release_scratch
 from ._version import __version__
 from .backends import BackendUnavailable, use_backend
+from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from .ops.flash_attention import flash_attention, flash_attention_decode
 
 __all__ = [
     "BackendUnavailable",
     "__version__",
+    "causal_conv1d",
+    "causal_conv1d_step",
     "flash_attention",
     "flash_attention_decode",
     "release_scratch",

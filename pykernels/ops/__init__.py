@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import flash_attention
+from . import causal_conv1d, flash_attention
 
-OPS = [flash_attention.OP]
+OPS = [flash_attention.OP, causal_conv1d.OP]

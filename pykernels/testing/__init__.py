@@ -8,13 +8,16 @@ and gradient beside its budget. A new op adds a module here and an entry to `OPS
 
 from __future__ import annotations
 
+from .causal_conv1d import CAUSAL_CONV1D, CAUSAL_CONV1D_STEP
 from .flash_attention import FLASH_ATTENTION, FLASH_ATTENTION_DECODE
 from .kit import BadInput, Case, Description, Error, Sample, check, compare, cotangents, expected, run
 from .targets import DTYPES, Target, choice, dtypes, poisoned_memory, targets, use_isa, use_threads
 
-OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE)
+OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE, CAUSAL_CONV1D, CAUSAL_CONV1D_STEP)
 
 __all__ = [
+    "CAUSAL_CONV1D",
+    "CAUSAL_CONV1D_STEP",
     "DTYPES",
     "FLASH_ATTENTION",
     "FLASH_ATTENTION_DECODE",
