@@ -91,7 +91,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest, benchmark):
-    """kit.measure for this session: takes its share of the time, prints a line, hands the samples to pytest-benchmark."""
+    """kit.measure with its share of the session's time; prints a line and hands the samples to pytest-benchmark."""
     config = request.config
     budget = config.stash[_BUDGET]
     capture = config.pluginmanager.getplugin("capturemanager")

@@ -1,4 +1,4 @@
-"""Where figures come from: the machine, the versions and the commit that go with every result, and the machine's limits."""
+"""Where figures come from: the machine, the versions and the commit that go with every result, and its limits."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ def _cpu_model() -> str:
     return re.sub(r"\((R|TM)\)", "", found.group(1)).strip() if found else platform.machine()
 
 
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _isa() -> str | None:
+    return _library.active_isa() if _library.error() is None else None
+
+
 def _git(*arguments: str) -> str | None:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
@@ -38,7 +47,8 @@ def _commit() -> str | None:
     """The commit, with "+" when the kernels or the package differ from it."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
-        return commit and commit + ("+" if _git("status", "--porcelain", "--", "csrc", "pykernels", "bench/*.py") else "")
+        changed = _git("status", "--porcelain", "--", "csrc", "pykernels", "bench/*.py")
+        return commit and commit + ("+" if changed else "")
     except OSError:  # no git
         return None
 
@@ -64,9 +74,9 @@ def describe() -> dict:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": _cores(),
         "threads": torch.get_num_threads(),
-        "isa": _library.active_isa() if _library.error() is None else None,
+        "isa": _isa(),
         "last_level_cache": _limits.last_level_cache(),
         "gpu": gpu.name if gpu else None,
         "gpu_capability": f"{gpu.major}.{gpu.minor}" if gpu else None,
@@ -78,8 +88,7 @@ def slug() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
     else:
-        isa = _library.active_isa() if _library.error() is None else "unbuilt"
-        name = f"{_cpu_model()} {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores {isa}"
+        name = f"{_cpu_model()} {_cores()} cores {_isa() or 'unbuilt'}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -1,7 +1,8 @@
-"""What every `bench_<op>.py` uses: a case, its candidates, and `measure`, which checks them and then times them in turn.
+"""What every `bench_<op>.py` uses: a case, its candidates, and `measure`, which checks them and times them in turn.
 
-A benchmark file describes its op by a `Problem` (inputs, our call on a backend, the float64 reference) and a list of `Case`s;
-peers are in peers.py. A measurement is a plain dictionary, stored as pytest-benchmark's extra information and read by report.py.
+A benchmark file describes its op by a `Problem` (inputs, our call on a backend, the float64 reference) and a list of
+`Case`s; peers are in peers.py. A measurement is a plain dictionary, stored as pytest-benchmark's extra information and
+read by report.py.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class Expected:
     scope: str  # which part: "head 3 of 8", "everything"
 
     def errors(self, outputs: Mapping[str, Tensor]) -> list[testing.Error]:
-        return [testing.compare(name, self.part(name, outputs[name].detach()).contiguous(), reference, self.yardstick[name])
-                for name, reference in self.reference.items()]
+        parts = {name: self.part(name, outputs[name].detach()) for name in self.reference}
+        return [testing.compare(name, x, self.reference[name], self.yardstick[name]) for name, x in parts.items()]
 
 
 class Problem(Protocol):
@@ -90,8 +91,9 @@ class Peer:
     variants: Callable[[Any, Case], Mapping[str, Call]]
 
 
-def step(function: Callable[..., Tensor], inputs: Iterable[Tensor], dout: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
-    """A call of `function(*inputs)` -> (out,), or with `dout` forward and backward -> (out, gradients of the inputs)."""
+def step(function: Callable[..., Tensor], inputs: Iterable[Tensor],
+         dout: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of `function(*inputs)` -> (out,), or with `dout` forward and backward -> (out, gradients of inputs)."""
     if dout is None:
         inputs = tuple(x.detach() for x in inputs)
 
@@ -117,7 +119,7 @@ def devices_and_threads() -> list[tuple[str, int]]:
 
 
 def our_backends(op: backends.Op, case: Case, wanted: Iterable[str] | None = None) -> tuple[list[str], dict[str, str]]:
-    """(backends to measure, why not the others): those that run on the case's device, the reference only when wanted."""
+    """(backends to measure, why not the others): those that run on the case's device, by default the compiled ones."""
     found, missing = [], {}
     for backend in wanted or ("cuda", "triton", "cpu"):
         choice = testing.choice(op, backend, case.device, DTYPES[case.dtype])
@@ -142,7 +144,7 @@ def measure(case: Case, problem: Problem, peers: Iterable[Peer], *, seconds: flo
             min_rounds: int = 5) -> dict:
     """Checks our backends and the peers on `problem`, times them in turn for about `seconds` -> the record of the case.
 
-    A candidate of ours beyond its error budget, or a peer ten times beyond it (which then does not compute the same thing),
+    A candidate of ours beyond its error budget, or a peer ten times beyond it (which then does not compute the same),
     has a "problem" in its entry and is not timed.
     """
     expected = problem.expected()
@@ -178,4 +180,5 @@ def measure(case: Case, problem: Problem, peers: Iterable[Peer], *, seconds: flo
         entry["seconds"] = [time for time, _ in taken]
         if case.device != "cpu":
             entry["call_seconds"] = [call for _, call in taken]
-    return {**dataclasses.asdict(case), "limits": list(case.limits), "checked": expected.scope, "candidates": entries, "missing": missing}
+    return {**dataclasses.asdict(case), "limits": list(case.limits), "checked": expected.scope, "candidates": entries,
+            "missing": missing}

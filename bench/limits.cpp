@@ -1,8 +1,8 @@
 // What one core of this machine can do, for bench/limits.py: compiled with -march=native when the benchmarks start.
 //
-// Each arithmetic function runs `iterations` rounds of independent instructions, enough of them in flight to hide their
-// latency, and returns the floating-point operations it did (a multiply-add is two), or 0 when the machine has no such unit.
-// The caller runs one call per thread and takes the time.
+// Each arithmetic function runs `iterations` rounds of independent instructions, enough of them in flight to hide
+// their latency, and returns the floating-point operations it did (a multiply-add is two), or 0 when the machine has
+// no such unit. The caller runs one call per thread and takes the time.
 #include <cstdint>
 #include <cstring>
 

@@ -2,10 +2,10 @@
 
     python -m bench.limits
 
-On a CPU: multiply-adds in fp32, bf16 dot instructions, bf16 tile instructions (AMX), and memory bandwidth, each by native
-code (limits.cpp, compiled with the system's compiler for this machine) on as many threads as the case uses. Without a
-compiler torch's matmul stands in, a lower bound, and is called so. On a GPU: torch's matmul and copy, timed by events.
-Each limit is the best of several repeats: a limit is what the machine can do when nothing disturbs it.
+On a CPU: multiply-adds in fp32, bf16 dot instructions, bf16 tile instructions (AMX), and memory bandwidth, each by
+native code (limits.cpp, compiled with the system's compiler for this machine) on as many threads as the case uses.
+Without a compiler torch's matmul stands in, a lower bound, and is called so. On a GPU: torch's matmul and copy, timed
+by events. Each limit is the best of several repeats: what the machine can do when nothing disturbs it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def _read(path: str) -> str:
 def last_level_cache() -> int:
     """Bytes of the largest cache that the first core sees; 0 when the system does not say."""
     sizes = [_read(path) for path in glob.glob("/sys/devices/system/cpu/cpu0/cache/index*/size")]
-    return max((int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[size[-1]] for size in sizes if size), default=0)
+    unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return max((int(size[:-1]) * unit[size[-1]] for size in sizes if size), default=0)
 
 
 @functools.cache
@@ -138,14 +139,14 @@ def _cpu(threads: int) -> dict:
                                         2 * part * threads)
         else:
             how = f"torch's matmul, a lower bound ({reason})"
-            values["fp32"], values["bf16 dot"], values["bf16 tile"] = _matmul(torch.float32), _matmul(torch.bfloat16), None
+            values["fp32"], values["bf16 dot"] = _matmul(torch.float32), _matmul(torch.bfloat16)
             values["read"] = _bandwidth(lambda _: source.sum(), 1, source.nbytes)
             values["copy"] = 0.0
         values["copy"] = max(values["copy"], _bandwidth(lambda _: target.copy_(source), 1, 2 * source.nbytes))
     finally:
         torch.set_num_threads(before)
-    notes = (f"{how}; best of {_REPEATS}; bandwidth over {size // MiB} MiB (last-level cache {last_level_cache() // MiB} MiB), "
-             "copy counts bytes read and written")
+    notes = (f"{how}; best of {_REPEATS}; bandwidth over {size // MiB} MiB (last-level cache "
+             f"{last_level_cache() // MiB} MiB), copy counts bytes read and written")
     return {"values": values, "notes": notes}
 
 

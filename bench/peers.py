@@ -1,7 +1,7 @@
 """The alternatives we measure ourselves against: one small entry each.
 
-`missing` says why a peer can't run a case here; the report shows that reason. `variants` gives the ways it can be called, each
-with inputs in the layout it likes best, made before the clock starts; the fastest is timed.
+`missing` says why a peer can't run a case here; the report shows that reason. `variants` gives the ways it can be
+called, each with inputs in the layout it likes best, made before the clock starts; the fastest is timed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def for_op(op: str) -> list[Peer]:
     return [peer for peer in PEERS if peer.op == op]
 
 
-def _needs(module: str, *, dtypes: tuple[str, ...] = ("bf16", "fp16"), causal_only: bool = False) -> Callable[[Case], str | None]:
-    """The usual conditions of a GPU package."""
+def _needs(module: str, *, causal_only: bool = False) -> Callable[[Case], str | None]:
+    """The usual conditions of a GPU package for attention."""
 
     def missing(case: Case) -> str | None:
         package = module.split(".")[0]
@@ -33,7 +33,7 @@ def _needs(module: str, *, dtypes: tuple[str, ...] = ("bf16", "fp16"), causal_on
             return f"{module} is not installed"
         if case.device != "cuda":
             return "runs on NVIDIA GPUs only"
-        if case.dtype not in dtypes:
+        if case.dtype not in ("bf16", "fp16"):
             return f"has no {case.dtype}"
         if causal_only and case.options != "causal":
             return "is causal only"
@@ -55,10 +55,11 @@ def _heads_first(problem, function: Callable[..., Tensor]) -> Call:
 
 def _time_first(problem, function: Callable[..., Tensor]) -> Call:
     """A call on [B, T, H, D], contiguous, as flash-attn and we like it."""
-    return Call(step(function, (problem.q, problem.k, problem.v), problem.dout), lambda result: _named(result, lambda x: x))
+    run = step(function, (problem.q, problem.k, problem.v), problem.dout)
+    return Call(run, lambda result: _named(result, lambda x: x))
 
 
-# ---- flash_attention ---------------------------------------------------------------------------------------------------
+# ---- flash_attention -----------------------------------------------------------------------------------------------
 
 _SCORES_LIMIT = 1 << 28  # bytes: torch's MATH keeps all scores, and is never the fastest where they are larger
 
@@ -105,7 +106,8 @@ def _flex(problem, case: Case) -> Mapping[str, Call]:
 
     mask = None
     if problem.causal:
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, problem.q.shape[1], problem.k.shape[1], device=case.device)
+        lengths = problem.q.shape[1], problem.k.shape[1]
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, *lengths, device=case.device)
     compiled = torch.compile(flex_attention, dynamic=False)
     return {"compiled": _heads_first(problem, lambda q, k, v: compiled(q, k, v, block_mask=mask))}
 
@@ -142,20 +144,25 @@ def _fla(problem, case: Case) -> Mapping[str, Call]:
     return {"parallel_attn": _time_first(problem, parallel_attn)}
 
 
+def _gpu_only(case: Case) -> str | None:
+    return None if case.device == "cuda" else "measured on GPUs only"
+
+
 PEERS += [
     Peer("torch SDPA", "flash_attention", lambda case: None, _sdpa),
     # On a CPU it would compile anew for every case, and has no backward there.
-    Peer("FlexAttention", "flash_attention", lambda case: None if case.device == "cuda" else "measured on GPUs only", _flex),
+    Peer("FlexAttention", "flash_attention", _gpu_only, _flex),
     Peer("flash-attn 2", "flash_attention", _needs("flash_attn"), _flash_attn_2),
     Peer("flash-attn 3", "flash_attention", _needs("flash_attn_interface"), _flash_attn_3),
     Peer("flash-attn 4", "flash_attention", _needs("flash_attn.cute"), _flash_attn_4),
     Peer("fla", "flash_attention", _needs("fla", causal_only=True), _fla),
 ]
 
-# ---- flash_attention_decode --------------------------------------------------------------------------------------------
+# ---- flash_attention_decode ----------------------------------------------------------------------------------------
 
 
-def _decode(problem, function: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, caches: list, view: Callable[[Tensor], Tensor]) -> Call:
+def _decode(problem, function: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, caches: list,
+            view: Callable[[Tensor], Tensor]) -> Call:
     turns = problem.in_turn(caches)
 
     def run() -> Tensor:
@@ -171,18 +178,24 @@ def _sdpa_decode(problem, case: Case) -> Mapping[str, Call]:
     caches = [tuple(x.transpose(1, 2).contiguous() for x in cache) for cache in problem.caches]  # [B, Hk, T, K]
     # The other way to say it: the query heads of a key head as its queries, so that nothing is repeated.
     grouped = q.view(batch, caches[0][0].shape[1], -1, size)
+
+    def ungroup(x: Tensor) -> Tensor:
+        return x.reshape(batch, 1, heads, size)
+
     return {
         "enable_gqa": _decode(problem, _sdpa_call(None, enable_gqa=True), q, caches, lambda x: x.transpose(1, 2)),
-        "grouped": _decode(problem, _sdpa_call(None), grouped, caches, lambda x: x.reshape(batch, 1, heads, size)),
-        "grouped math": _decode(problem, _sdpa_call(SDPBackend.MATH), grouped, caches, lambda x: x.reshape(batch, 1, heads, size)),
+        "grouped": _decode(problem, _sdpa_call(None), grouped, caches, ungroup),
+        "grouped math": _decode(problem, _sdpa_call(SDPBackend.MATH), grouped, caches, ungroup),
     }
 
 
 def _flash_attn_2_decode(problem, case: Case) -> Mapping[str, Call]:
     from flash_attn import flash_attn_with_kvcache
 
-    return {"2": _decode(problem, lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_seqlens=problem.lengths), problem.q,
-                         problem.caches, lambda x: x)}
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn_with_kvcache(q, k, v, cache_seqlens=problem.lengths)
+
+    return {"2": _decode(problem, call, problem.q, problem.caches, lambda x: x)}
 
 
 PEERS += [

@@ -2,10 +2,10 @@
 
     python -m bench.report [RESULT.json ...]                  the terminal table (default: this machine's newest run)
     python -m bench.report --plots FOLDER [RESULT.json ...]   the plots as PNG
-    python -m bench.report --docs                             README.md, docs/benchmarks.md and docs/plots from bench/results
+    python -m bench.report --docs                             README.md and docs/ from bench/results
 
-A result file holds {"environment", "limits", "results"}, one record of kit.measure per line; pytest-benchmark's own JSON is
-read too. Every figure shown is computed here from the samples.
+A result file holds {"environment", "limits", "results"}, one record of kit.measure per line; pytest-benchmark's own
+JSON is read too. Every figure shown is computed here from the samples.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ from .timer import Ratio, Spread
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS, OUTPUT = HERE / "results", HERE / "output"
 NOT_MEASURED = "not measured"
-_DOCS_LIMIT = "the machine's fastest multiply-add for the dtype, measured in the same run; for decoding it is the copy bandwidth"
+_EXPLANATION = """\
+Ours and the peer are timed in turn in one run. "Times faster" is the ratio of their medians, then the median and the
+10% and 90% quantiles of the ratios round by round. The limit is the machine's fastest multiply-add for the dtype,
+measured in the same run; for decoding it is the copy bandwidth. Error is the worst over outputs and gradients, as a
+part of its budget."""
 
 
-# ---- result files ------------------------------------------------------------------------------------------------------
+# ---- result files --------------------------------------------------------------------------------------------------
 
 
 def condense(raw: dict) -> dict:
@@ -62,7 +66,7 @@ def load(path: pathlib.Path) -> dict:
     return condense(data) if "benchmarks" in data else data
 
 
-# ---- figures -----------------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +102,9 @@ def rows(record: dict, limits: dict) -> list[Row]:
     for entry in record["candidates"]:
         if not entry["name"].startswith("pykernels "):
             continue
-        figures: dict = {"backend": entry["name"].split()[1], "problem": entry["problem"], "rounds": len(entry["seconds"]),
-                         "error": max((e / b if b else math.inf * e for e, b in entry["errors"].values()), default=None)}
+        worst = max((e / b if b else math.inf for e, b in entry["errors"].values() if e or b), default=None)
+        figures: dict = {"backend": entry["name"].split()[1], "problem": entry["problem"], "error": worst,
+                         "rounds": len(entry["seconds"])}
         if entry["seconds"]:
             seconds = Spread.of(entry["seconds"])
             rate = record["work"] / seconds.median
@@ -120,6 +125,10 @@ def _number(value: float | None, digits: int = 3) -> str:
         return f"{value:g}"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:.{decimals}f}"
+
+
+def _milliseconds(seconds: Spread) -> str:
+    return _number(1e3 * seconds.median)
 
 
 def _unit(record: dict) -> str:
@@ -148,13 +157,13 @@ def line(record: dict, limits: dict) -> str:
         elif row.seconds is None:
             parts.append(NOT_MEASURED)
         else:
-            against = f", {_ratio(row)} of {row.peer} {_number(1e3 * row.peer_seconds.median)} ms" if row.ratio else ""
-            parts.append(f"{row.backend} {_number(1e3 * row.seconds.median)} ms, {_number(row.rate / 1e9)} {_unit(record)}, "
+            against = f", {_ratio(row)} times {row.peer} {_milliseconds(row.peer_seconds)} ms" if row.ratio else ""
+            parts.append(f"{row.backend} {_milliseconds(row.seconds)} ms, {_number(row.rate / 1e9)} {_unit(record)}, "
                          f"{_share(row)}{against}, {row.rounds} rounds")
     return f"{head} {'; '.join(parts)}"
 
 
-# ---- the terminal ------------------------------------------------------------------------------------------------------
+# ---- the terminal --------------------------------------------------------------------------------------------------
 
 _COLUMNS = ("case", "dtype", "pass", "threads", "backend", "ms", "10-90%", "GFLOP/s", "of limit", "fastest peer", "ms",
             "times faster: medians (per round)", "error/budget")
@@ -171,14 +180,18 @@ def _cells(row: Row) -> list[str]:
     spread = f"{_number(1e3 * row.seconds.low)}-{_number(1e3 * row.seconds.high)}"
     rate = _number(row.rate / 1e9) + (" GB/s" if _unit(record) == "GB/s" else "")
     slower = "  slower" if row.ratio and row.ratio.of_medians < 1 else ""
-    peer = [row.peer, _number(1e3 * row.peer_seconds.median)] if row.ratio else ["-", "-"]
-    return [*case, row.backend, _number(1e3 * row.seconds.median), spread, rate, _share(row), *peer, _ratio(row) + slower, error]
+    peer = [row.peer, _milliseconds(row.peer_seconds)] if row.ratio else ["-", "-"]
+    return [*case, row.backend, _milliseconds(row.seconds), spread, rate, _share(row), *peer, _ratio(row) + slower,
+            error]
 
 
 def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]], left: set[int]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(header, *lines)]
-    pad = [str.ljust if i in left else str.rjust for i in range(len(header))]
-    return "\n".join("  ".join(pad[i](cell, widths[i]) for i, cell in enumerate(cells)).rstrip() for cells in (header, *lines))
+
+    def aligned(cells: Sequence[str]) -> str:
+        return "  ".join(f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(cells)).rstrip()
+
+    return "\n".join(aligned(cells) for cells in (header, *lines))
 
 
 def _by_op(results: Iterable[dict]) -> dict[str, list[dict]]:
@@ -227,7 +240,8 @@ def _missing(results: Iterable[dict]) -> dict[str, list[str]]:
 def table(data: dict) -> str:
     """The terminal table: every case, won or lost."""
     environment, limits = data["environment"], data["limits"]
-    out = [f"{_machine(environment)}; torch {environment['torch']}, pykernels {environment['pykernels']}, commit {environment['commit']}",
+    versions = "torch {torch}, pykernels {pykernels}, commit {commit}".format_map(environment)
+    out = [f"{_machine(environment)}; {versions}",
            *(f"limits, {text}" if i < len(limits) else f"  ({text})" for i, text in enumerate(_limit_lines(limits)))]
     for op, records in _by_op(data["results"]).items():
         found = [row for record in records for row in rows(record, limits)]
@@ -238,8 +252,9 @@ def table(data: dict) -> str:
         for (backend, dtype, direction), members in sorted(kinds.items(), key=lambda item: str(item[0])):
             ratios = [row.ratio.of_medians for row in members if row.ratio]
             if ratios:
-                out.append(f"{backend} {dtype} {direction}: faster than the fastest peer in {sum(r > 1 for r in ratios)} of "
-                           f"{len(ratios)} cases, {_geometric_mean(ratios):.2f} times in the geometric mean, "
+                won = sum(ratio > 1 for ratio in ratios)
+                out.append(f"{backend} {dtype} {direction}: faster than the fastest peer in {won} of {len(ratios)} "
+                           f"cases, {_geometric_mean(ratios):.2f} times in the geometric mean, "
                            f"{min(ratios):.2f} to {max(ratios):.2f}")
     missing = _missing(data["results"])
     if missing:
@@ -247,7 +262,7 @@ def table(data: dict) -> str:
     return "\n".join(out)
 
 
-# ---- Markdown ----------------------------------------------------------------------------------------------------------
+# ---- Markdown ------------------------------------------------------------------------------------------------------
 
 
 def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -301,30 +316,33 @@ def readme(machines: Sequence[dict], expected=grid) -> str:
         out.append(f"NVIDIA GPUs: {NOT_MEASURED}.")
     if not any(not data["environment"].get("gpu") for data in machines):
         out.append(f"CPUs: {NOT_MEASURED}.")
-    return "\n\n".join(out + ["All figures, with spread and the share of the machine's limits: [docs/benchmarks.md](docs/benchmarks.md)."])
+    out.append("All figures, with spread and share of the machine's limits: [docs/benchmarks.md](docs/benchmarks.md).")
+    return "\n\n".join(out)
 
 
 def full(machines: Sequence[dict], expected=grid) -> str:
     """docs/benchmarks.md: every figure."""
-    out = ["# Benchmarks", "Generated by `python -m bench.report --docs` from bench/results; `make bench` measures your machine.",
-           "Ours and the peer are timed in turn in one run; \"times faster\" is the ratio of their medians, then the median and the "
-           f"10% and 90% quantiles of the ratios round by round. The limit is {_DOCS_LIMIT}. Error is the worst over outputs and "
-           "gradients, as a part of its budget."]
+    out = ["# Benchmarks",
+           "Generated by `python -m bench.report --docs` from bench/results; `make bench` measures your machine.",
+           _EXPLANATION]
     for data in machines:
         environment, limits = data["environment"], data["limits"]
-        versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton", "cuda", "python") if environment.get(name))
-        out += [f"## {_machine(environment)}", f"{versions}; commit {environment['commit']}, {environment['date'][:10]}.",
+        named = ("torch", "triton", "cuda", "python")
+        versions = [f"{name} {environment[name]}" for name in named if environment[name]]
+        out += [f"## {_machine(environment)}",
+                f"{', '.join(versions)}; commit {environment['commit']}, {environment['date'][:10]}.",
                 "\n".join(f"- {text}" for text in _limit_lines(limits))]
         measured = {_key(record) for record in data["results"]}
         absent = [record for record in expected(environment) if _key(record) not in measured]
         for op, records in _by_op([*data["results"], *absent]).items():
             found = [_cells(row) for record in records for row in rows(record, limits)]
             out += [f"### {op}", _markdown(_COLUMNS, found)]
-            out += [f"![{op} on {environment['machine']}](plots/{name})" for name in _plot_names(environment["machine"], op)
-                    if any(record["candidates"] for record in records)]
+            if any(record["candidates"] for record in records):
+                out += [f"![{op}](plots/{name})" for name in _plot_names(environment["machine"], op)]
         missing = _missing(data["results"])
         if missing:
-            out.append("Not measured here: " + "; ".join(f"{name} ({', '.join(why)})" for name, why in sorted(missing.items())) + ".")
+            reasons = [f"{name} ({', '.join(why)})" for name, why in sorted(missing.items())]
+            out.append(f"Not measured here: {'; '.join(reasons)}.")
     return "\n\n".join(out) + "\n"
 
 
@@ -332,10 +350,11 @@ def between(text: str, begin: str, end: str, content: str) -> str:
     """`text` with what stands between two markers replaced."""
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"expected one {begin} and one {end}")
-    return re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
 
 
-# ---- plots -------------------------------------------------------------------------------------------------------------
+# ---- plots ---------------------------------------------------------------------------------------------------------
 
 
 def _plot_names(machine: str, op: str) -> tuple[str, str]:
@@ -360,10 +379,11 @@ def plots(data: dict, folder: pathlib.Path) -> list[pathlib.Path]:
             continue
         keys = sorted(panels, key=lambda key: (key[2], key[0] != "fp32", key[1] != "fwd"))
         columns = min(4, len(keys))
+        lines = -(-len(keys) // columns)
         height = 1.2 + 0.3 * max(len(members) for members in panels.values())
         for kind, name in zip(("speedup", "rate"), _plot_names(environment["machine"], op)):
-            figure, axes = pyplot.subplots(-(-len(keys) // columns), columns, squeeze=False, sharey=False, layout="constrained",
-                                           figsize=(4.2 * columns, height * -(-len(keys) // columns)))
+            figure, axes = pyplot.subplots(lines, columns, squeeze=False, layout="constrained",
+                                           figsize=(4.2 * columns, height * lines))
             for axis in axes.flat[len(keys):]:
                 axis.set_visible(False)
             for axis, key in zip(axes.flat, keys):
@@ -396,8 +416,9 @@ def _draw_speedup(axis, members: Sequence[Row], limits: dict) -> None:
 def _draw_rate(axis, members: Sequence[Row], limits: dict) -> None:
     names = [_bar_name(row) for row in members]
     at = range(len(members))
-    axis.barh([i - 0.2 for i in at], [row.rate / 1e9 for row in members], height=0.4, color="tab:blue", label="pykernels")
+    ours = [row.rate / 1e9 for row in members]
     peers = [row.record["work"] / row.peer_seconds.median / 1e9 if row.peer_seconds else 0.0 for row in members]
+    axis.barh([i - 0.2 for i in at], ours, height=0.4, color="tab:blue", label="pykernels")
     axis.barh([i + 0.2 for i in at], peers, height=0.4, color="tab:gray", label="fastest peer")
     axis.set_yticks(list(at), names)
     limit, bound = _limit(members[0].record, limits)
@@ -412,7 +433,7 @@ def _bar_name(row: Row) -> str:
     return f"{row.record['shape']} {row.record['options']}" + ("" if row.backend == "cpu" else f" {row.backend}")
 
 
-# ---- command line ------------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------------------------
 
 
 def _newest() -> list[pathlib.Path]:

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-k", dest="select", default="", help="pytest's expression that selects cases by name")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for the grid; rounds adapt")
     parser.add_argument("--min-rounds", type=int, default=5)
-    parser.add_argument("--backends", help="our backends to measure, such as cpu,reference (default: all compiled ones)")
+    parser.add_argument("--backends", help="ours to measure, such as cpu,reference (default: the compiled ones)")
     parser.add_argument("--save-results", action="store_true", help="also write bench/results/<machine>.json")
     parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args(arguments)

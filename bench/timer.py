@@ -1,8 +1,8 @@
 """The timer: candidates take turns, so that whatever else the machine does falls on all of them alike.
 
-One round runs each candidate once, in an order drawn anew for each round. A candidate's time is the median over rounds; the
-ratio of two candidates is given twice: of their medians, and as the median (with quantiles) of the ratios within each round,
-which noise that lasts longer than a round can't move.
+One round runs each candidate once, in an order drawn anew for each round. A candidate's time is the median over rounds.
+The ratio of two candidates is given twice: of their medians, and as the median (with quantiles) of the ratios within
+each round, which noise that lasts longer than a round can't move.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Ratio:
     @classmethod
     def of(cls, theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
         if len(theirs) != len(ours):
-            raise ValueError(f"theirs and ours must come from the same rounds, got {len(theirs)} and {len(ours)} samples")
+            raise ValueError(f"theirs and ours must be of the same rounds, got {len(theirs)} and {len(ours)} samples")
         return cls(quantile(theirs, 0.5) / quantile(ours, 0.5), Spread.of([a / b for a, b in zip(theirs, ours)]))
 
 
@@ -86,7 +86,7 @@ class CudaClock:
         """-> (seconds between events around the call, seconds until the caller has its result)."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._flush.zero_()
-        # Holds the stream for about a millisecond, so that the CPU has issued the whole call before its first kernel starts.
+        # Holds the stream for about a millisecond, so that the CPU has issued the whole call before its first kernel.
         torch.cuda._sleep(2_000_000)
         start.record()
         run()
@@ -129,12 +129,13 @@ def fastest(variants: Mapping[str, Callable[[], object]], device: str) -> str:
     return min(best, key=best.get)
 
 
-def interleave(candidates: Mapping[str, Callable[[], object]], clock: CpuClock | CudaClock, *, seconds: float, warm: Mapping[str, float],
-               min_rounds: int = 5, max_rounds: int = 50, seed: int = 0) -> dict[str, list[tuple[float, float]]]:
-    """Times every candidate once per round, in random order -> samples (time, whole-call time) per candidate, one per round.
+def interleave(candidates: Mapping[str, Callable[[], object]], clock: CpuClock | CudaClock, *, seconds: float,
+               warm: Mapping[str, float], min_rounds: int = 5, max_rounds: int = 50,
+               seed: int = 0) -> dict[str, list[tuple[float, float]]]:
+    """Times every candidate once per round, in random order -> per candidate its samples (time, whole-call time).
 
-    Goes on for about `seconds` but for at least `min_rounds`, at most `max_rounds`. `warm` holds each candidate's seconds in
-    its untimed first call.
+    Goes on for about `seconds` but for at least `min_rounds`, at most `max_rounds`. `warm` holds each candidate's
+    seconds in its untimed first call.
     """
     order = list(candidates)
     calls = {name: clock.calls(warm[name]) for name in order}

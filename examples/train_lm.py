@@ -4,9 +4,9 @@
     python examples/train_lm.py --short             under a minute
     python examples/train_lm.py --steps 2000 --dim 512 --layers 8 --dtype bf16 --compile
 
-It prints the loss beside the unigram entropy (what a model that only knows how frequent each byte is would reach), the loss
-on held-out files, and a sample. The sample is generated through the mixers' states, token by token, and checked against the
-whole sequence in one call; if the two disagree, or the model learned nothing, the exit status is not 0.
+It prints the loss beside the unigram entropy (what a model that only knows how frequent each byte is would reach), the
+loss on held-out files, and a sample. The sample is generated through the mixers' states, token by token, and checked
+against the whole sequence in one call; if the two disagree, or the model learned nothing, the exit status is not 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from pykernels.nn import Attention
 
 # How to make each sequence mixer: (dim, backend) -> a layer with the interface of pykernels.nn.
 MIXERS: dict[str, Callable[[int, str], nn.Module]] = {
-    "attention": lambda dim, backend: Attention(dim, heads=dim // 32, key_heads=dim // 64, rotary_base=10000.0, backend=backend),
+    "attention": lambda dim, backend: Attention(dim, heads=dim // 32, key_heads=dim // 64, rotary_base=10000.0,
+                                                backend=backend),
 }
 BYTES = 256
 
@@ -37,8 +38,10 @@ class Block(nn.Module):
 
     def __init__(self, mixer: nn.Module, dim: int) -> None:
         super().__init__()
-        self.mixer_norm, self.mixer = nn.RMSNorm(dim), mixer
-        self.mlp_norm, self.mlp = nn.RMSNorm(dim), nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.mixer_norm = nn.RMSNorm(dim)
+        self.mixer = mixer
+        self.mlp_norm = nn.RMSNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor, state: object | None = None) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), state)
@@ -118,16 +121,18 @@ def train(model: nn.Module, text: Tensor, options: argparse.Namespace, precision
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, text: Tensor, options: argparse.Namespace, precision: Callable, batches: int = 8) -> float:
-    """Mean loss over windows spread evenly over the text."""
-    starts = torch.linspace(0, text.numel() - options.context - 2, batches * options.batch).long()
+def evaluate(model: nn.Module, text: Tensor, options: argparse.Namespace, precision: Callable) -> float:
+    """Mean loss over eight batches of windows, spread evenly over the text."""
+    starts = torch.linspace(0, text.numel() - options.context - 1, 8 * options.batch, dtype=torch.float64).long()
     with precision():
-        losses = [loss_of(model, *windows(text, part, options.context, options.device)) for part in starts.split(options.batch)]
+        losses = [loss_of(model, *windows(text, part, options.context, options.device))
+                  for part in starts.split(options.batch)]
     return float(torch.stack(losses).mean())
 
 
 @torch.no_grad()
-def generate(model: LanguageModel, prompt: Tensor, tokens: int, temperature: float, precision: Callable) -> tuple[Tensor, Tensor]:
+def generate(model: LanguageModel, prompt: Tensor, tokens: int, temperature: float,
+             precision: Callable) -> tuple[Tensor, Tensor]:
     """Continues prompt [B, T] -> (all tokens [B, T + tokens], the logits each new one was drawn from [B, tokens, 256]).
 
     The prompt goes through the model in one call that fills the states, every new token in a step of its own.
@@ -163,7 +168,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast around fp32 parameters")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, fp32 parameters")
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
@@ -182,8 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text, held_out = load_text()
     entropy = unigram_entropy(text)
     model = LanguageModel(options.mixer, options.dim, options.layers, options.backend).to(options.device)
-    print(f"{options.mixer} model of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {options.device}, "
-          f"{options.dtype}; {text.numel() / 1e6:.1f} MB of Python, unigram entropy {entropy:.3f} nats per byte", flush=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{options.mixer} model of {parameters / 1e6:.1f}M parameters on {options.device}, {options.dtype}; "
+          f"{text.numel() / 1e6:.1f} MB of Python, unigram entropy {entropy:.3f} nats per byte", flush=True)
     train(torch.compile(model) if options.compile else model, text, options, precision)
     loss = evaluate(model, held_out, options, precision)
     print(f"held-out loss {loss:.3f} nats per byte ({loss / math.log(2):.2f} bits), unigram entropy {entropy:.3f}")

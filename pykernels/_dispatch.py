@@ -5,7 +5,6 @@ A backend's ops are found by name: `<op>_<part>_<backend>` in `torch.ops.pykerne
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -27,9 +26,8 @@ def register_fake(name: str, fake: Callable) -> None:
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
-@functools.cache
 def op(name: str) -> torch._ops.OpOverload:
-    """The op `pykernels::name`, looked up once."""
+    """The op `pykernels::name`."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

@@ -35,7 +35,8 @@ def test_language_model_learns_and_decodes(train_lm: ModuleType, dtype: str, cap
     assert "def parse(self, text):" in out
 
 
-def test_wrong_decoding_is_a_failure(train_lm: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_decoding_is_a_failure(train_lm: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                     capsys: pytest.CaptureFixture) -> None:
     """A cache that loses count of its tokens by one."""
     forward = Attention.forward
 

@@ -2,10 +2,10 @@
 
 Every sequence mixer here has one interface, so that a model can swap one for another:
 
-    y = mixer(x)                                     x, y [B, T, dim]; differentiable
-    state = mixer.init_state(batch, max_tokens)      what it must remember of a sequence
-    y = mixer(x, state)                              continues the sequences in `state` by T tokens, and updates it in place
-    y = mixer.step(x, state)                         the same for one token, x, y [B, dim]
+    y = mixer(x)                                 x, y [B, T, dim]; differentiable
+    state = mixer.init_state(batch, max_tokens)  what it must remember of the sequences
+    y = mixer(x, state)                          continues the sequences in `state` by T tokens, updates it in place
+    y = mixer.step(x, state)                     the same for one token, x, y [B, dim]
 
 The last two are for inference (under torch.no_grad() or torch.inference_mode()).
 """

@@ -35,9 +35,9 @@ class Attention(nn.Module):
     See `pykernels.nn` for how it is called.
     """
 
-    def __init__(self, dim: int, heads: int, *, key_heads: int | None = None, head_dim: int | None = None, causal: bool = True,
-                 window: tuple[int | None, int | None] | None = None, scale: float | None = None, softcap: float = 0.0,
-                 rotary_base: float | None = None, bias: bool = False, backend: str = "auto",
+    def __init__(self, dim: int, heads: int, *, key_heads: int | None = None, head_dim: int | None = None,
+                 causal: bool = True, window: tuple[int | None, int | None] | None = None, scale: float | None = None,
+                 softcap: float = 0.0, rotary_base: float | None = None, bias: bool = False, backend: str = "auto",
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         key_heads = heads if key_heads is None else key_heads
@@ -56,12 +56,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * head_dim, dim, bias=bias, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
-        return (f"dim={self.dim}, heads={self.heads}, key_heads={self.key_heads}, head_dim={self.head_dim}, causal={self.causal}, "
-                f"window={self.window}, softcap={self.softcap}, rotary_base={self.rotary_base}, backend={self.backend!r}")
+        return (f"dim={self.dim}, heads={self.heads}, key_heads={self.key_heads}, head_dim={self.head_dim}, "
+                f"causal={self.causal}, window={self.window}, scale={self.scale}, softcap={self.softcap}, "
+                f"rotary_base={self.rotary_base}, backend={self.backend!r}")
 
     def init_state(self, batch: int, max_tokens: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype | None = None) -> AttentionState:
-        """An empty cache for `batch` sequences of up to `max_tokens`, on the layer's device and in the dtype it computes in."""
+        """An empty cache for `batch` sequences of at most `max_tokens`; defaults: where and in what the layer computes."""
         if not self.causal:
             raise ValueError("causal must be True for a layer that continues sequences, got a layer with causal=False")
         device = self.qkv.weight.device if device is None else torch.device(device)
@@ -75,8 +76,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, state: AttentionState | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, dim] -> [B, T, dim].
 
-        With `state`, x continues its sequences: x's keys and values are appended to it. `cu_seqlens` [sequences + 1] packs
-        several sequences along T (then B is 1), as in `pykernels.flash_attention`.
+        With `state`, x continues its sequences: x's keys and values are appended to it. `cu_seqlens` [sequences + 1]
+        packs several sequences along T (then B is 1), as in `pykernels.flash_attention`.
         """
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
@@ -86,7 +87,8 @@ class Attention(nn.Module):
         if self.rotary_base is not None:
             positions = _positions(tokens, x.device, state, cu_seqlens)
             q, k = (apply_rotary(y, positions, self.rotary_base) for y in (q, k))
-        options = {"causal": self.causal, "window": self.window, "scale": self.scale, "softcap": self.softcap, "backend": self.backend}
+        options = {"causal": self.causal, "window": self.window, "scale": self.scale, "softcap": self.softcap,
+                   "backend": self.backend}
         if state is None:
             out = flash_attention(q, k, v, cu_seqlens_q=cu_seqlens, **options)
         else:

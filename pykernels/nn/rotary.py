@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 def apply_rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
-    r"""Turns each pair of features of x by an angle that grows with its position, so that q k^T depends on distance alone.
+    r"""Turns each pair of features by an angle that grows with the position, so that q k^T depends on distance alone.
 
     .. math::
-        (x_i, x_{i + K/2}) \to (x_i \cos\theta - x_{i + K/2} \sin\theta,\; x_{i + K/2} \cos\theta + x_i \sin\theta), \qquad
+        x_i \to x_i \cos\theta - x_{i + K/2} \sin\theta, \qquad
+        x_{i + K/2} \to x_{i + K/2} \cos\theta + x_i \sin\theta, \qquad
         \theta = position \cdot base^{-2i / K}
 
     Features pair as (i, i + K/2), the layout of Llama and GPT-NeoX weights in Transformers.

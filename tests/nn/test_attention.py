@@ -9,7 +9,8 @@ from torch import Tensor
 from pykernels import testing
 from pykernels.nn import Attention, apply_rotary
 
-BACKENDS = sorted({target.backend for target in testing.targets(testing.FLASH_ATTENTION.op) if target.device == "cpu"} - {"triton"})
+TARGETS = testing.targets(testing.FLASH_ATTENTION.op)
+BACKENDS = sorted({target.backend for target in TARGETS if target.device == "cpu"} - {"triton"})
 OPTIONS = {
     "plain": {},
     "grouped": {"key_heads": 2},
@@ -25,7 +26,8 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def layer(option: str = "rotary", backend: str = "reference", dtype: torch.dtype = torch.float32, **options) -> Attention:
+def layer(option: str = "rotary", backend: str = "reference", dtype: torch.dtype = torch.float32,
+          **options) -> Attention:
     return Attention(48, 4, backend=backend, dtype=dtype, **{**OPTIONS[option], **options})
 
 
@@ -153,7 +155,8 @@ def test_runs_under_autocast(backend: str) -> None:
 
 def test_rotation_depends_on_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 1, 64, dtype=torch.float64)
-    products = [(apply_rotary(q, torch.tensor([p])) * apply_rotary(k, torch.tensor([p + 7]))).sum() for p in (0, 13, 10 ** 6)]
+    products = [(apply_rotary(q, torch.tensor([p])) * apply_rotary(k, torch.tensor([p + 7]))).sum()
+                for p in (0, 13, 10 ** 6)]
     torch.testing.assert_close(products[1], products[0])
     torch.testing.assert_close(products[2], products[0], rtol=1e-8, atol=1e-8)
     assert abs(products[0] - (q * k).sum()) > 1e-3

@@ -90,13 +90,13 @@ def _query(q: Tensor, v: Tensor, options: tuple, varlen: bool, grad: bool) -> Qu
                  frozenset(name for name, on in used.items() if on), grad)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(*tensors: object) -> tuple:
     """Under autocast, casts as torch's own attention does: to the autocast dtype, but for float64."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x for x in tensors)
+    dtype, castable = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: tuple[int | None, int | None] | None = None,
@@ -139,6 +139,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, wi
 
     Source: Dao et al., FlashAttention (arXiv:2205.14135) and FlashAttention-2 (arXiv:2307.08691).
     """
+    q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v, "k", "v")
     options = _check_options(causal, window, scale, softcap, q.shape[3])
     _reject_unserved(alibi_slopes=alibi_slopes, bias=bias, sinks=sinks, dropout_p=dropout_p)
@@ -158,7 +159,6 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, wi
         if cu_seqlens_k.shape != cu_seqlens_q.shape:
             raise ValueError(f"cu_seqlens_k must have as many offsets as cu_seqlens_q ({cu_seqlens_q.shape[0]}), "
                              f"got {cu_seqlens_k.shape[0]}")
-    q, k, v = _autocast(q, k, v)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     forward_mode = forward_ad._current_level >= 0  # then the Function raises, where the bare op would give zero tangents
     chosen = resolve(OP, _query(q, v, options, cu_seqlens_q is not None, grad), backend)

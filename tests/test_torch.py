@@ -1,0 +1,239 @@
+"""Every op inside the rest of PyTorch: opcheck, compile, export, autocast, inference mode, checkpointing."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+import pykernels
+from pykernels.testing import FLASH_ATTENTION, OPS, dtypes, run, targets
+from pykernels.testing.flash_attention import attention_case, decode_case
+
+COMPILED = [(op, target) for op in OPS for target in targets(op.op, every_isa=False) if target.backend != "reference"]
+on_compiled = pytest.mark.parametrize("op, target", [pytest.param(*pair, id=f"{pair[0]}-{pair[1]}") for pair in COMPILED])
+TARGETS = list(dict.fromkeys(target for _, target in COMPILED))
+on_targets = pytest.mark.parametrize("target", TARGETS, ids=str)
+
+
+def _registered() -> set[str]:
+    return {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pykernels::")}
+
+
+def test_every_registered_op_belongs_to_a_description():
+    """So that opcheck below forgets none."""
+    described = {name.format(backend=backend) for op in OPS for name in op.torch_ops for backend in op.op.backends}
+    assert _registered() - described <= {"cuda_probe"}  # of `python -m pykernels info`
+    assert {f"{name}_fwd_cpu" for name in ("flash_attention",)} <= _registered()
+
+
+@on_compiled
+def test_opcheck(op, target):
+    layouts = [case for case in op.cases if case.name in ("layout-heads-first", "packed-causal-gqa", "no-append")]
+    assert len(layouts) >= 2
+    checked = set()
+    for case in [*layouts, op.good]:
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, args in op.calls(case.make(dtype, target.device), target.backend):
+                torch.library.opcheck(getattr(torch.ops.pykernels, name).default, args)
+                checked.add(name)
+    assert checked == {name.format(backend=target.backend) for name in op.torch_ops}
+
+
+@on_compiled
+def test_fakes_know_shapes_dtypes_and_strides(op, target):
+    """Under fake tensors every case gives what it gives for real."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for case in op.cases[::3]:
+        for dtype in dtypes(op.op, target):
+            for name, args in op.calls(case.make(dtype, target.device), target.backend):
+                torch_op = getattr(torch.ops.pykernels, name)
+                real = torch_op(*args)
+                with FakeTensorMode() as mode:
+                    fake = torch_op(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
+                for x, y in zip(real or (), fake or (), strict=True):
+                    assert (x.shape, x.dtype, x.stride(), x.device) == (y.shape, y.dtype, y.stride(), y.device), (name, case)
+
+
+def _training_step(backend, **options):
+    def step(q, k, v):
+        out, lse = pykernels.flash_attention(q * 2, k, v, return_lse=True, backend=backend, **options)
+        return out.sin().sum() + lse.sum()
+
+    return step
+
+
+@on_targets
+def test_compile_with_dynamic_shapes_forward_and_backward(target):
+    """One graph, compiled once, serves every length."""
+    step = _training_step(target.backend, causal=True, window=(20, None))
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._inductor.compile(graph, inputs)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="inductor")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for tokens in (33, 70, 129):
+        leaves = [x.requires_grad_() for x in attention_case(f"compile-{tokens}", batch=2, tq=tokens, tk=tokens + 5, heads_q=4, heads_k=2,
+                                                             head_dim=32).make(torch.float32, target.device).args.values()]
+        eager, fast = step(*leaves), compiled(*leaves)
+        torch.testing.assert_close(fast, eager)
+        for ours, theirs in zip(torch.autograd.grad(fast, leaves), torch.autograd.grad(eager, leaves)):
+            torch.testing.assert_close(ours, theirs)
+            assert theirs.abs().max() > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@on_targets
+def test_compile_packed_and_default_backend(target):
+    """cu_seqlens as an input of the graph, the backend chosen inside it."""
+    def function(q, k, v, cu_seqlens):
+        return pykernels.flash_attention(q, k, v, cu_seqlens_q=cu_seqlens, causal=True) + 1
+
+    case = attention_case("compile-packed", tq=50, head_dim=16, lengths_q=(20, 0, 30))
+    q, k, v, cu_seqlens = case.make(torch.float32, target.device).args.values()
+    torch._dynamo.reset()
+    with pykernels.use_backend(target.backend):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(q, k, v, cu_seqlens), function(q, k, v, cu_seqlens))
+        other = torch.tensor([0, 50, 50, 50], dtype=torch.int32, device=target.device)
+        torch.testing.assert_close(compiled(q, k, v, other), function(q, k, v, other))
+
+
+@on_targets
+def test_compile_decode_writes_the_cache(target):
+    case = decode_case("compile-decode", lengths=(3, 7), capacity=12, new_tokens=1, head_dim=16)
+
+    def step(args):
+        out = pykernels.flash_attention_decode(**args, backend=target.backend)
+        return out + args["k_cache"].nan_to_num().sum()
+
+    torch._dynamo.reset()
+    eager_args, fast_args = (dict(case.make(torch.float32, target.device).args) for _ in range(2))
+    eager, fast = step(eager_args), torch.compile(step, fullgraph=True, backend="inductor")(fast_args)
+    torch.testing.assert_close(fast, eager)
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(fast_args[name], eager_args[name], rtol=0, atol=0, equal_nan=True)
+    assert fast_args["k_cache"][0, 3].isfinite().all()
+
+
+@on_targets
+def test_bad_input_is_rejected_while_compiling(target):
+    q, k, v = torch.randn(3, 1, 4, 2, 8, device=target.device)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: pykernels.flash_attention(q, k, v, backend=target.backend), fullgraph=True,
+                             backend="aot_eager")
+    with pytest.raises(Exception, match=r"k must have shape .*K=8.*7\]"):
+        compiled(q, k[..., :7], v)
+
+
+@on_targets
+def test_export_and_reload(target):
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return pykernels.flash_attention(q, k, v, causal=True, softcap=3.0, return_lse=True, backend=target.backend)
+
+    def inputs(tokens):
+        return tuple(attention_case(f"export-{tokens}", batch=2, tq=tokens, heads_q=4, heads_k=2, head_dim=24)
+                     .make(torch.float32, target.device).args.values())
+
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(Attention(), inputs(40), dynamic_shapes=[{1: tokens}] * 3)
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert f"pykernels.flash_attention_fwd_{target.backend}.default" in called
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    reloaded = torch.export.load(file).module()
+    for length in (40, 77):
+        wanted = Attention()(*inputs(length))
+        torch.testing.assert_close(reloaded(*inputs(length)), wanted, rtol=0, atol=0)
+        assert wanted[0].abs().max() > 0
+
+
+@on_targets
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_autocast_computes_in_the_autocast_dtype(target, dtype):
+    sample = attention_case("autocast", tq=50, head_dim=32).make(torch.float32, target.device)
+    leaves = [x.clone().requires_grad_() for x in sample.args.values()]
+    with torch.autocast(target.device, dtype=dtype):
+        out, lse = pykernels.flash_attention(*leaves, return_lse=True, backend=target.backend)
+        assert pykernels.flash_attention(*(x.double() for x in leaves), backend="reference").dtype == torch.float64
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    narrow = [x.to(dtype).requires_grad_() for x in sample.args.values()]
+    wanted, wanted_lse = pykernels.flash_attention(*narrow, return_lse=True, backend=target.backend)
+    assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
+    for ours, theirs in zip(torch.autograd.grad(out.float().square().sum(), leaves),
+                            torch.autograd.grad(wanted.float().square().sum(), narrow)):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float()) and ours.abs().max() > 0
+
+
+@on_targets
+def test_autocast_of_mixed_inputs(target):
+    """As projections under autocast give them: some tensors narrow, some still wide."""
+    q, k, v = attention_case("autocast-mixed", tq=20, head_dim=16).make(torch.float32, target.device).args.values()
+    with pytest.raises(TypeError, match="k must have q's dtype"):
+        pykernels.flash_attention(q.bfloat16(), k, v, backend=target.backend)
+    with torch.autocast(target.device, dtype=torch.bfloat16):
+        mixed = pykernels.flash_attention(q.bfloat16(), k, v.bfloat16(), backend=target.backend)
+    assert torch.equal(mixed, pykernels.flash_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=target.backend))
+
+
+@on_compiled
+def test_inference_mode(op, target):
+    case = op.good
+    wanted = run(op, case.make(torch.float32, target.device), target.backend, grad=False)
+    with torch.inference_mode():
+        args = {**case.make(torch.float32, target.device).args, **op.returns}
+        values = op.function(**args, backend=target.backend)
+        assert all(x.is_inference() for x in values)
+        for name, x in zip(op.outputs, values):
+            assert torch.equal(x, wanted[name]) and x.abs().max() > 0
+        for name in op.mutates:
+            assert torch.equal(args[name].nan_to_num(), wanted[name].nan_to_num())
+
+
+@on_targets
+def test_activation_checkpointing(target):
+    from torch.utils.checkpoint import checkpoint
+
+    step = _training_step(target.backend, causal=True)
+    sample = FLASH_ATTENTION.good.make(torch.float32, target.device)
+    leaves = [x.requires_grad_() for x in sample.args.values()]
+    plain = torch.autograd.grad(step(*leaves), leaves)
+    for reentrant in (False, True):
+        loss = checkpoint(step, *leaves, use_reentrant=reentrant)
+        if reentrant:  # does not support torch.autograd.grad
+            loss.backward()
+            again = [x.grad for x in leaves]
+        else:
+            again = torch.autograd.grad(loss, leaves)
+        assert all(torch.equal(x, y) for x, y in zip(again, plain))
+    assert all(x.abs().max() > 0 for x in plain)
+
+
+@on_targets
+def test_saved_tensors_are_inputs_and_outputs_only(target):
+    """What backward keeps alive is linear in the length: q, k, v, out, lse."""
+    sizes = []
+    leaves = [x.requires_grad_() for x in attention_case("saved", tq=64, head_dim=8).make(torch.float32, target.device).args.values()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        pykernels.flash_attention(*leaves, backend=target.backend)
+    assert sorted(sizes) == sorted([64 * 2 * 8] * 4 + [64 * 2])
+
+
+@on_targets
+def test_deepcopy_pickle_and_hooks_see_plain_tensors(target):
+    q, k, v = (x.requires_grad_() for x in FLASH_ATTENTION.good.make(torch.float32, target.device).args.values())
+    seen = []
+    out = pykernels.flash_attention(q, k, v, backend=target.backend)
+    out.register_hook(lambda gradient: seen.append(gradient) or gradient * 2)
+    out.sum().backward()
+    doubled, q.grad = q.grad, None
+    pykernels.flash_attention(q, k, v, backend=target.backend).sum().backward()
+    assert len(seen) == 1 and torch.allclose(doubled, 2 * q.grad) and q.grad.abs().max() > 0
