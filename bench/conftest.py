@@ -53,6 +53,7 @@ class _Budget:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pykernels")
     group.addoption("--minutes", type=float, default=8.0, help="time for the whole grid; rounds adapt (default 8)")
+    group.addoption("--slow-peers", action="store_true", help="also peers that compile for every case")
     group.addoption("--min-rounds", type=int, default=5, help="rounds that each case gets at least (default 5)")
     group.addoption("--backends", help="our backends to measure, such as cpu,reference (default: all compiled ones)")
 
@@ -100,7 +101,7 @@ def measure(request: pytest.FixtureRequest, benchmark):
     def run(case: kit.Case, problem: kit.Problem, peers: list[kit.Peer]) -> None:
         limits = environment.limits({(case.device, case.threads)})
         record = kit.measure(case, problem, peers, seconds=budget.next(), wanted=wanted.split(",") if wanted else None,
-                             min_rounds=config.getoption("--min-rounds"))
+                             slow_peers=config.getoption("--slow-peers"), min_rounds=config.getoption("--min-rounds"))
         benchmark.extra_info.update(record)
         benchmark.group = f"{case.op} {case.shape} {case.options}"
         with capture.global_and_fixture_disabled():

@@ -89,6 +89,7 @@ class Peer:
     op: str
     missing: Callable[[Case], str | None]
     variants: Callable[[Any, Case], Mapping[str, Call]]
+    slow: bool = False  # takes long to set up for each case: measured on request
 
 
 def step(function: Callable[..., Tensor], inputs: Iterable[Tensor],
@@ -141,8 +142,8 @@ def _candidate(name: str, variant: str | None, call: Call, case: Case, expected:
 
 
 def measure(case: Case, problem: Problem, peers: Iterable[Peer], *, seconds: float, wanted: Iterable[str] | None = None,
-            min_rounds: int = 5) -> dict:
-    """Checks our backends and the peers on `problem`, times them in turn for about `seconds` -> the record of the case.
+            slow_peers: bool = False, min_rounds: int = 5) -> dict:
+    """Checks our backends and the peers on `problem`, times them in turn for about `seconds` -> the case's record.
 
     A candidate of ours beyond its error budget, or a peer ten times beyond it (which then does not compute the same),
     has a "problem" in its entry and is not timed.
@@ -166,7 +167,10 @@ def measure(case: Case, problem: Problem, peers: Iterable[Peer], *, seconds: flo
         for backend in backend_names:
             add(f"pykernels {backend}", None, problem.ours(backend), allowed=1.0)
         for peer in peers:
-            if (reason := peer.missing(case)) is not None:
+            reason = peer.missing(case)
+            if reason is None and peer.slow and not slow_peers:
+                reason = "compiles for every case: measured with --slow-peers"
+            if reason is not None:
                 missing[peer.name] = reason
                 continue
             variants = dict(peer.variants(problem, case))

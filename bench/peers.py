@@ -144,15 +144,14 @@ def _fla(problem, case: Case) -> Mapping[str, Call]:
     return {"parallel_attn": _time_first(problem, parallel_attn)}
 
 
-def _gpu_only(case: Case) -> str | None:
-    return None if case.device == "cuda" else "measured on GPUs only"
+def _no_flex(case: Case) -> str | None:
+    return "has no backward on CPUs" if case.device == "cpu" and case.backward else None
 
 
 PEERS += [
     Peer("torch SDPA", "flash_attention", lambda case: None, _sdpa),
-    # On a CPU it would compile anew for every case, and has no backward there.
-    Peer("FlexAttention", "flash_attention", _gpu_only, _flex),
-    Peer("flash-attn 2", "flash_attention", _needs("flash_attn"), _flash_attn_2),
+    Peer("FlexAttention", "flash_attention", _no_flex, _flex, slow=True),
+    Peer("flash-attn 2", "flash_attention", _needs("flash_attn.flash_attn_interface"), _flash_attn_2),
     Peer("flash-attn 3", "flash_attention", _needs("flash_attn_interface"), _flash_attn_3),
     Peer("flash-attn 4", "flash_attention", _needs("flash_attn.cute"), _flash_attn_4),
     Peer("fla", "flash_attention", _needs("fla", causal_only=True), _fla),
@@ -200,5 +199,5 @@ def _flash_attn_2_decode(problem, case: Case) -> Mapping[str, Call]:
 
 PEERS += [
     Peer("torch SDPA", "flash_attention_decode", lambda case: None, _sdpa_decode),
-    Peer("flash-attn 2", "flash_attention_decode", _needs("flash_attn"), _flash_attn_2_decode),
+    Peer("flash-attn 2", "flash_attention_decode", _needs("flash_attn.flash_attn_interface"), _flash_attn_2_decode),
 ]

@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="time for the grid; rounds adapt")
     parser.add_argument("--min-rounds", type=int, default=5)
     parser.add_argument("--backends", help="ours to measure, such as cpu,reference (default: the compiled ones)")
+    parser.add_argument("--slow-peers", action="store_true", help="also peers that compile for every case")
     parser.add_argument("--save-results", action="store_true", help="also write bench/results/<machine>.json")
     parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args(arguments)
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raw.unlink(missing_ok=True)
     command = [str(report.HERE), "-c", str(report.HERE / "pytest.ini"), "-q", f"--minutes={options.minutes}",
                f"--min-rounds={options.min_rounds}", f"--benchmark-json={raw}", "-k", options.select]
+    if options.slow_peers:
+        command.append("--slow-peers")
     if options.backends:
         command.append(f"--backends={options.backends}")
     code = pytest.main(command)

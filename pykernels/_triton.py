@@ -170,7 +170,7 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> 
     """Runs `kernel` on the device's current stream; does nothing for an empty grid."""
     if 0 not in grid:
         with _on(device):
-            kernel[grid](**arguments)
+            kernel[grid](**arguments, enable_fp_fusion=True)  # the default differs between versions of Triton
 
 
 def dot_precision(dtype: torch.dtype) -> str:

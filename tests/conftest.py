@@ -9,7 +9,9 @@ import torch
 from pykernels import _library, backends
 
 # The same examples in every run, so that a failure is always one that a change brought.
-hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.register_profile(
+    "reproducible", derandomize=True, deadline=None, database=None, print_blob=True
+)
 hypothesis.settings.load_profile("reproducible")
 
 

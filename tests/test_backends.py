@@ -16,7 +16,9 @@ from pykernels.backends import Environment, Op, Query, choose
 from pykernels.testing import OPS, targets
 
 ALL = Environment(cpu=None, cuda=None, triton=None, triton_interpret=False, capability=(9, 0))
-NOTHING = Environment(cpu="no library", cuda="no CUDA", triton="no Triton", triton_interpret=False, capability=None)
+NOTHING = Environment(
+    cpu="no library", cuda="no CUDA", triton="no Triton", triton_interpret=False, capability=None
+)
 CPU_ONLY = dataclasses.replace(NOTHING, cpu=None)
 INTERPRETER = dataclasses.replace(CPU_ONLY, triton=None, triton_interpret=True)
 TRITON_GPU = dataclasses.replace(CPU_ONLY, triton=None, capability=(8, 0))
@@ -26,8 +28,15 @@ def _even(query: Query) -> str | None:
     return None if query.sizes.get("head_dim", 0) % 2 == 0 else "odd head sizes are not served"
 
 
-OP = Op("toy", {"cuda": _even, "triton": lambda query: "no float64" if query.dtype == torch.float64 else None,
-                "cpu": lambda query: None, "reference": lambda query: None})
+OP = Op(
+    "toy",
+    {
+        "cuda": _even,
+        "triton": lambda query: "no float64" if query.dtype == torch.float64 else None,
+        "cpu": lambda query: None,
+        "reference": lambda query: None,
+    },
+)
 WITHOUT_CUDA = Op("toy", {name: supports for name, supports in OP.backends.items() if name != "cuda"})
 
 
@@ -35,33 +44,43 @@ def _query(device="cpu", dtype=torch.float32, head_dim=64) -> Query:
     return Query(device, dtype, {"head_dim": head_dim})
 
 
-@pytest.mark.parametrize("op, query, requested, environment, backend, words", (
-    # auto: the first of cuda, triton, cpu that can serve; never the reference.
-    (OP, _query(), "auto", ALL, "cpu", {"cuda": "on cpu"}),
-    (OP, _query("cuda"), "auto", ALL, "cuda", {}),
-    (OP, _query("cuda", head_dim=63), "auto", ALL, "triton", {"cuda": "odd head sizes"}),
-    (OP, _query("cuda", torch.float64, 63), "auto", ALL, None, {"cuda": "odd head", "triton": "no float64", "cpu": "on cuda"}),
-    (WITHOUT_CUDA, _query("cuda"), "auto", ALL, "triton", {"cuda": "no cuda backend"}),
-    (OP, _query("cuda"), "auto", TRITON_GPU, "triton", {"cuda": "no CUDA"}),
-    (OP, _query("xpu"), "auto", TRITON_GPU, "triton", {"cuda": "on xpu"}),
-    (OP, _query("mps"), "auto", ALL, None, {"cuda": "on mps", "triton": "no mps target", "cpu": "on mps"}),
-    (OP, _query(), "auto", CPU_ONLY, "cpu", {"cuda": "on cpu"}),
-    (OP, _query(), "auto", INTERPRETER, "cpu", {"cuda": "on cpu"}),
-    (OP, _query(), "auto", NOTHING, None, {"cuda": "on cpu", "cpu": "no library"}),
-    (OP, _query(), "auto", dataclasses.replace(INTERPRETER, cpu="no library"), None, {"cpu": "no library"}),
-    # By name: that one or none.
-    (OP, _query(), "cpu", ALL, "cpu", {}),
-    (OP, _query("cuda"), "cpu", ALL, None, {"cpu": "on cuda"}),
-    (OP, _query(), "cpu", NOTHING, None, {"cpu": "no library"}),
-    (OP, _query(), "cuda", ALL, None, {"cuda": "on cpu"}),
-    (OP, _query("cuda", head_dim=63), "cuda", ALL, None, {"cuda": "odd head sizes"}),
-    (OP, _query(), "triton", ALL, None, {"triton": "TRITON_INTERPRET"}),
-    (OP, _query(), "triton", INTERPRETER, "triton", {}),
-    (OP, _query(dtype=torch.float64), "triton", INTERPRETER, None, {"triton": "no float64"}),
-    (OP, _query("cuda"), "triton", CPU_ONLY, None, {"triton": "no Triton"}),
-    (OP, _query("mps"), "reference", NOTHING, "reference", {}),
-    (WITHOUT_CUDA, _query("cuda"), "cuda", ALL, None, {"cuda": "no cuda backend"}),
-))
+@pytest.mark.parametrize(
+    "op, query, requested, environment, backend, words",
+    (
+        # auto: the first of cuda, triton, cpu that can serve; never the reference.
+        (OP, _query(), "auto", ALL, "cpu", {"cuda": "on cpu"}),
+        (OP, _query("cuda"), "auto", ALL, "cuda", {}),
+        (OP, _query("cuda", head_dim=63), "auto", ALL, "triton", {"cuda": "odd head sizes"}),
+        (
+            OP,
+            _query("cuda", torch.float64, 63),
+            "auto",
+            ALL,
+            None,
+            {"cuda": "odd head", "triton": "no float64", "cpu": "on cuda"},
+        ),
+        (WITHOUT_CUDA, _query("cuda"), "auto", ALL, "triton", {"cuda": "no cuda backend"}),
+        (OP, _query("cuda"), "auto", TRITON_GPU, "triton", {"cuda": "no CUDA"}),
+        (OP, _query("xpu"), "auto", TRITON_GPU, "triton", {"cuda": "on xpu"}),
+        (OP, _query("mps"), "auto", ALL, None, {"cuda": "on mps", "triton": "no mps target", "cpu": "on mps"}),
+        (OP, _query(), "auto", CPU_ONLY, "cpu", {"cuda": "on cpu"}),
+        (OP, _query(), "auto", INTERPRETER, "cpu", {"cuda": "on cpu"}),
+        (OP, _query(), "auto", NOTHING, None, {"cuda": "on cpu", "cpu": "no library"}),
+        (OP, _query(), "auto", dataclasses.replace(INTERPRETER, cpu="no library"), None, {"cpu": "no library"}),
+        # By name: that one or none.
+        (OP, _query(), "cpu", ALL, "cpu", {}),
+        (OP, _query("cuda"), "cpu", ALL, None, {"cpu": "on cuda"}),
+        (OP, _query(), "cpu", NOTHING, None, {"cpu": "no library"}),
+        (OP, _query(), "cuda", ALL, None, {"cuda": "on cpu"}),
+        (OP, _query("cuda", head_dim=63), "cuda", ALL, None, {"cuda": "odd head sizes"}),
+        (OP, _query(), "triton", ALL, None, {"triton": "TRITON_INTERPRET"}),
+        (OP, _query(), "triton", INTERPRETER, "triton", {}),
+        (OP, _query(dtype=torch.float64), "triton", INTERPRETER, None, {"triton": "no float64"}),
+        (OP, _query("cuda"), "triton", CPU_ONLY, None, {"triton": "no Triton"}),
+        (OP, _query("mps"), "reference", NOTHING, "reference", {}),
+        (WITHOUT_CUDA, _query("cuda"), "cuda", ALL, None, {"cuda": "no cuda backend"}),
+    ),
+)
 def test_choice(op, query, requested, environment, backend, words):
     choice = choose(op, query, requested, environment)
     assert choice.backend == backend and choice.reason
@@ -81,10 +100,14 @@ def args():
 
 
 def test_unavailable_says_why_and_what_can(args):
-    with pytest.raises(BackendUnavailable, match=r"flash_attention: backend 'cuda' can't serve.*no cuda backend.*'cpu' can"):
+    with pytest.raises(
+        BackendUnavailable, match=r"flash_attention: backend 'cuda' can't serve.*no cuda backend.*'cpu' can"
+    ):
         pykernels.flash_attention(**args, backend="cuda")
     if not backends.environment().triton_interpret:
-        with pytest.raises(BackendUnavailable, match=r"'triton'.*(TRITON_INTERPRET=1|not installed).*'cpu' can"):
+        with pytest.raises(
+            BackendUnavailable, match=r"'triton'.*(TRITON_INTERPRET=1|not installed).*'cpu' can"
+        ):
             pykernels.flash_attention(**args, backend="triton")
     with pytest.raises(BackendUnavailable, match=r"'cpu'.*the tensors are on meta.*'reference' can"):
         pykernels.flash_attention(**{name: x.to("meta") for name, x in args.items()}, backend="cpu")
@@ -101,7 +124,9 @@ def test_the_chosen_backend_is_the_one_that_runs(args):
                 pykernels.flash_attention(**on_device, backend=backend)
             return {event.name for event in profile.events() if event.name.startswith("pykernels::")}
 
-        wanted = set() if target.backend == "reference" else {f"pykernels::flash_attention_fwd_{target.backend}"}
+        wanted = (
+            set() if target.backend == "reference" else {f"pykernels::flash_attention_fwd_{target.backend}"}
+        )
         assert ops_of(target.backend) == wanted
         with pykernels.use_backend(target.backend):
             assert ops_of("auto") == wanted
@@ -129,7 +154,9 @@ def test_use_backend(args):
 
 
 def _python(script: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True
+    )
 
 
 CALL = """
@@ -144,8 +171,12 @@ except Exception as error:
 
 def test_environment_sets_the_default_backend():
     assert _python(CALL, PYKERNELS_BACKEND="reference").stdout == "out True\n"
-    assert _python(CALL, PYKERNELS_BACKEND="cuda").stdout.startswith("BackendUnavailable flash_attention: backend 'cuda'")
-    assert _python(CALL, PYKERNELS_BACKEND="gpu").stdout.startswith("ValueError PYKERNELS_BACKEND must be one of")
+    assert _python(CALL, PYKERNELS_BACKEND="cuda").stdout.startswith(
+        "BackendUnavailable flash_attention: backend 'cuda'"
+    )
+    assert _python(CALL, PYKERNELS_BACKEND="gpu").stdout.startswith(
+        "ValueError PYKERNELS_BACKEND must be one of"
+    )
 
 
 def test_environment_sets_the_instruction_set():
@@ -202,4 +233,7 @@ print(x.grad.abs().max().item() > 0)
 def test_a_file_that_is_no_library(tmp_path):
     (tmp_path / "libpykernels.so").write_text("not a library")
     done = _python(CALL, PYKERNELS_LIBRARY=str(tmp_path / "libpykernels.so"))
-    assert done.stdout.startswith("BackendUnavailable") and f"does not load under torch {torch.__version__}" in done.stdout, done.stderr
+    assert (
+        done.stdout.startswith("BackendUnavailable")
+        and f"does not load under torch {torch.__version__}" in done.stdout
+    ), done.stderr

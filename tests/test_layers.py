@@ -25,15 +25,24 @@ def _imports(file: Path) -> list[tuple[str, tuple[str, ...], bool]]:
         if isinstance(node, ast.Import):
             result += [(alias.name, (), node in tree.body) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = package[:len(package) - node.level + 1] if node.level else []
-            result.append((".".join([*base, *(node.module or "").split(".")]).strip("."), tuple(alias.name for alias in node.names),
-                           node in tree.body))
+            base = package[: len(package) - node.level + 1] if node.level else []
+            result.append(
+                (
+                    ".".join([*base, *(node.module or "").split(".")]).strip("."),
+                    tuple(alias.name for alias in node.names),
+                    node in tree.body,
+                )
+            )
     return result
 
 
 def _modules(file: Path) -> set[str]:
     """Every module that a file may be importing: `from a import b` counts as a and as a.b."""
-    return {name for module, names, _ in _imports(file) for name in (module, *(f"{module}.{name}" for name in names))}
+    return {
+        name
+        for module, names, _ in _imports(file)
+        for name in (module, *(f"{module}.{name}" for name in names))
+    }
 
 
 def test_the_ops_are_found():
@@ -42,18 +51,32 @@ def test_the_ops_are_found():
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_reference_imports_nothing_but_torch(op):
-    assert {module.split(".")[0] for module, _, _ in _imports(PACKAGE / "ops" / op / "reference.py")} <= {"torch", "__future__", "math"}
+    assert {module.split(".")[0] for module, _, _ in _imports(PACKAGE / "ops" / op / "reference.py")} <= {
+        "torch",
+        "__future__",
+        "math",
+    }
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_only_the_second_derivative_and_the_reference_backend_know_a_reference(op):
-    knowing = {file.name for file in (PACKAGE / "ops" / op).glob("*.py") if f"pykernels.ops.{op}.reference" in _modules(file)}
+    knowing = {
+        file.name
+        for file in (PACKAGE / "ops" / op).glob("*.py")
+        if f"pykernels.ops.{op}.reference" in _modules(file)
+    }
     assert knowing <= {"__init__.py", "registration.py"}
     # In registration, only inside the class whose backward is the second derivative.
     tree = ast.parse((PACKAGE / "ops" / op / "registration.py").read_text())
     for node in tree.body:
-        uses = {name.value.id for name in ast.walk(node) if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name)}
-        assert "reference" not in uses or isinstance(node, ast.ClassDef) and node.name == "_Backward", ast.unparse(node)[:200]
+        uses = {
+            name.value.id
+            for name in ast.walk(node)
+            if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name)
+        }
+        assert "reference" not in uses or isinstance(node, ast.ClassDef) and node.name == "_Backward", (
+            ast.unparse(node)[:200]
+        )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -72,7 +95,12 @@ def test_an_op_takes_nothing_of_another_but_its_public_functions(op):
 def test_triton_is_imported_only_when_it_runs(op):
     for file in (PACKAGE / "ops" / op).glob("*.py"):
         if file.name != "triton.py":
-            at_import = {name for module, names, top in _imports(file) if top for name in (module, *(f"{module}.{n}" for n in names))}
+            at_import = {
+                name
+                for module, names, top in _imports(file)
+                if top
+                for name in (module, *(f"{module}.{n}" for n in names))
+            }
             assert not {name for name in at_import if re.search(r"\btriton\b", name)}, file
 
 
@@ -109,18 +137,27 @@ def _includes(file: Path) -> list[str]:
 
 
 def test_only_the_bindings_see_torch():
-    assert any("torch/csrc/stable" in name for file in CSRC if "csrc/torch" in str(file) for name in _includes(file))
+    assert any(
+        "torch/csrc/stable" in name for file in CSRC if "csrc/torch" in str(file) for name in _includes(file)
+    )
     for file in CSRC:
         if file.relative_to(ROOT / "csrc").parts[0] != "torch":
             text = file.read_text()
-            assert not [name for name in _includes(file) if re.match(r"(torch|ATen|c10|pybind11|Python)\b", name)], file
+            assert not [
+                name for name in _includes(file) if re.match(r"(torch|ATen|c10|pybind11|Python)\b", name)
+            ], file
             assert not re.search(r"\b(at|c10|torch)::", re.sub(r"//.*", "", text)), file
 
 
 def test_native_layers():
     """csrc/torch -> csrc/include <- csrc/{cpu,cuda} -> csrc/common, and nothing else."""
-    allowed = {"torch": {"torch", "include"}, "include": {"include", "common"}, "cpu": {"cpu", "include", "common"},
-               "cuda": {"cuda", "include", "common"}, "common": {"common"}}
+    allowed = {
+        "torch": {"torch", "include"},
+        "include": {"include", "common"},
+        "cpu": {"cpu", "include", "common"},
+        "cuda": {"cuda", "include", "common"},
+        "common": {"common"},
+    }
     for file in CSRC:
         layer = file.relative_to(ROOT / "csrc").parts[0]
         for name in _includes(file):
@@ -128,21 +165,35 @@ def test_native_layers():
             if target.is_relative_to(ROOT / "csrc") and target.exists():
                 other = target.relative_to(ROOT / "csrc").parts[0]
                 # The bindings may also take the element types that the params structs are made of.
-                assert other in allowed[layer] or (layer, target.name) == ("torch", "dtype.h"), f"{file} includes {name}"
+                assert other in allowed[layer] or (layer, target.name) == ("torch", "dtype.h"), (
+                    f"{file} includes {name}"
+                )
 
 
 def test_cpu_kernels_use_no_standard_containers():
-    """Their inline functions would be shared across instruction sets: the linker keeps one, and it may be the wrong one."""
+    """Their inline functions would be shared across instruction sets: the linker keeps one, maybe the wrong one."""
     for file in CSRC:
         if file.relative_to(ROOT / "csrc").parts[0] in ("cpu", "common"):
             if file.name in ("dispatch.cpp", "scratch.cpp"):
                 continue  # compiled once, for the baseline
-            c_headers = {"cstdint", "cstddef", "cstring", "cmath", "climits", "cfloat", "type_traits", "utility", "limits"}
-            standard = {name for name in _includes(file) if "/" not in name and not name.endswith((".h", ".cuh"))}
+            c_headers = {
+                "cstdint",
+                "cstddef",
+                "cstring",
+                "cmath",
+                "climits",
+                "cfloat",
+                "type_traits",
+                "utility",
+                "limits",
+            }
+            standard = {
+                name for name in _includes(file) if "/" not in name and not name.endswith((".h", ".cuh"))
+            }
             assert standard <= c_headers, f"{file} includes {standard - c_headers}"
 
 
-# ---- What users see ----------------------------------------------------------------------------------------------------
+# ---- What users see ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in pykernels.__all__ if not name.startswith("__")])
@@ -151,8 +202,12 @@ def test_public_names_are_documented(name):
     assert documentation and documentation[0].isupper() and documentation.splitlines()[0].endswith("."), name
 
 
-FUNCTIONS = [getattr(pykernels, name) for name in pykernels.__all__ if inspect.isfunction(getattr(pykernels, name))
-             and inspect.getmodule(getattr(pykernels, name)).__name__.startswith("pykernels.ops.")]
+FUNCTIONS = [
+    getattr(pykernels, name)
+    for name in pykernels.__all__
+    if inspect.isfunction(getattr(pykernels, name))
+    and inspect.getmodule(getattr(pykernels, name)).__name__.startswith("pykernels.ops.")
+]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
@@ -162,7 +217,9 @@ def test_docstrings_name_every_argument_and_say_what_comes_back_and_what_is_rais
         assert f"\n{section}" in documentation, section
     arguments = documentation.split("\nArgs:")[1].split("\nReturns:")[0]
     for name in inspect.signature(function).parameters:
-        assert re.search(rf"^ {{4}}[\w, ]*\b{name}\b[\w, ]*:", arguments, re.MULTILINE), f"{name} is not described"
+        assert re.search(rf"^ {{4}}[\w, ]*\b{name}\b[\w, ]*:", arguments, re.MULTILINE), (
+            f"{name} is not described"
+        )
     assert "BackendUnavailable" in documentation.split("\nRaises:")[1]
 
 

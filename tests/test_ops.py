@@ -1,4 +1,4 @@
-"""What must hold for every op: numbers within their error budgets on every backend, clean inputs, repeatability, bad input.
+"""What must hold for every op: numbers within their budgets on every backend, clean inputs, repeatability, bad input.
 
 Everything here is driven by the descriptions in `pykernels.testing.OPS`; what is particular to an op is in tests/ops.
 """
@@ -30,14 +30,21 @@ def _ids(*parts) -> str:
 
 
 def _matrix(cases, targets_of=targets):
-    return [pytest.param(op, target, dtype, case, id=_ids(op, target, dtype, case))
-            for op in OPS for target in targets_of(op if targets_of is _compiled else op.op) for dtype in dtypes(op.op, target)
-            for case in cases(op) if dtype in case.dtypes]
+    return [
+        pytest.param(op, target, dtype, case, id=_ids(op, target, dtype, case))
+        for op in OPS
+        for target in targets_of(op if targets_of is _compiled else op.op)
+        for dtype in dtypes(op.op, target)
+        for case in cases(op)
+        if dtype in case.dtypes
+    ]
 
 
 def _assert_bitwise(actual, expected, context=""):
     for name, x in expected.items():
-        assert torch.equal(actual[name].nan_to_num(nan=12345.0), x.nan_to_num(nan=12345.0)), f"{name} differs {context}"
+        assert torch.equal(actual[name].nan_to_num(nan=12345.0), x.nan_to_num(nan=12345.0)), (
+            f"{name} differs {context}"
+        )
 
 
 def _assert_meaningful(values):
@@ -67,8 +74,9 @@ def test_deterministic_results_are_bitwise_repeatable_and_as_exact(op, target, d
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
 
 
-@pytest.mark.parametrize("op, target, dtype, case",
-                         [p for p in _matrix(_selected, _compiled) if p.values[1].device == "cpu"])
+@pytest.mark.parametrize(
+    "op, target, dtype, case", [p for p in _matrix(_selected, _compiled) if p.values[1].device == "cpu"]
+)
 def test_deterministic_results_do_not_depend_on_the_thread_count(op, target, dtype, case):
     sample = case.make(dtype, target.device)
     if "deterministic" in inspect.signature(op.function).parameters:
@@ -83,8 +91,10 @@ def test_deterministic_results_do_not_depend_on_the_thread_count(op, target, dty
         _assert_bitwise(result, results[0], f"on {threads} threads")
 
 
-@pytest.mark.parametrize("op, target, dtype, case",
-                         [p for p in _matrix(_selected, _compiled) if p.values[1].device == "cpu" and p.values[0].outputs])
+@pytest.mark.parametrize(
+    "op, target, dtype, case",
+    [p for p in _matrix(_selected, _compiled) if p.values[1].device == "cpu" and p.values[0].outputs],
+)
 def test_forward_does_not_depend_on_the_thread_count_or_grad_mode(op, target, dtype, case):
     sample = case.make(dtype, target.device)
     with target.active():
@@ -106,15 +116,21 @@ def test_inputs_are_not_modified_and_outputs_do_not_alias_them(op, target, dtype
         # Overwritten arguments are copied by `run`; the op's own tests look at those.
         result = run(op, sample, target.backend)
     for name, x in sample.tensors().items():
-        assert torch.equal(x.nan_to_num(nan=12345.0), before[name].nan_to_num(nan=12345.0)), f"{name} was modified"
+        assert torch.equal(x.nan_to_num(nan=12345.0), before[name].nan_to_num(nan=12345.0)), (
+            f"{name} was modified"
+        )
         assert x._version == versions[name], f"{name}'s version was bumped"
-    storages = [x.untyped_storage().data_ptr() for x in [*sample.tensors().values(), *result.values()] if x.numel()]
+    storages = [
+        x.untyped_storage().data_ptr() for x in [*sample.tensors().values(), *result.values()] if x.numel()
+    ]
     of_inputs = {x.untyped_storage().data_ptr() for x in sample.tensors().values() if x.numel()}
     of_outputs = [x.untyped_storage().data_ptr() for x in result.values() if x.numel()]
     assert not of_inputs & set(of_outputs) and len(set(of_outputs)) == len(of_outputs), storages
 
 
-@pytest.mark.parametrize("op, bad", [pytest.param(op, bad, id=_ids(op, bad)) for op in OPS for bad in op.bad_inputs()])
+@pytest.mark.parametrize(
+    "op, bad", [pytest.param(op, bad, id=_ids(op, bad)) for op in OPS for bad in op.bad_inputs()]
+)
 def test_bad_input_is_rejected_before_anything_is_written(op, bad):
     good = op.good.make(torch.float32, "cpu")
     for backend in {target.backend for target in targets(op.op)}:
@@ -125,7 +141,9 @@ def test_bad_input_is_rejected_before_anything_is_written(op, bad):
         assert type(caught.value) is bad.exception
         for name, x in before.items():
             if x.device.type != "meta":
-                assert torch.equal(args[name].nan_to_num(nan=12345.0), x.nan_to_num(nan=12345.0)), f"{name} was written"
+                assert torch.equal(args[name].nan_to_num(nan=12345.0), x.nan_to_num(nan=12345.0)), (
+                    f"{name} was written"
+                )
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)

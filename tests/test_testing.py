@@ -15,6 +15,7 @@ REFERENCE = Target("reference", "cpu")
 
 def _tampered(op, change):
     """The description with a function whose outputs are changed."""
+
     def function(**args):
         return tuple(change(x) for x in op.function(**args))
 
@@ -33,8 +34,14 @@ def _errors(op, change, dtype=torch.float32):
 def test_wrong_functions_are_caught(op, dtype):
     assert all(error.ok for error in _errors(op, lambda x: x, dtype))
     small = 40 * torch.finfo(dtype).eps
-    for change in (torch.zeros_like, lambda x: x * (1 + small), lambda x: x.flip(0), lambda x: x + torch.nan,
-                   lambda x: x.to(torch.float16), lambda x: x[:1]):
+    for change in (
+        torch.zeros_like,
+        lambda x: x * (1 + small),
+        lambda x: x.flip(0),
+        lambda x: x + torch.nan,
+        lambda x: x.to(torch.float16),
+        lambda x: x[:1],
+    ):
         assert not any(error.ok for error in _errors(op, change, dtype))
 
 
@@ -42,7 +49,16 @@ def test_compare_wants_infinities_and_nans_where_they_belong():
     reference = torch.tensor([1.0, -torch.inf, torch.nan, torch.inf], dtype=torch.float64)
     right = reference.float()
     assert compare("x", right, reference, right).ok
-    for i, wrong in ((0, torch.nan), (0, torch.inf), (1, torch.inf), (1, torch.nan), (1, -3e38), (2, 0.0), (2, torch.inf), (3, 1.0)):
+    for i, wrong in (
+        (0, torch.nan),
+        (0, torch.inf),
+        (1, torch.inf),
+        (1, torch.nan),
+        (1, -3e38),
+        (2, 0.0),
+        (2, torch.inf),
+        (3, 1.0),
+    ):
         x = right.clone()
         x[i] = wrong
         assert not compare("x", x, reference, right).ok, (i, wrong)
@@ -73,7 +89,9 @@ def test_exact_zeros_are_demanded_of_a_zero_tensor():
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_samples_are_the_same_every_time_and_for_every_dtype(op):
     for case in op.cases[:6]:
-        wide, again, narrow = (case.make(dtype, "cpu").tensors() for dtype in (torch.float64, torch.float64, torch.bfloat16))
+        wide, again, narrow = (
+            case.make(dtype, "cpu").tensors() for dtype in (torch.float64, torch.float64, torch.bfloat16)
+        )
         for name, x in wide.items():
             assert torch.equal(x.nan_to_num(), again[name].nan_to_num())
             if x.is_floating_point():

@@ -11,26 +11,38 @@ import pykernels
 from pykernels.testing import FLASH_ATTENTION, OPS, dtypes, run, targets
 from pykernels.testing.flash_attention import attention_case, decode_case
 
-COMPILED = [(op, target) for op in OPS for target in targets(op.op, every_isa=False) if target.backend != "reference"]
-on_compiled = pytest.mark.parametrize("op, target", [pytest.param(*pair, id=f"{pair[0]}-{pair[1]}") for pair in COMPILED])
+COMPILED = [
+    (op, target) for op in OPS for target in targets(op.op, every_isa=False) if target.backend != "reference"
+]
+on_compiled = pytest.mark.parametrize(
+    "op, target", [pytest.param(*pair, id=f"{pair[0]}-{pair[1]}") for pair in COMPILED]
+)
 TARGETS = list(dict.fromkeys(target for _, target in COMPILED))
 on_targets = pytest.mark.parametrize("target", TARGETS, ids=str)
 
 
 def _registered() -> set[str]:
-    return {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pykernels::")}
+    return {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("pykernels::")
+    }
 
 
 def test_every_registered_op_belongs_to_a_description():
     """So that opcheck below forgets none."""
-    described = {name.format(backend=backend) for op in OPS for name in op.torch_ops for backend in op.op.backends}
+    described = {
+        name.format(backend=backend) for op in OPS for name in op.torch_ops for backend in op.op.backends
+    }
     assert _registered() - described <= {"cuda_probe"}  # of `python -m pykernels info`
     assert {f"{name}_fwd_cpu" for name in ("flash_attention",)} <= _registered()
 
 
 @on_compiled
 def test_opcheck(op, target):
-    layouts = [case for case in op.cases if case.name in ("layout-heads-first", "packed-causal-gqa", "no-append")]
+    layouts = [
+        case for case in op.cases if case.name in ("layout-heads-first", "packed-causal-gqa", "no-append")
+    ]
     assert len(layouts) >= 2
     checked = set()
     for case in [*layouts, op.good]:
@@ -54,7 +66,12 @@ def test_fakes_know_shapes_dtypes_and_strides(op, target):
                 with FakeTensorMode() as mode:
                     fake = torch_op(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
                 for x, y in zip(real or (), fake or (), strict=True):
-                    assert (x.shape, x.dtype, x.stride(), x.device) == (y.shape, y.dtype, y.stride(), y.device), (name, case)
+                    assert (x.shape, x.dtype, x.stride(), x.device) == (
+                        y.shape,
+                        y.dtype,
+                        y.stride(),
+                        y.device,
+                    ), (name, case)
 
 
 def _training_step(backend, **options):
@@ -79,8 +96,14 @@ def test_compile_with_dynamic_shapes_forward_and_backward(target):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for tokens in (33, 70, 129):
-        leaves = [x.requires_grad_() for x in attention_case(f"compile-{tokens}", batch=2, tq=tokens, tk=tokens + 5, heads_q=4, heads_k=2,
-                                                             head_dim=32).make(torch.float32, target.device).args.values()]
+        leaves = [
+            x.requires_grad_()
+            for x in attention_case(
+                f"compile-{tokens}", batch=2, tq=tokens, tk=tokens + 5, heads_q=4, heads_k=2, head_dim=32
+            )
+            .make(torch.float32, target.device)
+            .args.values()
+        ]
         eager, fast = step(*leaves), compiled(*leaves)
         torch.testing.assert_close(fast, eager)
         for ours, theirs in zip(torch.autograd.grad(fast, leaves), torch.autograd.grad(eager, leaves)):
@@ -92,6 +115,7 @@ def test_compile_with_dynamic_shapes_forward_and_backward(target):
 @on_targets
 def test_compile_packed_and_default_backend(target):
     """cu_seqlens as an input of the graph, the backend chosen inside it."""
+
     def function(q, k, v, cu_seqlens):
         return pykernels.flash_attention(q, k, v, cu_seqlens_q=cu_seqlens, causal=True) + 1
 
@@ -126,8 +150,11 @@ def test_compile_decode_writes_the_cache(target):
 def test_bad_input_is_rejected_while_compiling(target):
     q, k, v = torch.randn(3, 1, 4, 2, 8, device=target.device)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda q, k, v: pykernels.flash_attention(q, k, v, backend=target.backend), fullgraph=True,
-                             backend="aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: pykernels.flash_attention(q, k, v, backend=target.backend),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     with pytest.raises(Exception, match=r"k must have shape .*K=8.*7\]"):
         compiled(q, k[..., :7], v)
 
@@ -136,11 +163,16 @@ def test_bad_input_is_rejected_while_compiling(target):
 def test_export_and_reload(target):
     class Attention(torch.nn.Module):
         def forward(self, q, k, v):
-            return pykernels.flash_attention(q, k, v, causal=True, softcap=3.0, return_lse=True, backend=target.backend)
+            return pykernels.flash_attention(
+                q, k, v, causal=True, softcap=3.0, return_lse=True, backend=target.backend
+            )
 
     def inputs(tokens):
-        return tuple(attention_case(f"export-{tokens}", batch=2, tq=tokens, heads_q=4, heads_k=2, head_dim=24)
-                     .make(torch.float32, target.device).args.values())
+        return tuple(
+            attention_case(f"export-{tokens}", batch=2, tq=tokens, heads_q=4, heads_k=2, head_dim=24)
+            .make(torch.float32, target.device)
+            .args.values()
+        )
 
     tokens = torch.export.Dim("tokens", min=2, max=4096)
     program = torch.export.export(Attention(), inputs(40), dynamic_shapes=[{1: tokens}] * 3)
@@ -163,25 +195,33 @@ def test_autocast_computes_in_the_autocast_dtype(target, dtype):
     leaves = [x.clone().requires_grad_() for x in sample.args.values()]
     with torch.autocast(target.device, dtype=dtype):
         out, lse = pykernels.flash_attention(*leaves, return_lse=True, backend=target.backend)
-        assert pykernels.flash_attention(*(x.double() for x in leaves), backend="reference").dtype == torch.float64
+        assert (
+            pykernels.flash_attention(*(x.double() for x in leaves), backend="reference").dtype == torch.float64
+        )
     assert out.dtype == dtype and lse.dtype == torch.float32
     narrow = [x.to(dtype).requires_grad_() for x in sample.args.values()]
     wanted, wanted_lse = pykernels.flash_attention(*narrow, return_lse=True, backend=target.backend)
     assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
-    for ours, theirs in zip(torch.autograd.grad(out.float().square().sum(), leaves),
-                            torch.autograd.grad(wanted.float().square().sum(), narrow)):
+    for ours, theirs in zip(
+        torch.autograd.grad(out.float().square().sum(), leaves),
+        torch.autograd.grad(wanted.float().square().sum(), narrow),
+    ):
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float()) and ours.abs().max() > 0
 
 
 @on_targets
 def test_autocast_of_mixed_inputs(target):
     """As projections under autocast give them: some tensors narrow, some still wide."""
-    q, k, v = attention_case("autocast-mixed", tq=20, head_dim=16).make(torch.float32, target.device).args.values()
+    q, k, v = (
+        attention_case("autocast-mixed", tq=20, head_dim=16).make(torch.float32, target.device).args.values()
+    )
     with pytest.raises(TypeError, match="k must have q's dtype"):
         pykernels.flash_attention(q.bfloat16(), k, v, backend=target.backend)
     with torch.autocast(target.device, dtype=torch.bfloat16):
         mixed = pykernels.flash_attention(q.bfloat16(), k, v.bfloat16(), backend=target.backend)
-    assert torch.equal(mixed, pykernels.flash_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=target.backend))
+    assert torch.equal(
+        mixed, pykernels.flash_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=target.backend)
+    )
 
 
 @on_compiled
@@ -221,7 +261,10 @@ def test_activation_checkpointing(target):
 def test_saved_tensors_are_inputs_and_outputs_only(target):
     """What backward keeps alive is linear in the length: q, k, v, out, lse."""
     sizes = []
-    leaves = [x.requires_grad_() for x in attention_case("saved", tq=64, head_dim=8).make(torch.float32, target.device).args.values()]
+    leaves = [
+        x.requires_grad_()
+        for x in attention_case("saved", tq=64, head_dim=8).make(torch.float32, target.device).args.values()
+    ]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
         pykernels.flash_attention(*leaves, backend=target.backend)
     assert sorted(sizes) == sorted([64 * 2 * 8] * 4 + [64 * 2])
@@ -229,7 +272,9 @@ def test_saved_tensors_are_inputs_and_outputs_only(target):
 
 @on_targets
 def test_deepcopy_pickle_and_hooks_see_plain_tensors(target):
-    q, k, v = (x.requires_grad_() for x in FLASH_ATTENTION.good.make(torch.float32, target.device).args.values())
+    q, k, v = (
+        x.requires_grad_() for x in FLASH_ATTENTION.good.make(torch.float32, target.device).args.values()
+    )
     seen = []
     out = pykernels.flash_attention(q, k, v, backend=target.backend)
     out.register_hook(lambda gradient: seen.append(gradient) or gradient * 2)

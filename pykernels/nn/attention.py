@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
     def init_state(self, batch: int, max_tokens: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype | None = None) -> AttentionState:
-        """An empty cache for `batch` sequences of at most `max_tokens`; defaults: where and in what the layer computes."""
+        """An empty cache for `batch` sequences of at most `max_tokens`, by default where and in what it computes."""
         if not self.causal:
             raise ValueError("causal must be True for a layer that continues sequences, got a layer with causal=False")
         device = self.qkv.weight.device if device is None else torch.device(device)

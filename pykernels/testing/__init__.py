@@ -1,9 +1,9 @@
 """What tests, benchmarks and `python -m pykernels verify` share: each op described once, and checks that use it.
 
-`OPS` holds one `Description` per public function: how to make its inputs, what it returns and overwrites, which ops of
-torch.ops.pykernels serve it, which inputs it must reject, and what PyTorch itself offers instead. `check` runs one case of a
-description on one `Target` (a backend on a device, on the CPU with one instruction set) and reports the error of every output
-and gradient beside its budget. A new op adds a module here and an entry to `OPS`.
+`OPS` holds one `Description` per public function: how to make its inputs, what it returns and overwrites, which
+ops of torch.ops.pykernels serve it, which inputs it must reject, and what PyTorch itself offers instead. `check`
+runs one case of a description on one `Target` (a backend on a device, on the CPU with one instruction set) and
+reports the error of every output and gradient beside its budget. A new op adds a module here and an entry to `OPS`.
 """
 
 from __future__ import annotations

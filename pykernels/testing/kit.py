@@ -24,7 +24,10 @@ class Sample:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Sample:
         """The sample with `function` applied to its floating-point tensors."""
-        args = {name: function(x) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in self.args.items()}
+        args = {
+            name: function(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in self.args.items()
+        }
         return Sample(args, self.differentiable)
 
     def replace(self, **args: Any) -> Sample:
@@ -72,10 +75,16 @@ class Description:
     extremes: tuple[Case, ...]  # calls at the edges that still must meet the error budget
     good: Case  # what `bad_inputs` change
     bad_inputs: Callable[[], Iterable[BadInput]]
-    torch_ops: tuple[str, ...]  # the ops of torch.ops.pykernels behind it, "{backend}" where the backend's name stands
-    calls: Callable[[Sample, str], Iterable[tuple[str, tuple]]]  # (sample, backend) -> (name of the torch op, its arguments)
+    torch_ops: tuple[
+        str, ...
+    ]  # the ops of torch.ops.pykernels behind it, "{backend}" where the backend's name stands
+    calls: Callable[
+        [Sample, str], Iterable[tuple[str, tuple]]
+    ]  # (sample, backend) -> (name of the torch op, its arguments)
     timing: Case  # what `verify` times
-    peer: Callable[[Sample], Callable[..., Tensor] | None]  # PyTorch's own path as a function of the tensors in `args`
+    peer: Callable[
+        [Sample], Callable[..., Tensor] | None
+    ]  # PyTorch's own path as a function of the tensors in `args`
 
     @property
     def name(self) -> str:
@@ -105,7 +114,9 @@ def cotangents(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def run(op: Description, sample: Sample, backend: str, *, grad: bool | Mapping[str, Tensor] = True) -> dict[str, Tensor]:
+def run(
+    op: Description, sample: Sample, backend: str, *, grad: bool | Mapping[str, Tensor] = True
+) -> dict[str, Tensor]:
     """Calls the function -> {output: value, overwritten argument: value, "d" + argument: gradient}.
 
     `grad` may hold the outputs' cotangents; True takes those of `cotangents`; outputs it leaves out get none.
@@ -120,38 +131,52 @@ def run(op: Description, sample: Sample, backend: str, *, grad: bool | Mapping[s
     result = {name: x.detach() for name, x in outputs.items()} | {name: args[name] for name in op.mutates}
     if wanted:
         given = cotangents(outputs) if grad is True else grad
-        gradients = torch.autograd.grad([outputs[name] for name in given], [args[name] for name in wanted], list(given.values()),
-                                        materialize_grads=True)
+        gradients = torch.autograd.grad(
+            [outputs[name] for name in given],
+            [args[name] for name in wanted],
+            list(given.values()),
+            materialize_grads=True,
+        )
         result |= {"d" + name: x for name, x in zip(wanted, gradients)}
     return result
 
 
-def _both(op: Description, sample: Sample, through: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _both(
+    op: Description, sample: Sample, through: tuple[str, ...]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The reference's values in float64 and in the sample's own dtype, from the same inputs and cotangents."""
     plain = run(op, sample, "reference", grad=False)
     given = cotangents({name: plain[name] for name in through})
     plain = run(op, sample, "reference", grad=given)
-    return run(op, sample.map(Tensor.double), "reference", grad={name: x.double() for name, x in given.items()}), plain
+    return run(
+        op, sample.map(Tensor.double), "reference", grad={name: x.double() for name, x in given.items()}
+    ), plain
 
 
 @functools.lru_cache(maxsize=512)
-def expected(op: Description, case: Case, dtype: torch.dtype, device: str = "cpu",
-             through: tuple[str, ...] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(reference, yardstick): the definition in float64 on the inputs rounded to `dtype`, and computed in `dtype` itself.
+def expected(
+    op: Description, case: Case, dtype: torch.dtype, device: str = "cpu", through: tuple[str, ...] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(reference, yardstick): the definition in float64 on the inputs rounded to `dtype`, and in `dtype` itself.
 
-    `through` names the outputs that get a cotangent (None: all). In float64 the two would be one, so there the yardstick's
-    errors are those of float32, scaled to float64's precision.
+    `through` names the outputs that get a cotangent (None: all). In float64 the two would be one, so there the
+    yardstick's errors are those of float32, scaled to float64's precision.
     """
     through = op.outputs if through is None else through
     reference, yardstick = _both(op, case.make(dtype, device), through)
     if dtype == torch.float64:
         wide, narrow = _both(op, case.make(torch.float32, device), through)
         share = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        errors = {name: (narrow[name].double() - x).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for name, x in wide.items()}
+        errors = {
+            name: (narrow[name].double() - x).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            for name, x in wide.items()
+        }
         yardstick = {name: x + share * errors[name] for name, x in reference.items()}
     for name, x in reference.items():
         if not torch.equal(yardstick[name].isfinite(), x.isfinite()):
-            raise ValueError(f"{op} {case}: {name} leaves the range of {dtype} in the plain composition: that is no yardstick")
+            raise ValueError(
+                f"{op} {case}: {name} leaves the range of {dtype} in the plain composition: that is no yardstick"
+            )
     return reference, yardstick
 
 
@@ -162,7 +187,9 @@ class Error:
     tensor: str
     error: float
     budget: float
-    problem: str | None = None  # what no budget excuses: a wrong shape or dtype, NaN or infinity at the wrong place
+    problem: str | None = (
+        None  # what no budget excuses: a wrong shape or dtype, NaN or infinity at the wrong place
+    )
 
     @property
     def ok(self) -> bool:
@@ -184,11 +211,15 @@ def _distance(actual: Tensor, reference: Tensor) -> tuple[float, float, str | No
         problem = f"{int((~actual[finite].isfinite()).sum())} values are NaN or infinite"
     if not finite.any():
         return 0.0, 0.0, problem
-    return float((actual - reference)[finite].abs().nan_to_num(nan=torch.inf).max()), float(reference[finite].abs().max()), problem
+    return (
+        float((actual - reference)[finite].abs().nan_to_num(nan=torch.inf).max()),
+        float(reference[finite].abs().max()),
+        problem,
+    )
 
 
 def compare(name: str, actual: Tensor, reference: Tensor, yardstick: Tensor) -> Error:
-    """The error of `actual`; its budget is twice the yardstick's, 4 ulp of the compute dtype, and one rounding of the output."""
+    """The error of `actual`; the budget: twice the yardstick's, 4 ulp of the compute dtype, a rounding of the output."""
     for what in ("shape", "dtype", "device"):
         came, wanted = getattr(actual, what), getattr(yardstick, what)
         if came != wanted:
@@ -205,13 +236,19 @@ def compare(name: str, actual: Tensor, reference: Tensor, yardstick: Tensor) -> 
     return Error(name, error / largest, (2 * plain + 4 * ulp + rounding) / largest, problem)
 
 
-def check(op: Description, case: Case, dtype: torch.dtype, target: Target, through: tuple[str, ...] | None = None,
-          **options: Any) -> list[Error]:
+def check(
+    op: Description,
+    case: Case,
+    dtype: torch.dtype,
+    target: Target,
+    through: tuple[str, ...] | None = None,
+    **options: Any,
+) -> list[Error]:
     """Runs a case on a target and compares every output and gradient with the float64 reference.
 
-    Memory is poisoned: what is allocated starts as NaN, and the cpu kernels' scratch holds what a call on NaN left in it.
-    `through` names the outputs that get a cotangent (None: all); `options` are further arguments of the function, such as
-    deterministic=True.
+    Memory is poisoned: what is allocated starts as NaN, and the cpu kernels' scratch holds what a call on NaN left
+    in it. `through` names the outputs that get a cotangent (None: all); `options` are further arguments of the
+    function, such as deterministic=True.
     """
     reference, yardstick = expected(op, case, dtype, target.device, through)
     sample = case.make(dtype, target.device).replace(**options)

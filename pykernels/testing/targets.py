@@ -37,11 +37,14 @@ def use_threads(threads: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that is allocated but not written is NaN: ATen fills it, for torch.empty as for the native library's outputs.
+    """Memory that is allocated but not written is NaN; ATen fills it, for torch.empty and for the native library alike.
 
     This is torch's deterministic mode, so inside it `deterministic=None` means True.
     """
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -72,7 +75,9 @@ class Target:
 
 def choice(op: backends.Op, backend: str, device: str, dtype: torch.dtype) -> backends.Choice:
     """What `backend` ("auto" or a name) would get for a plain call here."""
-    return backends.choose(op, backends.Query(device, dtype, {"head_dim": 64, "value_dim": 64}), backend, backends.environment())
+    return backends.choose(
+        op, backends.Query(device, dtype, {"head_dim": 64, "value_dim": 64}), backend, backends.environment()
+    )
 
 
 def devices() -> list[str]:
@@ -86,9 +91,11 @@ def devices() -> list[str]:
 
 
 def dtypes(op: backends.Op, target: Target) -> list[torch.dtype]:
-    """The dtypes to check on `target`: those it serves; of the reference only the wide ones, since it is its own yardstick."""
+    """The dtypes to check on `target`: those it serves; of the reference, itself the yardstick, only the wide ones."""
     candidates = (torch.float32, torch.float64) if target.backend == "reference" else DTYPES
-    return [dtype for dtype in candidates if choice(op, target.backend, target.device, dtype).backend is not None]
+    return [
+        dtype for dtype in candidates if choice(op, target.backend, target.device, dtype).backend is not None
+    ]
 
 
 def targets(op: backends.Op, every_isa: bool = True) -> list[Target]:

@@ -34,7 +34,9 @@ def _caches(k, v, capacity):
 
 @on_all
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("options", ({}, {"window": (9, None), "softcap": 3.0}), ids=("plain", "window-softcap"))
+@pytest.mark.parametrize(
+    "options", ({}, {"window": (9, None), "softcap": 3.0}), ids=("plain", "window-softcap")
+)
 def test_decoding_step_by_step_is_the_whole_at_once(target, dtype, options):
     if dtype not in dtypes(OP.op, target):
         return  # this target has no such dtype
@@ -46,8 +48,18 @@ def test_decoding_step_by_step_is_the_whole_at_once(target, dtype, options):
         whole = flash_attention(q, k, v, causal=True, **options, return_lse=True, backend=target.backend)
         for t in range(40):
             now = slice(t, t + 1)
-            steps.append(flash_attention_decode(q[:, now], *caches, lengths, k=k[:, now], v=v[:, now], **options, return_lse=True,
-                                                backend=target.backend))
+            steps.append(
+                flash_attention_decode(
+                    q[:, now],
+                    *caches,
+                    lengths,
+                    k=k[:, now],
+                    v=v[:, now],
+                    **options,
+                    return_lse=True,
+                    backend=target.backend,
+                )
+            )
             lengths += 1
     out, lse = torch.cat([out for out, _ in steps], 1), torch.cat([lse for _, lse in steps], 2)
     torch.testing.assert_close((out, lse), whole, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -65,7 +77,11 @@ def test_a_prompt_in_chunks_is_the_whole_at_once(target, dtype):
         for length in (70, 1, 9, 64, 6):
             now = slice(start, start + length)
             lengths = torch.full((2,), start, dtype=torch.int64, device=target.device)
-            outs.append(flash_attention_decode(q[:, now], *caches, lengths, k=k[:, now], v=v[:, now], backend=target.backend))
+            outs.append(
+                flash_attention_decode(
+                    q[:, now], *caches, lengths, k=k[:, now], v=v[:, now], backend=target.backend
+                )
+            )
             start += length
     torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -83,7 +99,7 @@ def test_append_writes_the_new_tokens_and_nothing_else(target, dtype):
     wanted = [whole.clone() for whole in wholes]
     for whole, new in zip(wanted, (k, v)):
         for b, length in enumerate(lengths):
-            whole[1 + b, 2 + length:2 + length + new_tokens, 1:3, 3:-5] = new[b]
+            whole[1 + b, 2 + length : 2 + length + new_tokens, 1:3, 3:-5] = new[b]
     versions = [cache._version for cache in caches]
     seqlens = torch.tensor(lengths, device=target.device)
     with target.active():
@@ -101,7 +117,9 @@ def test_without_new_tokens_nothing_is_written(target):
     versions = k._version, v._version
     before = k.clone(), v.clone()
     with target.active():
-        out = flash_attention_decode(q[:, -1:], k, v, torch.tensor([40, 33], device=target.device), backend=target.backend)
+        out = flash_attention_decode(
+            q[:, -1:], k, v, torch.tensor([40, 33], device=target.device), backend=target.backend
+        )
     assert torch.equal(k, before[0]) and torch.equal(v, before[1]) and (k._version, v._version) == versions
     assert out.abs().max() > 0
 
@@ -112,8 +130,15 @@ def test_autograd_notices_that_the_cache_was_overwritten(target):
     weight = torch.ones_like(k, requires_grad=True)
     product = (weight * k).sum()  # keeps k for its backward
     with target.active(), torch.no_grad():
-        flash_attention_decode(q[:, :1], k, v, torch.tensor([3, 4], device=target.device), k=k[:, :1].clone(), v=v[:, :1].clone(),
-                               backend=target.backend)
+        flash_attention_decode(
+            q[:, :1],
+            k,
+            v,
+            torch.tensor([3, 4], device=target.device),
+            k=k[:, :1].clone(),
+            v=v[:, :1].clone(),
+            backend=target.backend,
+        )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
 
@@ -131,24 +156,35 @@ def test_nothing_beyond_the_valid_length_is_read(target, tq):
             for b, length in enumerate(lengths.tolist()):
                 for cache in caches:
                     cache[b, length:] = filler
-            results.append(flash_attention_decode(q[:, :tq], *caches, lengths, causal=False, return_lse=True, backend=target.backend))
+            results.append(
+                flash_attention_decode(
+                    q[:, :tq], *caches, lengths, causal=False, return_lse=True, backend=target.backend
+                )
+            )
     for result in results[1:]:
         assert all(_same(x, y) for x, y in zip(result, results[0]))
     out, lse = results[0]
-    assert (out[0] == 0).all() and (lse[0] == -torch.inf).all() and out[1:].isfinite().all() and out[2].abs().max() > 0
+    assert (
+        (out[0] == 0).all()
+        and (lse[0] == -torch.inf).all()
+        and out[1:].isfinite().all()
+        and out[2].abs().max() > 0
+    )
 
 
 @on_compiled
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_a_batch_entry_alone_is_the_same_bitwise(target, dtype):
-    case = decode_case("alone", lengths=(3, 150, 77, 0), capacity=160, new_tokens=1, heads_q=8, heads_k=2, head_dim=64)
+    case = decode_case(
+        "alone", lengths=(3, 150, 77, 0), capacity=160, new_tokens=1, heads_q=8, heads_k=2, head_dim=64
+    )
     sample = case.make(dtype, target.device)
     with target.active():
         together = run(OP, sample, target.backend)
         for b in range(4):
-            part = sample.replace(**{name: x[b:b + 1] for name, x in sample.tensors().items()})
+            part = sample.replace(**{name: x[b : b + 1] for name, x in sample.tensors().items()})
             for name, x in run(OP, part, target.backend).items():
-                assert _same(x, together[name][b:b + 1]), (b, name)
+                assert _same(x, together[name][b : b + 1]), (b, name)
     assert together["out"].abs().max() > 0
 
 
@@ -171,10 +207,20 @@ def test_property_any_step_matches_the_reference(target, data):
     new_tokens = draw(st.none() | integers(0, 5))
     lengths = draw(st.lists(integers(0, 90), min_size=1, max_size=3))
     heads_k = draw(integers(1, 3))
-    case = decode_case("property", lengths=lengths, capacity=max(lengths) + (new_tokens or 0) + draw(integers(0, 3)),
-                       tq=draw(integers(1, 7)), new_tokens=new_tokens, heads_k=heads_k, heads_q=heads_k * draw(integers(1, 6)),
-                       head_dim=draw(integers(1, 150)), value_dim=draw(integers(1, 150)), causal=draw(st.booleans()),
-                       softcap=draw(st.sampled_from((0.0, 2.0))), window=(draw(st.none() | integers(0, 50)), None))
+    case = decode_case(
+        "property",
+        lengths=lengths,
+        capacity=max(lengths) + (new_tokens or 0) + draw(integers(0, 3)),
+        tq=draw(integers(1, 7)),
+        new_tokens=new_tokens,
+        heads_k=heads_k,
+        heads_q=heads_k * draw(integers(1, 6)),
+        head_dim=draw(integers(1, 150)),
+        value_dim=draw(integers(1, 150)),
+        causal=draw(st.booleans()),
+        softcap=draw(st.sampled_from((0.0, 2.0))),
+        window=(draw(st.none() | integers(0, 50)), None),
+    )
     errors = check(OP, case, draw(st.sampled_from(dtypes(OP.op, target))), target)
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
 
@@ -186,7 +232,9 @@ def test_lengths_are_clamped_where_they_are_not_checked(target):
     lengths = torch.tensor([3, 10**6], dtype=torch.int32, device=target.device)
     ops, suffix, options = torch.ops.pykernels, target.backend, (24**-0.5, 0.0, -1, 0)
     with target.active():
-        wanted = flash_attention_decode(q[:, :1], k, v, torch.tensor([3, 4], device=target.device), backend=target.backend)
+        wanted = flash_attention_decode(
+            q[:, :1], k, v, torch.tensor([3, 4], device=target.device), backend=target.backend
+        )
         out, _ = getattr(ops, f"flash_attention_decode_{suffix}")(q[:, :1], k, v, lengths, 0, *options)
         assert torch.equal(out, wanted)
         negative = torch.tensor([-5, -(2**31)], dtype=torch.int32, device=target.device)

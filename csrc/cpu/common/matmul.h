@@ -113,17 +113,41 @@ class Tiles {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
-    _tile_loadconfig(&config);
+    // Not the intrinsic: as far as GCC 12 knows that one reads only the first bytes, and it drops the stores of the others.
+    asm volatile("ldtilecfg %0" ::"m"(config));
 #endif
   }
   ~Tiles() {
 #if defined(PYKERNELS_HAS_AMX)
-    _tile_release();
+    asm volatile("tilerelease");
 #endif
   }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 };
+
+#if defined(PYKERNELS_HAS_AMX)
+// The instructions on tiles of 16 rows of 64 bytes. The compiler's intrinsics do not say that they read memory.
+namespace amx {
+template <int Tile>
+PYKERNELS_INLINE void zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
+}
+template <int Tile>
+PYKERNELS_INLINE void load(const void* p, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(Tile) : "memory");
+}
+template <int Tile>
+PYKERNELS_INLINE void store(void* p, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(Tile) : "memory");
+}
+// C += A B, 16 x 16 += 16 x 32 times 32 x 16.
+template <int TileC, int TileA, int TileB>
+PYKERNELS_INLINE void dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(TileC), "i"(TileA), "i"(TileB));
+}
+}  // namespace amx
+#endif
 
 // ---- the product -------------------------------------------------------------------------------------------------------
 
@@ -155,7 +179,7 @@ PYKERNELS_INLINE void register_tile(int depth, const typename C::Elem* a, int64_
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) sum[i][j] = accumulate ? load(c + i * ldc + j * lanes) : Vec<Acc>{};
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = Vec<Acc>{};
   for (int k = 0; k < depth; k += C::kPair) {
     decltype(load_b(b)) row[Vectors];
 #pragma GCC unroll 4
@@ -167,10 +191,15 @@ PYKERNELS_INLINE void register_tile(int depth, const typename C::Elem* a, int64_
     a += C::kPair;
     b += C::kPanel * C::kPair;
   }
+  // What C already holds is added last: a chain of additions as long as this depth, not as all calls' together, so that the
+  // rounding error does not grow with the sequence.
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) store(c + i * ldc + j * lanes, sum[i][j]);
+    for (int j = 0; j < Vectors; ++j) {
+      Acc* const at = c + i * ldc + j * lanes;
+      store(at, accumulate ? load(at) + sum[i][j] : sum[i][j]);
+    }
 }
 
 // The rows % kTileRows last rows: the tile of exactly that height.
@@ -208,35 +237,35 @@ PYKERNELS_INLINE void amx_tile(int depth, const BFloat16* a, int64_t lda, const 
   float* const c1 = c + 16 * ldc;
   const BFloat16* const a1 = a + 16 * lda;
   if (accumulate) {
-    _tile_loadd(0, c, c_bytes);
-    if constexpr (Vectors > 1) _tile_loadd(1, c + 16, c_bytes);
-    if constexpr (RowTiles > 1) _tile_loadd(2, c1, c_bytes);
-    if constexpr (RowTiles > 1 && Vectors > 1) _tile_loadd(3, c1 + 16, c_bytes);
+    amx::load<0>(c, c_bytes);
+    if constexpr (Vectors > 1) amx::load<1>(c + 16, c_bytes);
+    if constexpr (RowTiles > 1) amx::load<2>(c1, c_bytes);
+    if constexpr (RowTiles > 1 && Vectors > 1) amx::load<3>(c1 + 16, c_bytes);
   } else {
-    _tile_zero(0);
-    if constexpr (Vectors > 1) _tile_zero(1);
-    if constexpr (RowTiles > 1) _tile_zero(2);
-    if constexpr (RowTiles > 1 && Vectors > 1) _tile_zero(3);
+    amx::zero<0>();
+    if constexpr (Vectors > 1) amx::zero<1>();
+    if constexpr (RowTiles > 1) amx::zero<2>();
+    if constexpr (RowTiles > 1 && Vectors > 1) amx::zero<3>();
   }
   for (int k = 0; k < depth; k += 32) {
-    _tile_loadd(6, b, b_bytes);
-    _tile_loadd(4, a + k, a_bytes);
-    _tile_dpbf16ps(0, 4, 6);
+    amx::load<6>(b, b_bytes);
+    amx::load<4>(a + k, a_bytes);
+    amx::dot<0, 4, 6>();
     if constexpr (Vectors > 1) {
-      _tile_loadd(7, b + 32, b_bytes);
-      _tile_dpbf16ps(1, 4, 7);
+      amx::load<7>(b + 32, b_bytes);
+      amx::dot<1, 4, 7>();
     }
     if constexpr (RowTiles > 1) {
-      _tile_loadd(5, a1 + k, a_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (Vectors > 1) _tile_dpbf16ps(3, 5, 7);
+      amx::load<5>(a1 + k, a_bytes);
+      amx::dot<2, 5, 6>();
+      if constexpr (Vectors > 1) amx::dot<3, 5, 7>();
     }
     b += 2 * 512;
   }
-  _tile_stored(0, c, c_bytes);
-  if constexpr (Vectors > 1) _tile_stored(1, c + 16, c_bytes);
-  if constexpr (RowTiles > 1) _tile_stored(2, c1, c_bytes);
-  if constexpr (RowTiles > 1 && Vectors > 1) _tile_stored(3, c1 + 16, c_bytes);
+  amx::store<0>(c, c_bytes);
+  if constexpr (Vectors > 1) amx::store<1>(c + 16, c_bytes);
+  if constexpr (RowTiles > 1) amx::store<2>(c1, c_bytes);
+  if constexpr (RowTiles > 1 && Vectors > 1) amx::store<3>(c1 + 16, c_bytes);
 }
 
 template <int Vectors>
@@ -296,26 +325,34 @@ PYKERNELS_INLINE VecU32 interleave(HalfU16 low, HalfU16 high) {
 
 }  // namespace detail
 
+// An Order of pack_rows: the row of the source that row k of B takes, a permutation of each kBlock rows (to a multiple of which
+// the depth is then padded).
+struct NaturalOrder {
+  static constexpr int kBlock = 1;
+  static constexpr int source(int k) { return k; }
+};
+
 // B[k][n] = source[k * stride + n]: rows of the source are rows of B. T is any storage type that C's Acc can hold.
-template <class C, class T>
+template <class C, class Order = NaturalOrder, class T>
 void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64_t stride, int depth, int columns) {
   using Acc = typename C::Acc;
   constexpr int lanes = kLanes<Acc>;
-  const int depth_padded = round_up(depth, C::kDepthAlign), columns_padded = round_up(columns, C::kColumnAlign);
+  const int depth_padded = round_up(depth, most(C::kDepthAlign, Order::kBlock)), columns_padded = round_up(columns, C::kColumnAlign);
   for (int first = 0; first < columns_padded; first += C::kPanel, b += panel_stride) {
     const int width = least(C::kPanel, columns_padded - first);
     for (int k = 0; k < depth_padded; k += C::kPair) {
       typename C::Elem* const row = b + k * C::kPanel;
-      const T* const from = source + k * stride + first;
+      const int row0 = Order::source(k), row1 = C::kPair == 1 ? row0 : Order::source(k + 1);
+      const T* const from0 = source + (row0 < depth ? row0 : 0) * stride + first;
+      const T* const from1 = source + (row1 < depth ? row1 : 0) * stride + first;
       for (int n = 0; n < width; n += lanes) {
         const int64_t left = columns - first - n;
         if constexpr (C::kPair == 1) {
-          store(row + n, load_upto(from + n, left));
+          store(row + n, load_upto(from0 + n, left));
         } else {
 #if defined(PYKERNELS_HAS_BF16_DOT)
-          const HalfU16 low = detail::load_bf16(from + n, k < depth ? left : 0);
-          const HalfU16 high = detail::load_bf16(from + n + (k + 1 < depth ? stride : 0), k + 1 < depth ? left : 0);
-          const VecU32 pairs = detail::interleave(low, high);
+          const VecU32 pairs = detail::interleave(detail::load_bf16(from0 + n, row0 < depth ? left : 0),
+                                                  detail::load_bf16(from1 + n, row1 < depth ? left : 0));
           __builtin_memcpy(row + 2 * n, &pairs, sizeof(pairs));
 #endif
         }

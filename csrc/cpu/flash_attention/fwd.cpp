@@ -85,13 +85,24 @@ struct Shape {
   using C = ComputeFor<T>;
 #if defined(PYKERNELS_HAS_AMX)
   static constexpr int kRows = sizeof(typename C::Elem) == 2 ? 32 : 24;
-  static constexpr int kKeys = sizeof(typename C::Elem) == 2 ? 256 : 128;
+  static constexpr int kKeys = sizeof(typename C::Elem) == 2 ? 512 : 128;
 #else
   static constexpr int kRows = 24;
   static constexpr int kKeys = 128;
 #endif
   static_assert(kRows % C::kRowAlign == 0 && kKeys % C::kPanel == 0 && kKeys % C::kDepthAlign == 0);
 };
+
+#if defined(PYKERNELS_HAS_AMX)
+// A packed B [32, 16] with ones in its first column.
+struct FirstColumn {
+  uint32_t pairs[16][16];
+  constexpr FirstColumn() : pairs() {
+    for (int k = 0; k < 16; ++k) pairs[k][0] = 0x3f803f80;
+  }
+};
+alignas(64) constexpr FirstColumn kFirstColumn;
+#endif
 
 // One thread's buffers, and the work of a task.
 template <class T>
@@ -100,6 +111,7 @@ class Worker {
   using Elem = typename C::Elem;
   using Acc = typename C::Acc;
   static constexpr int kRows = Shape<T>::kRows, kKeys = Shape<T>::kKeys, kLane = kLanes<Acc>;
+  static constexpr int kStride = kKeys + 64 / static_cast<int>(sizeof(Elem));  // of s_ and weights_; not a power of two
   static constexpr bool kFastExp = kHasFastExp2<C>;
 
  public:
@@ -114,8 +126,8 @@ class Worker {
     l_ = scratch.take<Acc>(problem.chunk_rows * kLane);
     k_ = scratch.take<Elem>(packed_size<C>(depth_, kKeys));
     v_ = scratch.take<Elem>(packed_size<C>(kKeys, width_));
-    s_ = scratch.take<Acc>(kRows * kKeys);
-    weights_ = sizeof(Elem) == sizeof(Acc) ? reinterpret_cast<Elem*>(s_) : scratch.take<Elem>(kRows * kKeys);
+    s_ = scratch.take<Acc>(kRows * kStride);
+    weights_ = sizeof(Elem) == sizeof(Acc) ? reinterpret_cast<Elem*>(s_) : scratch.take<Elem>(kRows * kStride);
   }
 
   void run(const Sequence& s, int64_t batch, int64_t head_k, int64_t chunk) {
@@ -164,7 +176,8 @@ class Worker {
     largest_q_ = largest;
     __builtin_memset(o_, 0, sizeof(Acc) * padded * width_);
     __builtin_memset(l_, 0, sizeof(Acc) * padded * kLane);
-    for (int row = 0; row < padded; ++row) m_[row] = -static_cast<Acc>(kInfinity);
+    // Rows beyond the last have a maximum at once: theirs, of zeros.
+    for (int row = 0; row < padded; ++row) m_[row] = row < rows_ ? -static_cast<Acc>(kInfinity) : 0;
   }
 
   static void negate(Elem* x, int n) {
@@ -183,7 +196,7 @@ class Worker {
     const T* const v = static_cast<const T*>(p_.v) + batch_ * p_.v_stride.batch + head_k_ * p_.v_stride.head +
                        (s_q_->k0 + key) * p_.v_stride.token;
     pack_columns<C>(k_, packed_panel<C>(depth_), k, p_.k_stride.token, static_cast<int>(p_.head_dim), n);
-    pack_rows<C>(v_, packed_panel<C>(kKeys), v, p_.v_stride.token, n, static_cast<int>(p_.value_dim));
+    pack_rows<C, WeightOrder<C>>(v_, packed_panel<C>(kKeys), v, p_.v_stride.token, n, static_cast<int>(p_.value_dim));
     if constexpr (kFastExp) {
       const double scale = p_.scale < 0 ? -p_.scale : p_.scale;
       const Acc bound = largest_magnitude(k, p_.k_stride.token, n, p_.head_dim) * largest_q_ *
@@ -202,9 +215,13 @@ class Worker {
     const int columns = static_cast<int>(least<int64_t>(kKeys, last.end - key)) - begin;
     if (columns <= 0) return;
     const int padded = round_up(columns, kSoftmaxColumns<C>);
+#if defined(PYKERNELS_HAS_AMX)
+    if constexpr (kFastExp)
+      if (fast_ && fused_tile(row, key, begin, padded, first, last)) return;
+#endif
 
     matmul<C>(rows, columns, depth_, {q_ + row * depth_, depth_},
-              {k_ + begin / C::kPanel * packed_panel<C>(depth_), packed_panel<C>(depth_)}, {s_, kKeys}, false);
+              {k_ + begin / C::kPanel * packed_panel<C>(depth_), packed_panel<C>(depth_)}, {s_, kStride}, false);
 
     const Acc scale = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
     Acc factor = scale;  // of the scores in s_, to units of log 2
@@ -213,25 +230,25 @@ class Worker {
       const Acc out = static_cast<Acc>(p_.softcap * kLog2e);
       for (int i = 0; i < rows; ++i)
         for (int j = 0; j < padded; j += kLane)
-          store(s_ + i * kKeys + j, tanh<Acc>(load(s_ + i * kKeys + j) * in) * out);
+          store(s_ + i * kStride + j, tanh<Acc>(load(s_ + i * kStride + j) * in) * out);
       factor = 1;
     } else if (scale == 0) {
       // Not a factor: hidden scores stay -infinity.
       for (int i = 0; i < rows; ++i)
-        for (int j = 0; j < padded; j += kLane) store(s_ + i * kKeys + j, load(s_ + i * kKeys + j) * scale);
+        for (int j = 0; j < padded; j += kLane) store(s_ + i * kStride + j, load(s_ + i * kStride + j) * scale);
       factor = 1;
     }
     const int64_t first_key = key + begin;
     if (last.begin > first_key || first.end < first_key + padded)
       for (int i = 0; i < rows; ++i) {
         const Range range = visible(problem_, *s_q_, token(row + i));
-        mask_row(s_ + i * kKeys, padded, range.begin - first_key, range.end - first_key);
+        mask_row(s_ + i * kStride, padded, range.begin - first_key, range.end - first_key);
       }
 
     Acc* const m = m_ + row;
     Acc* const l = l_ + row * kLane;
     Acc* const o = o_ + row * width_;
-    Softmax<C> softmax{rows, padded, s_, weights_, kKeys, factor, m, l, o, width_};
+    Softmax<C> softmax{rows, padded, s_, weights_, kStride, factor, m, l, o, width_};
     if constexpr (kFastExp) {
       if (fast_)
         softmax.fast();
@@ -240,8 +257,115 @@ class Worker {
     } else {
       softmax.exact();
     }
-    matmul<C>(rows, width_, columns, {weights_, kKeys}, {v_, packed_panel<C>(kKeys), begin}, {o, width_}, true);
+    matmul<C>(rows, width_, WeightOrder<C>::kBlock > 1 ? padded : columns, {weights_, kStride}, {v_, packed_panel<C>(kKeys), begin}, {o, width_}, true);
   }
+
+#if defined(PYKERNELS_HAS_AMX)
+  // The same in one pass for bf16 on AMX: while the tile unit multiplies the next 32 keys, the vector unit turns the scores of the
+  // last 32 into weights. Returns false, with l and o unchanged, where rows have no maximum yet to go by (the first keys are
+  // looked at for one), where their scores are too small for the table, or when one outgrows its maximum.
+  bool fused_tile(int row, int64_t key, int begin, int columns, Range first, Range last) {
+    static_assert(kRows == 32 && 2 * 32 * 32 <= kRows * kStride);
+    if (p_.softcap > 0 || p_.scale == 0) return false;
+    const float factor = static_cast<float>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
+    float* const m = m_ + row;
+    float* const buffers[2] = {s_, s_ + 32 * 32};
+    const BFloat16* const q = q_ + row * depth_;
+    const BFloat16* k = k_ + begin / 32 * packed_panel<C>(depth_);
+    const int64_t first_key = key + begin;
+
+    if (m[0] == -kInfinity) {
+      multiply_panel(q, k);
+      store_panel(buffers[0]);
+      if (last.begin > first_key || first.end < first_key + 32) mask_panel(buffers[0], row, first_key);
+      for (int i = 0; i < 32; ++i)
+        if (m[i] == -kInfinity)
+          m[i] = factor * reduce_max<float>(max<float>(load(buffers[0] + 32 * i), load(buffers[0] + 32 * i + 16)));
+    }
+    const __m512 m0 = _mm512_loadu_ps(m), m1 = _mm512_loadu_ps(m + 16);
+    const __m512 hidden = _mm512_set1_ps(-kInfinity), least_max = _mm512_set1_ps(kFastExp2Least);
+    if (_mm512_cmp_ps_mask(m0, hidden, _CMP_EQ_OQ) | _mm512_cmp_ps_mask(m1, hidden, _CMP_EQ_OQ)) return false;
+    if (!(_mm512_cmp_ps_mask(_mm512_abs_ps(m0), least_max, _CMP_GE_OQ) |
+          _mm512_cmp_ps_mask(_mm512_abs_ps(m1), least_max, _CMP_GE_OQ)))
+      return false;
+
+    alignas(64) float offsets[32];
+    _mm512_store_ps(offsets, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m0), _mm512_set1_ps(128)));
+    _mm512_store_ps(offsets + 16, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m1), _mm512_set1_ps(128)));
+    const __m512 slope = _mm512_set1_ps(factor * 128);
+    Exp2Table table;
+    for (int j = 0; j <= columns; j += 32) {
+      if (j < columns) multiply_panel(q, k);
+      if (j > 0) {
+        const float* const s = buffers[(j / 32 - 1) % 2];
+        BFloat16* const w = weights_ + j - 32;
+#pragma GCC unroll 4
+        for (int i = 0; i < 32; ++i)
+          _mm512_store_si512(w + i * kStride, table.weights(s + 32 * i, slope, _mm512_set1_ps(offsets[i])));
+      }
+      if (j < columns) {
+        float* const s = buffers[j / 32 % 2];
+        store_panel(s);
+        if (last.begin > first_key + j || first.end < first_key + j + 32) mask_panel(s, row, first_key + j);
+        k += packed_panel<C>(depth_);
+      }
+    }
+    if (table.overflow()) return false;
+
+    // l += P times a matrix whose first column is ones.
+    float* const l = l_ + row * 16;
+    amx::load<0>(l, 64);
+    amx::load<1>(l + 256, 64);
+    amx::load<6>(kFirstColumn.pairs, 64);
+    for (int j = 0; j < columns; j += 32) {
+      amx::load<4>(weights_ + j, 2 * kStride);
+      amx::dot<0, 4, 6>();
+      amx::load<5>(weights_ + 16 * kStride + j, 2 * kStride);
+      amx::dot<1, 5, 6>();
+    }
+    amx::store<0>(l, 64);
+    amx::store<1>(l + 256, 64);
+    matmul<C>(kRows, width_, columns, {weights_, kStride}, {v_, packed_panel<C>(kKeys), begin}, {o_ + row * width_, width_},
+              true);
+    return true;
+  }
+
+  // Scores of 32 rows and the 32 keys of a panel, into tiles 0 to 3, and from there to [32, 32] at s.
+  PYKERNELS_INLINE void multiply_panel(const BFloat16* q, const BFloat16* k) {
+    amx::zero<0>();
+    amx::zero<1>();
+    amx::zero<2>();
+    amx::zero<3>();
+    for (int d = 0; d < depth_; d += 32, k += 1024) {
+      amx::load<6>(k, 128);
+      amx::load<4>(q + d, 2 * depth_);
+      amx::dot<0, 4, 6>();
+      amx::load<7>(k + 32, 128);
+      amx::dot<1, 4, 7>();
+      amx::load<5>(q + 16 * depth_ + d, 2 * depth_);
+      amx::dot<2, 5, 6>();
+      amx::dot<3, 5, 7>();
+    }
+  }
+  PYKERNELS_INLINE void store_panel(float* s) {
+    amx::store<0>(s, 128);
+    amx::store<1>(s + 16, 128);
+    amx::store<2>(s + 512, 128);
+    amx::store<3>(s + 528, 128);
+  }
+
+  // Hides what the rows of a tile do not see of the 32 keys from `key` on.
+  void mask_panel(float* s, int row, int64_t key) {
+    const __m512 hidden = _mm512_set1_ps(-kInfinity);
+    const auto below = [](int64_t n) { return n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0u; };
+    for (int i = 0; i < least(kRows, rows_ - row); ++i, s += 32) {
+      const Range range = visible(problem_, *s_q_, token(row + i));
+      const uint32_t outside = ~below(range.end - key) | below(range.begin - key);
+      _mm512_mask_storeu_ps(s, static_cast<__mmask16>(outside), hidden);
+      _mm512_mask_storeu_ps(s + 16, static_cast<__mmask16>(outside >> 16), hidden);
+    }
+  }
+#endif
 
   void write() {
     T* const out = static_cast<T*>(p_.out);
@@ -274,8 +398,8 @@ class Worker {
   Acc* l_;         // [chunk_rows, lanes] row sums, to be added up
   Elem* k_;        // packed K^T [depth, keys]
   Elem* v_;        // packed V [keys, width]
-  Acc* s_;         // [kRows, kKeys] scores
-  Elem* weights_;  // [kRows, kKeys] P, in the place of the scores where they have the same type
+  Acc* s_;         // [kRows, kStride] scores
+  Elem* weights_;  // [kRows, kStride] P, in the place of the scores where they have the same type
 };
 
 // Tokens of packed input that belong to no sequence.

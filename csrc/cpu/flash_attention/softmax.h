@@ -41,16 +41,40 @@ template <class C>
 constexpr int kSoftmaxColumns = kHasFastExp2<C> ? 32 : C::kColumnAlign;
 
 #if defined(PYKERNELS_HAS_BF16_DOT) && defined(__AVX512VBMI__)
-// The mantissa bits of 2^(i / 128), rounded to bf16's seven.
-struct Exp2Mantissas {
-  uint8_t bits[128];
-  constexpr Exp2Mantissas() : bits() {
-    double power = 1;
-    for (int i = 0; i < 128; ++i, power *= 1.005429900864137)  // 2^(1/128)
-      bits[i] = static_cast<uint8_t>((power - 1) * 128 + 0.5);
+// What a linear mantissa of seven bits, f / 128, has too much of 2^(f / 128) - 1, in units of its last bit, for f = 2 i and
+// 2 i + 1 (the curve is so flat that one value serves both).
+struct Exp2Corrections {
+  uint8_t units[64];
+  constexpr Exp2Corrections() : units() {
+    double power = 1.0027112750502025;  // 2^(1/256), then times 2^(1/64)
+    for (int i = 0; i < 64; ++i, power *= 1.0108892860517005)
+      units[i] = static_cast<uint8_t>(2 * i + 0.5 - (power - 1) * 128 + 0.5);
   }
 };
-alignas(64) constexpr Exp2Mantissas kExp2Mantissas;
+alignas(64) constexpr Exp2Corrections kExp2Corrections;
+
+// Weights 2^x of 32 scores, as bf16, in the order below. A score times 128 log 2 units plus `offset` = 128 (127 - m), rounded to
+// an integer and saturated to 16 unsigned bits, is already a bf16 number with a linear mantissa, which the table corrects: 2^x to
+// 2^-8 relative in 4 instructions per 16 weights. What underflows or is hidden comes out as zero. `largest` keeps the largest
+// before the correction, so that overflow shows.
+struct Exp2Table {
+  __m512i units = _mm512_load_si512(kExp2Corrections.units);
+  __m512i largest = _mm512_setzero_si512();
+
+  PYKERNELS_INLINE __m512i weights(const float* scores, __m512 slope, __m512 offset) {
+    const __m512i a = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(scores), slope, offset));
+    const __m512i b = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(scores + 16), slope, offset));
+    const __m512i t = _mm512_packus_epi32(a, b);
+    largest = _mm512_max_epu16(largest, t);
+    // Low bytes look up bits 1-6; the mask clears the high ones.
+    const __m512i excess = _mm512_maskz_permutexvar_epi8(0x5555555555555555ull, _mm512_srli_epi16(t, 1), units);
+    return _mm512_sub_epi16(t, excess);
+  }
+  // Whether a weight passed 2^8.
+  PYKERNELS_INLINE bool overflow() const {
+    return _mm512_cmpgt_epu16_mask(largest, _mm512_set1_epi16((127 + 8) * 128)) != 0;
+  }
+};
 
 // The largest |x| of n x columns elements, NaN or infinity if there is one.
 inline float largest_magnitude(const BFloat16* x, int64_t stride, int64_t rows, int64_t columns) {
@@ -63,6 +87,23 @@ inline float largest_magnitude(const BFloat16* x, int64_t stride, int64_t rows, 
   return bit_cast<float>(_mm512_reduce_max_epu32(_mm512_and_si512(halves, _mm512_set1_epi32(~0xffff))));
 }
 #endif
+
+// The order that weights are in, and so the rows of the packed V: within each 32 keys, packing two vectors to half the width
+// takes four of each in turn.
+struct PackedOrder {
+  static constexpr int kBlock = 32;
+  static constexpr int source(int k) { return k / 32 * 32 + (k % 8 < 4 ? 0 : 16) + k % 32 / 8 * 4 + k % 4; }
+};
+template <bool Fast>
+struct WeightOrderOf {
+  using type = NaturalOrder;
+};
+template <>
+struct WeightOrderOf<true> {
+  using type = PackedOrder;
+};
+template <class C>
+using WeightOrder = typename WeightOrderOf<kHasFastExp2<C>>::type;
 
 template <class C>
 struct Softmax {
@@ -106,10 +147,22 @@ struct Softmax {
     if (here > m[i]) rescale(i, here);
     const Vec<Acc> base = splat(m[i] == -static_cast<Acc>(kInfinity) ? 0 : -m[i]);
     Vec<Acc> sum = load(l + i * kLane);
-    for (int j = 0; j < columns; j += kLane) {
-      const Vec<Acc> weight = exp2<Acc>(load(s + j) * factor + base);
-      sum += weight;
-      store(w + j, weight);
+    if constexpr (kHasFastExp2<C>) {
+#if defined(PYKERNELS_HAS_BF16_DOT)
+      const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+      for (int j = 0; j < columns; j += 32) {
+        const Vec<float> a = exp2<float>(load(s + j) * factor + base), b = exp2<float>(load(s + j + 16) * factor + base);
+        sum += a + b;
+        const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        _mm512_storeu_si512(w + j, _mm512_permutexvar_epi64(order, bits));
+      }
+#endif
+    } else {
+      for (int j = 0; j < columns; j += kLane) {
+        const Vec<Acc> weight = exp2<Acc>(load(s + j) * factor + base);
+        sum += weight;
+        store(w + j, weight);
+      }
     }
     store(l + i * kLane, sum);
   }
@@ -120,15 +173,9 @@ struct Softmax {
   }
 
 #if defined(PYKERNELS_HAS_BF16_DOT) && defined(__AVX512VBMI__)
-  // For bf16 weights. A score becomes t = 128 (score - m + 127) rounded to an integer and saturated to 16 unsigned bits: already
-  // a bf16 number with a linear mantissa, whose seven low bits a table then corrects. That is 2^x to 2^-8 relative, in 3.5
-  // instructions per 16 weights, and what underflows or is hidden comes out as zero. The sums are of the rounded weights.
-  // m lags behind the maximum: it moves only when a weight would pass 2^8.
+  // For bf16 weights, by the table; the sums are of the rounded weights. m lags behind the maximum: it moves only when a weight
+  // would pass 2^8.
   void fast() {
-    const __m512i low = _mm512_load_si512(kExp2Mantissas.bits), high = _mm512_load_si512(kExp2Mantissas.bits + 64);
-    // Packing works within 128-bit lanes; this brings its 64-bit pieces in order.
-    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    const __m512i limit = _mm512_set1_epi16((127 + 8) * 128);
     const __m512 slope = _mm512_set1_ps(factor * 128);
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     for (int i = 0; i < rows; ++i) {
@@ -145,20 +192,13 @@ struct Softmax {
         }
         const __m512 offset = _mm512_set1_ps((127 - (m[i] == -kInfinity ? 0 : m[i])) * 128);
         __m512 sum = _mm512_loadu_ps(l + i * kLane);
-        __m512i largest = _mm512_setzero_si512();
+        Exp2Table table;
         for (int j = 0; j < columns; j += 32) {
-          const __m512i a = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(s + j), slope, offset));
-          const __m512i b = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(s + j + 16), slope, offset));
-          const __m512i t = _mm512_packus_epi32(a, b);
-          largest = _mm512_max_epu16(largest, t);
-          const __m512i mantissa = _mm512_permutex2var_epi8(low, t, high);
-          // The mantissa in the seven low bits, t in the others.
-          const __m512i bits = _mm512_ternarylogic_epi64(t, mantissa, _mm512_set1_epi16(0x7f), 0xd8);
-          const __m512i weight = _mm512_permutexvar_epi64(order, bits);
+          const __m512i weight = table.weights(s + j, slope, offset);
           sum = _mm512_dpbf16_ps(sum, (__m512bh)weight, ones);
           _mm512_storeu_si512(w + j, weight);
         }
-        if (!again && _mm512_cmpgt_epu16_mask(largest, limit)) continue;
+        if (!again && table.overflow()) continue;
         _mm512_storeu_ps(l + i * kLane, sum);
         break;
       }

@@ -50,6 +50,27 @@ def _span(first, last, shift, below, above, size, B: tl.constexpr, BELOW: tl.con
 
 
 @triton.jit
+def _count(i_0, i_1, i_2, i_3, B: tl.constexpr, MASK: tl.constexpr):
+    """The number of a span's blocks that need masks, or of those that do not."""
+    if MASK:
+        blocks = tl.cdiv(i_1 - i_0, B) + tl.cdiv(i_3 - i_2, B)
+    else:
+        blocks = (i_2 - i_1) // B
+    return blocks
+
+
+@triton.jit
+def _block(i, i_0, i_1, i_2, B: tl.constexpr, MASK: tl.constexpr):
+    """The start of the i-th of those blocks. One loop for both ends of the span halves the code of two."""
+    if MASK:
+        i_x = i_0 + i * B
+        i_x = tl.where(i_x < i_1, i_x, i_x + i_2 - tl.cdiv(i_1, B) * B)
+    else:
+        i_x = i_1 + i * B
+    return i_x
+
+
+@triton.jit
 def _visible(b_distance, m_key, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """Which scores count, given key position - query position and which keys exist."""
     m_s = m_key
@@ -61,15 +82,16 @@ def _visible(b_distance, m_key, left, right, LEFT: tl.constexpr, RIGHT: tl.const
 
 
 @triton.jit
-def _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_first, i_end, tk, left,
-              right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+def _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_0, i_1, i_2, i_3, tk,
+              left, right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
               BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
               PRECISION: tl.constexpr):
-    """The online softmax over keys i_first..i_end. -> updated (o, max, sum): [BM, BV], [BM], [BM]"""
+    """The online softmax over the span's blocks of keys. -> updated (o, max, sum): [BM, BV], [BM], [BM]"""
     o_n = tl.arange(0, BN)
     o_kt = o_n.to(tl.int64) * stride_kt
     o_vt = o_n.to(tl.int64) * stride_vt
-    for i_n in range(i_first, i_end, BN):
+    for i in range(0, _count(i_0, i_1, i_2, i_3, BN, MASK)):
+        i_n = _block(i, i_0, i_1, i_2, BN, MASK)
         m_n = i_n + o_n < tk
         p_kn = p_k + tl.cast(i_n, tl.int64) * stride_kt
         b_k = load_tile(p_kn, o_kt, 0, m_n, K, BK, MASK)  # [BN, BK]
@@ -142,16 +164,12 @@ def flash_attention_fwd_kernel(
     b_max = tl.full([BM], -float("inf"), dtype=tl.float32)
     b_sum = tl.zeros([BM], dtype=tl.float32)
     b_q = load_tile(p_q, o_q, 0, m_q, K, BK, True)  # [BM, BK]
-    if LEFT:
-        b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_0,
-                                      i_1, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP,
-                                      True, PRECISION)
-    b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_1, i_2,
-                                  tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP, False,
-                                  PRECISION)
-    b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_2, i_3,
-                                  tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP, True,
-                                  PRECISION)
+    b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_0, i_1,
+                                  i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP,
+                                  True, PRECISION)
+    b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_0, i_1,
+                                  i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP,
+                                  False, PRECISION)
 
     m_some = b_sum != 0  # rows that saw a key
     b_sum = tl.where(m_some, b_sum, 1.0)
@@ -166,20 +184,27 @@ def flash_attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=["Tq", "tiles"])
 def flash_attention_bwd_delta_kernel(out, dout, dlse, delta, stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh,
-                                     Tq, Hq, tiles, V: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr):
-    """One program owns delta[b, h, rows] = rowsum(out * dout) - dlse, the term that every score's gradient subtracts."""
+                                     Tq, Hq, tiles, V: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
+                                     PRECISION: tl.constexpr):
+    """One program owns delta[b, h, rows] = rowsum(out * dout) - dlse, the term that every score's gradient subtracts.
+
+    The sum is the diagonal of a matrix product, so that it rounds as dout.v does in the other kernels: the two cancel
+    exactly where one key holds all the weight. Reading the rows costs more than the rest of the product.
+    """
     i_t = tl.program_id(0) % tiles
     i_h = tl.program_id(0) // tiles % Hq
     i_b = (tl.program_id(0) // tiles // Hq).to(tl.int64)
-    o_t = i_t * BM + tl.arange(0, BM)
+    o_m = tl.arange(0, BM)
+    o_t = i_t * BM + o_m
     m_q = o_t < Tq
     p_o = out + i_b * stride_ob + tl.cast(i_h, tl.int64) * stride_oh
     p_do = dout + i_b * stride_db + tl.cast(i_h, tl.int64) * stride_dh
-    b_delta = tl.zeros([BM], dtype=tl.float32)
-    for i_v in range(0, V, BV):
-        b_o = load_tile(p_o, o_t.to(tl.int64) * stride_ot, i_v, m_q, V, BV, True).to(tl.float32)  # [BM, BV]
-        b_do = load_tile(p_do, o_t.to(tl.int64) * stride_dt, i_v, m_q, V, BV, True).to(tl.float32)
-        b_delta += tl.sum(b_o * b_do, 1)
+    o_ot = o_t.to(tl.int64) * stride_ot
+    o_dt = o_t.to(tl.int64) * stride_dt
+    b_o = load_tile(p_o, o_ot, 0, m_q, V, BV, True)  # [BM, BV]
+    b_do = load_tile(p_do, o_dt, 0, m_q, V, BV, True)
+    b_s = dot_rows(b_do, b_o, p_do, o_dt, m_q, p_o, o_ot, m_q, V, BV, True, True, PRECISION)  # [BM, BM]
+    b_delta = tl.sum(tl.where(o_m[:, None] == o_m[None, :], b_s, 0.0), 1)
     o_row = (i_b * Hq + i_h) * Tq + o_t
     if dlse is not None:
         b_delta -= tl.load(dlse + o_row, mask=m_q, other=0.0)
@@ -187,11 +212,11 @@ def flash_attention_bwd_delta_kernel(out, dout, dlse, delta, stride_ob, stride_o
 
 
 @triton.jit
-def _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt, stride_dt, i_k,
-                 i_v, i_first, i_end, tq, shift, left, right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr,
-                 BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                 SOFTCAP: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds what queries i_first..i_end of one head give. -> updated (dk, dv): [BN, BK], [BN, BV]
+def _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt, stride_qh,
+                 stride_dt, stride_dh, i_k, i_v, i_0, i_1, i_2, i_3, group, Tq, tq, shift, left, right, inner_scale,
+                 score_scale, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                 LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds what the span's blocks of queries give, for all heads of the group. -> updated (dk, dv): [BN, BK], [BN, BV]
 
     Scores are computed transposed, [BN, BM], so that p and ds are left operands of the products that they enter and need
     no trip through shared memory. Rows past the end are zeros, which add nothing.
@@ -199,28 +224,28 @@ def _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do
     o_m = tl.arange(0, BM)
     o_qt = o_m.to(tl.int64) * stride_qt
     o_dt = o_m.to(tl.int64) * stride_dt
-    for i_m in range(i_first, i_end, BM):
+    blocks = _count(i_0, i_1, i_2, i_3, BM, MASK)
+    for i in range(0, group * blocks):  # one loop, so that the loads of the next head overlap with the end of this one
+        i_g = tl.cast(i // blocks, tl.int64)
+        i_m = _block(i % blocks, i_0, i_1, i_2, BM, MASK)
         m_q = i_m + o_m < tq
-        p_qm = p_q + tl.cast(i_m, tl.int64) * stride_qt
-        p_dm = p_do + tl.cast(i_m, tl.int64) * stride_dt
+        p_qm = p_q + tl.cast(i_m, tl.int64) * stride_qt + i_g * stride_qh
+        p_dm = p_do + tl.cast(i_m, tl.int64) * stride_dt + i_g * stride_dh
+        o_row = i_g * Tq + i_m + o_m
         b_q = load_tile(p_qm, o_qt, i_k, m_q, K, BK, MASK)  # [BM, BK]
         b_s = dot_rows(b_k, b_q, p_k, o_kt, m_k, p_qm, o_qt, m_q, K, BK, True, MASK, PRECISION)  # [BN, BM]
         if SOFTCAP:
             b_tanh = tanh(b_s * inner_scale, p_q.dtype.element_ty == tl.float32)
             b_s = b_tanh
-        if MASK:
-            b_lse = tl.load(p_lse + i_m + o_m, mask=m_q, other=0.0)
-            b_delta = tl.load(p_delta + i_m + o_m, mask=m_q, other=0.0)
-        else:
-            b_lse = tl.load(p_lse + i_m + o_m)
-            b_delta = tl.load(p_delta + i_m + o_m)
-        b_p = tl.exp2(b_s * score_scale - (b_lse * LOG2E)[None, :])
+        b_lse = load(p_lse + o_row, m_q if MASK else None) * LOG2E  # [BM]
+        b_p = tl.exp2(b_s * score_scale - b_lse[None, :])
         if MASK:
             b_p = tl.where(_visible(o_n[:, None] - (i_m + o_m + shift)[None, :], m_q[None, :], left, right, LEFT, RIGHT),
                            b_p, 0.0)
         b_do = load_tile(p_dm, o_dt, i_v, m_q, V, BV, MASK)  # [BM, BV]
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         b_dp = dot_rows(b_v, b_do, p_v, o_vt, m_k, p_dm, o_dt, m_q, V, BV, True, MASK, PRECISION)  # [BN, BM]
+        b_delta = load(p_delta + o_row, m_q if MASK else None)  # [BM]
         b_ds = b_p * (b_dp - b_delta[None, :])
         if SOFTCAP:
             b_ds = b_ds * (1.0 - b_tanh * b_tanh)
@@ -271,22 +296,17 @@ def flash_attention_bwd_dkv_kernel(
     b_v = load_tile(p_v, o_vt, i_v, m_k, V, BV, True)  # [BN, BV]
     b_dk = tl.zeros([BN, BK], dtype=tl.float32)
     b_dv = tl.zeros([BN, BV], dtype=tl.float32)
-    for i_g in range(0, group):
-        i_hq = tl.cast(i_h * group + i_g, tl.int64)
-        p_q = q + i_b * stride_qb + tl.cast(q_start, tl.int64) * stride_qt + i_hq * stride_qh
-        p_do = dout + i_b * stride_db + tl.cast(q_start, tl.int64) * stride_dt + i_hq * stride_dh
-        p_lse = lse + (i_b * Hq + i_hq) * Tq + q_start
-        p_delta = delta + (i_b * Hq + i_hq) * Tq + q_start
-        if RIGHT:
-            b_dk, b_dv = _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta,
-                                      stride_qt, stride_dt, i_k, i_v, i_0, i_1, tq, shift, left, right, inner_scale,
-                                      score_scale, K, V, BM, BK, BV, LEFT, RIGHT, SOFTCAP, True, PRECISION)
-        b_dk, b_dv = _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt,
-                                  stride_dt, i_k, i_v, i_1, i_2, tq, shift, left, right, inner_scale, score_scale, K, V, BM,
-                                  BK, BV, LEFT, RIGHT, SOFTCAP, False, PRECISION)
-        b_dk, b_dv = _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt,
-                                  stride_dt, i_k, i_v, i_2, i_3, tq, shift, left, right, inner_scale, score_scale, K, V, BM,
-                                  BK, BV, LEFT, RIGHT, SOFTCAP, True, PRECISION)
+    i_hq = tl.cast(i_h * group, tl.int64)
+    p_q = q + i_b * stride_qb + tl.cast(q_start, tl.int64) * stride_qt + i_hq * stride_qh
+    p_do = dout + i_b * stride_db + tl.cast(q_start, tl.int64) * stride_dt + i_hq * stride_dh
+    p_lse = lse + (i_b * Hq + i_hq) * Tq + q_start
+    p_delta = delta + (i_b * Hq + i_hq) * Tq + q_start
+    b_dk, b_dv = _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt,
+                              stride_qh, stride_dt, stride_dh, i_k, i_v, i_0, i_1, i_2, i_3, group, Tq, tq, shift, left, right,
+                              inner_scale, score_scale, K, V, BM, BK, BV, LEFT, RIGHT, SOFTCAP, True, PRECISION)
+    b_dk, b_dv = _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt,
+                              stride_qh, stride_dt, stride_dh, i_k, i_v, i_0, i_1, i_2, i_3, group, Tq, tq, shift, left, right,
+                              inner_scale, score_scale, K, V, BM, BK, BV, LEFT, RIGHT, SOFTCAP, False, PRECISION)
 
     o_row = (i_b * Tk + k_start + o_n) * Hk + i_h
     store_tile(dk, o_row * K, i_k, m_k, K, BK, b_dk * tl.cast(scale, tl.float32))
@@ -294,15 +314,16 @@ def flash_attention_bwd_dkv_kernel(
 
 
 @triton.jit
-def _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_k, i_first,
-              i_end, tk, left, right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr,
+def _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_k, i_0, i_1,
+              i_2, i_3, tk, left, right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr,
               BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
               MASK: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds what keys i_first..i_end give. -> updated dq [BM, BK]"""
+    """Adds what the span's blocks of keys give. -> updated dq [BM, BK]"""
     o_n = tl.arange(0, BN)
     o_kt = o_n.to(tl.int64) * stride_kt
     o_vt = o_n.to(tl.int64) * stride_vt
-    for i_n in range(i_first, i_end, BN):
+    for i in range(0, _count(i_0, i_1, i_2, i_3, BN, MASK)):
+        i_n = _block(i, i_0, i_1, i_2, BN, MASK)
         m_n = i_n + o_n < tk
         p_kn = p_k + tl.cast(i_n, tl.int64) * stride_kt
         p_vn = p_v + tl.cast(i_n, tl.int64) * stride_vt
@@ -370,16 +391,12 @@ def flash_attention_bwd_dq_kernel(
     b_lse = tl.load(lse + o_row, mask=m_q, other=0.0) * LOG2E
     b_delta = tl.load(delta + o_row, mask=m_q, other=0.0)
     b_dq = tl.zeros([BM, BK], dtype=tl.float32)
-    if LEFT:
-        b_dq = _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt,
-                         i_k, i_0, i_1, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP,
-                         True, PRECISION)
     b_dq = _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_k,
-                     i_1, i_2, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP, False,
-                     PRECISION)
+                     i_0, i_1, i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP,
+                     True, PRECISION)
     b_dq = _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_k,
-                     i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP, True,
-                     PRECISION)
+                     i_0, i_1, i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP,
+                     False, PRECISION)
     o_dq = ((i_b * Tq + q_start + o_t) * Hq + i_h) * K
     store_tile(dq, o_dq, i_k, m_q, K, BK, b_dq * tl.cast(scale, tl.float32))
 
@@ -414,28 +431,77 @@ class _Config(NamedTuple):
     num_stages: int
 
 
-# Configurations by kernel, class of target, bytes of an element and head size (the first entry >= it serves).
-_CONFIGS: dict[str, dict[str, dict[int, dict[int, _Config]]]] = {
-    kernel: {"interpreter": {size: {128: _Config(32, 32, 128, 4, 1)} for size in (2, 4)}}
-    for kernel in ("fwd", "decode", "dkv", "dq")
+# class of targets -> head size -> configuration: the first size that holds the head serves; a class without an entry takes
+# sm_80's. Derived, not measured: the largest tiles whose accumulators, scores and operands the compiler fits into registers
+# without spills in the unmasked loop, and as many stages as fit shared memory (read off code compiled ahead of time, as in
+# tests/triton_aot). Where not even a small tile of whole heads fits, heads are cut into slices.
+_FWD = {
+    "sm_80": {64: _Config(128, 64, 64, 4, 3), 128: _Config(128, 64, 128, 8, 2), 256: _Config(64, 32, 256, 4, 2),
+              512: _Config(64, 32, 128, 4, 2)},
+    "sm_90": {64: _Config(128, 128, 64, 8, 3), 128: _Config(128, 128, 128, 8, 2), 256: _Config(128, 64, 256, 8, 2),
+              512: _Config(128, 64, 128, 8, 2)},
+    "sm_100": {64: _Config(128, 128, 64, 8, 3), 128: _Config(128, 64, 128, 8, 3), 256: _Config(128, 32, 256, 8, 2),
+               512: _Config(128, 64, 128, 8, 2)},
+    "gfx942": {64: _Config(128, 64, 64, 4, 1), 128: _Config(128, 64, 128, 4, 1), 256: _Config(64, 32, 256, 4, 1),
+               512: _Config(64, 32, 128, 4, 1)},
 }
+_DECODE = {  # bound by the read of the cache, so whole heads (in slices, keys would be read once per slice of the values)
+    "sm_80": {64: _Config(16, 64, 64, 4, 3), 128: _Config(16, 64, 128, 4, 3), 256: _Config(16, 32, 256, 4, 2),
+              512: _Config(16, 16, 512, 4, 2)},
+    "gfx942": {128: _Config(16, 64, 128, 4, 1), 256: _Config(16, 32, 256, 4, 1), 512: _Config(16, 16, 512, 4, 1)},
+}
+_DKV = {
+    "sm_80": {64: _Config(64, 128, 64, 8, 2), 128: _Config(32, 64, 128, 4, 2), 256: _Config(16, 64, 256, 8, 2),
+              512: _Config(32, 32, 128, 4, 2)},
+    "sm_90": {64: _Config(64, 128, 64, 8, 2), 128: _Config(64, 128, 128, 8, 2), 512: _Config(64, 64, 128, 8, 2)},
+    # dk, dv and the scores must fit into 512 columns of tensor memory.
+    "sm_100": {64: _Config(64, 128, 64, 8, 2), 128: _Config(64, 128, 128, 8, 2), 512: _Config(64, 64, 128, 8, 1)},
+    "gfx942": {64: _Config(64, 64, 64, 4, 1), 128: _Config(32, 64, 128, 4, 1), 512: _Config(32, 32, 128, 4, 1)},
+}
+_DQ = {
+    "sm_80": {64: _Config(128, 64, 64, 8, 2), 128: _Config(128, 32, 128, 8, 2), 256: _Config(64, 32, 256, 8, 1),
+              512: _Config(32, 32, 128, 4, 2)},
+    "sm_90": {64: _Config(128, 64, 64, 8, 2), 128: _Config(128, 64, 128, 8, 2), 256: _Config(128, 32, 256, 8, 2),
+              512: _Config(64, 64, 128, 8, 2)},
+    "sm_100": {64: _Config(128, 64, 64, 8, 2), 128: _Config(128, 64, 128, 8, 2), 256: _Config(128, 32, 256, 8, 1),
+               512: _Config(64, 64, 128, 8, 2)},
+    "gfx942": {64: _Config(64, 64, 64, 4, 1), 128: _Config(64, 32, 128, 4, 1), 512: _Config(32, 32, 128, 4, 1)},
+}
+# float32 runs on the ordinary multipliers, alike on every NVIDIA GPU.
+_FWD_32 = {
+    "sm_80": {64: _Config(64, 32, 64, 8, 2), 128: _Config(64, 32, 128, 8, 2), 512: _Config(32, 32, 128, 8, 1)},
+    "gfx942": {64: _Config(64, 32, 64, 4, 1), 128: _Config(64, 32, 128, 4, 1), 512: _Config(32, 32, 128, 4, 1)},
+}
+_DECODE_32 = {"sm_80": {128: _Config(16, 32, 128, 4, 2), 512: _Config(16, 16, 256, 4, 2)},
+              "gfx942": {128: _Config(16, 32, 128, 4, 1), 512: _Config(16, 16, 256, 4, 1)}}
+_DKV_32 = {"sm_80": {64: _Config(32, 32, 64, 4, 2), 128: _Config(16, 32, 128, 8, 2), 512: _Config(16, 32, 64, 8, 1)},
+           "gfx942": {64: _Config(32, 32, 64, 4, 1), 128: _Config(16, 32, 128, 4, 1), 512: _Config(32, 32, 64, 4, 1)}}
+_DQ_32 = {"sm_80": {64: _Config(64, 32, 64, 8, 2), 128: _Config(32, 32, 128, 8, 2), 512: _Config(32, 32, 64, 8, 1)},
+          "gfx942": {128: _Config(32, 32, 128, 4, 1), 512: _Config(32, 32, 64, 4, 1)}}
+_CONFIGS = {"fwd": {2: _FWD, 4: _FWD_32}, "decode": {2: _DECODE, 4: _DECODE_32}, "dkv": {2: _DKV, 4: _DKV_32},
+            "dq": {2: _DQ, 4: _DQ_32}}
+# Small tiles, so that small tensors have several blocks, and slices.
+_INTERPRETED = _Config(32, 32, 64, 4, 1)
 
 
-def _class(target_name: str) -> str:
-    """The class of targets whose configurations serve: by shared memory per block and kind of matrix instruction."""
-    if target_name in ("interpreter", "sm_80", "sm_87", "sm_90"):
-        return {"sm_87": "sm_80"}.get(target_name, target_name)
-    if target_name in ("sm_100", "sm_103", "sm_110"):
+def _class(name: str) -> str:
+    """The class of targets that one belongs to, by its matrix instructions and shared memory."""
+    if name == "sm_90":
+        return "sm_90"
+    if name in ("sm_100", "sm_103"):
         return "sm_100"
-    if target_name in ("sm_86", "sm_89") or target_name.startswith("sm_12"):
-        return "sm_86"
-    return "gfx942"
+    # sm_8x and sm_12x have the same instructions; what they run fits the 99 KB of the smallest. Older NVIDIA GPUs have 64 KB
+    # like AMD's; so may GPUs unknown here.
+    return "sm_80" if name.startswith(("sm_8", "sm_11", "sm_12")) else "gfx942"
 
 
 def _config(kernel: str, q: Tensor, v: Tensor) -> _Config:
-    head = max(q.shape[3], v.shape[3])
-    sizes = _CONFIGS[kernel][_class(target(q.device))][q.element_size()]
-    return sizes[min((size for size in sizes if size >= head), default=max(sizes))]
+    name = target(q.device)
+    if name == "interpreter":
+        return _INTERPRETED._replace(BM=16) if kernel == "decode" else _INTERPRETED
+    classes = _CONFIGS[kernel][q.element_size()]
+    sizes = classes.get(_class(name), classes["sm_80"])
+    return next(config for size, config in sizes.items() if size >= max(q.shape[3], v.shape[3]))
 
 
 def _slice(size: int, columns: int) -> int:
@@ -513,8 +579,8 @@ def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softca
 
     tiles = triton.cdiv(tq, 32)
     launch(flash_attention_bwd_delta_kernel, (tiles * heads * batch,), q.device, out=out, dout=dout, dlse=dlse, delta=delta,
-           Tq=tq, Hq=heads, tiles=tiles, V=value_dim, BM=32, BV=_slice(value_dim, 128), num_warps=4,
-           **_strides(o=out, d=dout))
+           Tq=tq, Hq=heads, tiles=tiles, V=value_dim, BM=32, BV=_slice(value_dim, 128), PRECISION=dot_precision(q.dtype),
+           num_warps=4, num_stages=1, **_strides(o=out, d=dout))
 
     shared = dict(q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                   scale=scale, V=value_dim, **_strides(q=q, k=k, v=v, d=dout),
@@ -543,5 +609,5 @@ def append(k_cache, v_cache, k, v, cache_seqlens):
     tiles = triton.cdiv(new_tokens * heads, BM)
     launch(flash_attention_fwd_append_kernel, (tiles * batch,), k.device, k=k, v=v,
            k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, new_tokens=new_tokens, capacity=k_cache.shape[1],
-           heads=heads, tiles=tiles, K=key_dim, V=value_dim, BM=BM, BD=BD, num_warps=4,
+           heads=heads, tiles=tiles, K=key_dim, V=value_dim, BM=BM, BD=BD, num_warps=4, num_stages=1,
            **_strides(k=k, v=v, kc=k_cache, vc=v_cache))
