@@ -7,6 +7,7 @@ from ._version import __version__
 from .backends import BackendUnavailable, use_backend
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from .ops.flash_attention import flash_attention, flash_attention_decode
+from .ops.selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
     "BackendUnavailable",
@@ -16,5 +17,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_decode",
     "release_scratch",
+    "selective_scan",
+    "selective_scan_step",
     "use_backend",
 ]

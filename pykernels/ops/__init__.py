@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import causal_conv1d, flash_attention
+from . import causal_conv1d, flash_attention, selective_scan
 
-OPS = [flash_attention.OP, causal_conv1d.OP]
+OPS = [flash_attention.OP, causal_conv1d.OP, selective_scan.OP]

@@ -11,9 +11,10 @@ from __future__ import annotations
 from .causal_conv1d import CAUSAL_CONV1D, CAUSAL_CONV1D_STEP
 from .flash_attention import FLASH_ATTENTION, FLASH_ATTENTION_DECODE
 from .kit import BadInput, Case, Description, Error, Sample, check, compare, cotangents, expected, run
+from .selective_scan import SELECTIVE_SCAN, SELECTIVE_SCAN_STEP
 from .targets import DTYPES, Target, choice, dtypes, poisoned_memory, targets, use_isa, use_threads
 
-OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE, CAUSAL_CONV1D, CAUSAL_CONV1D_STEP)
+OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE, CAUSAL_CONV1D, CAUSAL_CONV1D_STEP, SELECTIVE_SCAN, SELECTIVE_SCAN_STEP)
 
 __all__ = [
     "CAUSAL_CONV1D",
@@ -22,6 +23,8 @@ __all__ = [
     "FLASH_ATTENTION",
     "FLASH_ATTENTION_DECODE",
     "OPS",
+    "SELECTIVE_SCAN",
+    "SELECTIVE_SCAN_STEP",
     "BadInput",
     "Case",
     "Description",

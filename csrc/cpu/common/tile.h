@@ -129,36 +129,39 @@ class Segments {
  public:
   Segments(int64_t batch, int64_t length, const int32_t* cu_seqlens, int64_t sequences, int64_t block)
       : length_(length), cu_(cu_seqlens), sequences_(sequences), block_(block) {
-    per_sequence_ = most<int64_t>(1, (length + block - 1) / block);
+    per_sequence_ = length / block + 1;
     count_ = cu_ != nullptr ? length / block + sequences + 1 : batch * per_sequence_;
   }
   int64_t count() const { return count_; }
 
   Segment operator[](int64_t i) const {
-    Segment s;
-    int64_t within;
-    if (cu_ == nullptr) {
-      s.sequence = s.batch = i / per_sequence_;
-      s.start = 0, s.length = length_;
-      within = i % per_sequence_;
-    } else {
-      // Sequence s owns the segments from cu[s] / block + s on: at least one, and as many as it needs.
-      int64_t low = 0, high = sequences_;
-      while (low < high) {
-        const int64_t middle = (low + high + 1) / 2;
-        if (offset(middle) / block_ + middle <= i)
-          low = middle;
-        else
-          high = middle - 1;
-      }
-      s.sequence = low, s.batch = 0;
-      s.start = offset(low);
-      s.length = most<int64_t>(0, (low < sequences_ ? offset(low + 1) : length_) - s.start);
-      within = most<int64_t>(0, i - (s.start / block_ + low));
+    if (cu_ == nullptr) return at(i / per_sequence_, i % per_sequence_);
+    // Sequence s owns the segments from cu[s] / block + s on: at least one, and as many as it needs.
+    int64_t low = 0, high = sequences_;
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      if (first_of(middle) <= i)
+        low = middle;
+      else
+        high = middle - 1;
     }
+    return at(low, most<int64_t>(0, i - first_of(low)));
+  }
+  // Segment number `within` of a sequence, its index being first_of(sequence) + within.
+  Segment at(int64_t sequence, int64_t within) const {
+    Segment s;
+    s.sequence = sequence;
+    s.batch = cu_ == nullptr ? sequence : 0;
+    s.start = cu_ == nullptr ? 0 : offset(sequence);
+    s.length = cu_ == nullptr ? length_
+                              : most<int64_t>(0, (sequence < sequences_ ? offset(sequence + 1) : length_) - s.start);
     s.first = within * block_;
     s.last = least(s.first + block_, s.length);
     return s;
+  }
+  // The first segment of a sequence.
+  int64_t first_of(int64_t sequence) const {
+    return cu_ == nullptr ? sequence * per_sequence_ : offset(sequence) / block_ + sequence;
   }
   bool belongs(const Segment& s) const { return cu_ == nullptr || s.sequence < sequences_; }
 

@@ -74,7 +74,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, acti
     """
     _checks.tensor("x", x, "B D L")
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype == torch.float32:  # as torch's own convolutions
+    # Under autocast, x is narrowed as by torch's own convolutions.
+    if x.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, initial_state = x.to(dtype), initial_state.to(dtype) if isinstance(initial_state, Tensor) else initial_state
     silu = _check_parameters(x, weight, bias, activation)

@@ -1,0 +1,281 @@
+// What the selective scan's forward and backward kernels share. See selective_scan.h for the maths and the layout.
+//
+// Lanes are channels: a tile is kLanes channels that read the same B and C, and its state h is one vector per n (two when
+// complex: real and imaginary parts). Tokens go one after another, in chunks staged in cache as rows [t][lane].
+// Scratch arrays of states are [n][part][lane]; B and C are staged as [t][n][part], to be broadcast, or as states when constant.
+#pragma once
+
+#include "../../include/pykernels/selective_scan.h"
+#include "../common/scratch.h"
+#include "../common/tile.h"
+
+namespace pykernels::cpu::PYKERNELS_ISA {
+
+constexpr int64_t kChunk = kSelectiveScanChunk;
+
+// ---- functions of vectors ----------------------------------------------------------------------------------------------
+
+// log(1 + e) for e in [0, 1], as 2 atanh(e / (2 + e)), to a few ulp.
+template <class S>
+PYKERNELS_INLINE Vec<S> log1p_unit(Vec<S> e) {
+  const Vec<S> s = e / (e + static_cast<S>(2)), z = s * s;  // s <= 1/3, so each term is a ninth of the one before
+  constexpr int terms = sizeof(S) == 4 ? 8 : 17;
+  Vec<S> sum = splat(static_cast<S>(2.0 / (2 * terms - 1)));
+#pragma GCC unroll 17
+  for (int i = terms - 2; i >= 0; --i) sum = sum * z + static_cast<S>(2.0 / (2 * i + 1));
+  return s * sum;
+}
+// e^-x for x >= 0, to a few ulp however large x is: exp2(x log2 e) alone loses as many as the exponent has bits.
+template <class S>
+PYKERNELS_INLINE Vec<S> exp_negative(Vec<S> x) {
+  constexpr S round = sizeof(S) == 4 ? static_cast<S>(0x1.8p23) : static_cast<S>(0x1.8p52);
+  // ln 2 in two parts, the first of so few bits that n times it is exact.
+  constexpr S high = static_cast<S>(sizeof(S) == 4 ? 0.693359375 : 6.93145751953125e-1);
+  constexpr S low = static_cast<S>(sizeof(S) == 4 ? -2.12194440054690583e-4 : 1.42860682030941723212e-6);
+  const Vec<S> y = -max<S>(splat(static_cast<S>(sizeof(S) == 4 ? -87 : -708)), -x);  // NaN for NaN
+  const Vec<S> n = (y * static_cast<S>(kLog2e) + round) - round, rest = (y - n * high) - n * low;
+  return exp2<S>(rest * static_cast<S>(-kLog2e)) * exp2<S>(-n);
+}
+template <class S>
+PYKERNELS_INLINE Vec<S> softplus(Vec<S> x) {
+  const Vec<S> y = max<S>(Vec<S>{}, x) + log1p_unit<S>(exp_negative<S>(abs<S>(x)));
+  return (x > static_cast<S>(20)) ? x : y;
+}
+template <class S>
+PYKERNELS_INLINE Vec<S> softplus_slope(Vec<S> x) {
+  const Vec<S> e = exp_negative<S>(abs<S>(x)), slope = ((x < Vec<S>{}) ? e : splat(static_cast<S>(1))) / (e + static_cast<S>(1));
+  return (x > static_cast<S>(20)) ? splat(static_cast<S>(1)) : slope;
+}
+
+// sin and cos, for any x.
+template <class S>
+PYKERNELS_INLINE void sin_cos(Vec<S> x, Vec<S>& sin, Vec<S>& cos) {
+  if constexpr (sizeof(S) == 8) {
+    for (int i = 0; i < kLanes<S>; ++i) sin[i] = __builtin_sin(x[i]), cos[i] = __builtin_cos(x[i]);
+  } else {
+    // Reduction by pi / 2 in three parts (Cody and Waite), which is exact enough up to 8192; polynomials from Cephes.
+    const Vec<S> shifted = x * 0.636619772f + 0x1.8p23f, n = shifted - 0x1.8p23f;
+    const Vec<S> r = ((x - n * 1.5703125f) - n * 4.837512969970703125e-4f) - n * 7.54978995489188216e-8f, z = r * r;
+    const Vec<S> s = r + r * z * ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f);
+    const Vec<S> c = 1.0f - 0.5f * z + z * z * ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f);
+    const Mask<S> quadrant = (Mask<S>)shifted & 3, odd = -(quadrant & 1), negative_sin = -(quadrant >> 1);
+    const Mask<S> negative_cos = odd ^ negative_sin;
+    sin = odd ? c : s;
+    cos = odd ? s : c;
+    sin = negative_sin ? -sin : sin;
+    cos = negative_cos ? -cos : cos;
+    const Mask<S> within = abs<S>(x) <= 8192.0f;
+    for (int i = 0; i < kLanes<S>; ++i)
+      if (!within[i]) sin[i] = __builtin_sinf(x[i]), cos[i] = __builtin_cosf(x[i]);
+  }
+}
+
+// ---- real and complex numbers ------------------------------------------------------------------------------------------
+
+// A vector of real (P = 1) or complex (P = 2) numbers.
+template <class S, int P>
+struct Number {
+  Vec<S> re;
+};
+template <class S>
+struct Number<S, 2> {
+  Vec<S> re, im;
+};
+
+template <class S, int P>
+PYKERNELS_INLINE Number<S, P> load_number(const S* p) {
+  if constexpr (P == 1)
+    return {load(p)};
+  else
+    return {load(p), load(p + kLanes<S>)};
+}
+template <class S, int P>
+PYKERNELS_INLINE Number<S, P> broadcast_number(const S* p) {
+  if constexpr (P == 1)
+    return {splat(p[0])};
+  else
+    return {splat(p[0]), splat(p[1])};
+}
+template <class S, int P>
+PYKERNELS_INLINE void store_number(S* p, Number<S, P> x) {
+  store(p, x.re);
+  if constexpr (P == 2) store(p + kLanes<S>, x.im);
+}
+// a b + c
+template <class S, int P>
+PYKERNELS_INLINE Number<S, P> multiply_add(Number<S, P> a, Number<S, P> b, Number<S, P> c) {
+  if constexpr (P == 1)
+    return {a.re * b.re + c.re};
+  else
+    return {a.re * b.re - a.im * b.im + c.re, a.re * b.im + a.im * b.re + c.im};
+}
+// x b for real x
+template <class S, int P>
+PYKERNELS_INLINE Number<S, P> scale(Vec<S> x, Number<S, P> b) {
+  if constexpr (P == 1)
+    return {x * b.re};
+  else
+    return {x * b.re, x * b.im};
+}
+// x b + c for real x
+template <class S, int P>
+PYKERNELS_INLINE Number<S, P> scale_add(Vec<S> x, Number<S, P> b, Number<S, P> c) {
+  if constexpr (P == 1)
+    return {x * b.re + c.re};
+  else
+    return {x * b.re + c.re, x * b.im + c.im};
+}
+// x conj(b) + c for real x
+template <class S, int P>
+PYKERNELS_INLINE Number<S, P> scale_conj_add(Vec<S> x, Number<S, P> b, Number<S, P> c) {
+  if constexpr (P == 1)
+    return {x * b.re + c.re};
+  else
+    return {x * b.re + c.re, c.im - x * b.im};
+}
+// a conj(b)
+template <class S, int P>
+PYKERNELS_INLINE Number<S, P> multiply_conj(Number<S, P> a, Number<S, P> b) {
+  if constexpr (P == 1)
+    return {a.re * b.re};
+  else
+    return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
+}
+// Re(a b) + c
+template <class S, int P>
+PYKERNELS_INLINE Vec<S> real_multiply_add(Number<S, P> a, Number<S, P> b, Vec<S> c) {
+  if constexpr (P == 1)
+    return a.re * b.re + c;
+  else
+    return (a.re * b.re + c) - a.im * b.im;
+}
+// Re(a conj(b)) + c
+template <class S, int P>
+PYKERNELS_INLINE Vec<S> real_multiply_conj_add(Number<S, P> a, Number<S, P> b, Vec<S> c) {
+  if constexpr (P == 1)
+    return a.re * b.re + c;
+  else
+    return (a.re * b.re + c) + a.im * b.im;
+}
+// exp(dt A), given A with its real part times log2 e.
+template <class S, int P>
+PYKERNELS_INLINE Number<S, P> decay(Vec<S> dt, Number<S, P> a) {
+  if constexpr (P == 1) {
+    return {exp2<S>(dt * a.re)};
+  } else {
+    Vec<S> sin, cos;
+    sin_cos<S>(dt * a.im, sin, cos);
+    const Vec<S> size = exp2<S>(dt * a.re);
+    return {size * cos, size * sin};
+  }
+}
+
+// ---- tiles -------------------------------------------------------------------------------------------------------------
+
+// The channels of a tile: `count` from `channel` on, all of group `group`.
+struct Tile {
+  int64_t channel, count, group;
+};
+template <class S>
+struct ChannelTiles {
+  int64_t per_group, channels_of_group, count;
+  explicit ChannelTiles(const SelectiveScanParams& p)
+      : per_group(0), channels_of_group(p.groups > 0 ? p.channels / p.groups : 0), count(0) {
+    per_group = (channels_of_group + kLanes<S> - 1) / kLanes<S>;
+    count = per_group * p.groups;
+  }
+  Tile operator[](int64_t i) const {
+    const int64_t group = i / per_group, within = i % per_group * kLanes<S>;
+    return {group * channels_of_group + within, least<int64_t>(kLanes<S>, channels_of_group - within), group};
+  }
+};
+
+template <class S>
+PYKERNELS_INLINE void fill(S* p, int64_t n, S value = 0) {
+  for (int64_t i = 0; i < n; ++i) p[i] = value;
+}
+
+// Of a [D, rows] array in the compute type (A, a state): dst[row][lane].
+template <class S>
+void load_states(S* dst, const void* src, int64_t offset_rows, const Tile& tile, int64_t rows) {
+  load_tile(dst, kLanes<S>, static_cast<const S*>(src) + (offset_rows + tile.channel) * rows, 1, rows, rows, tile.count);
+}
+template <class S>
+void store_states(void* dst, int64_t offset_rows, const Tile& tile, const S* src, int64_t rows) {
+  store_tile(static_cast<S*>(dst) + (offset_rows + tile.channel) * rows, 1, rows, src, kLanes<S>, rows, tile.count);
+}
+// Of a [D] array: one vector; zeros for null.
+template <class S>
+Vec<S> load_channels(const void* src, const Tile& tile) {
+  return src != nullptr ? load_upto(static_cast<const S*>(src) + tile.channel, tile.count) : Vec<S>{};
+}
+
+// A with its real part times log2 e, so that exp is exp2.
+template <class S, int P>
+void load_decays(S* dst, const SelectiveScanParams& p, const Tile& tile) {
+  load_states(dst, p.A, 0, tile, p.state * P);
+  for (int64_t n = 0; n < p.state; ++n) {
+    S* const row = dst + n * P * kLanes<S>;
+    store(row, load(row) * static_cast<S>(kLog2e));
+  }
+}
+
+// h before chunk `index`, of one tile: rows of D.
+template <class S, int P>
+void load_chunk_state(S* h, const SelectiveScanParams& p, int64_t index, const Tile& tile) {
+  const int64_t rows = p.state * P;
+  load_tile(h, kLanes<S>, static_cast<const S*>(p.chunk_states) + index * rows * p.channels + tile.channel, p.channels, 1, rows,
+            tile.count);
+}
+template <class S, int P>
+void store_chunk_state(const SelectiveScanParams& p, int64_t index, const Tile& tile, const S* h) {
+  const int64_t rows = p.state * P;
+  store_tile(static_cast<S*>(p.chunk_states) + index * rows * p.channels + tile.channel, p.channels, 1, h, kLanes<S>, rows,
+             tile.count);
+}
+
+// Elements of a chunk's B or C in scratch, and of one row.
+template <class S>
+int64_t projection_row(int64_t rows) {
+  return round_up(rows, kLanes<S>);
+}
+
+// dst[t][n][part] of B or C at tokens start + [0, count).
+template <class S, int P>
+void load_projection(S* dst, const Projection& x, int64_t batch, int64_t group, int64_t start, int64_t count, int64_t state) {
+  const int64_t ld = projection_row<S>(state * P), offset = batch * x.batch + group * x.group + start * x.token;
+  if constexpr (P == 1) {
+    load_tile(dst, ld, x.dtype, x.data, offset, x.token, x.state, count, state);
+  } else {
+    const S* const src = static_cast<const S*>(x.data) + offset;
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t n = 0; n < state; ++n)
+        for (int part = 0; part < 2; ++part) dst[t * ld + n * 2 + part] = src[t * x.token + n * x.state + part];
+  }
+}
+
+// [t][lane] of a [B, D, L] tensor.
+template <class S>
+void load_tokens(S* dst, DType dtype, const void* src, const ChannelStrides& stride, const Tile& tile, int64_t batch, int64_t start,
+                 int64_t count) {
+  load_tile(dst, kLanes<S>, dtype, src, batch * stride.batch + tile.channel * stride.channel + start * stride.token, stride.token,
+            stride.channel, count, tile.count);
+}
+template <class S>
+void store_tokens(DType dtype, void* dst, const ChannelStrides& stride, const Tile& tile, int64_t batch, int64_t start,
+                  int64_t count, const S* src) {
+  store_tile(dtype, dst, batch * stride.batch + tile.channel * stride.channel + start * stride.token, stride.token, stride.channel,
+             src, kLanes<S>, count, tile.count);
+}
+
+// Splits N states into blocks: calls body.template operator()<Size>(first) with sizes Wide, 4 and 1.
+template <int Wide, class Body>
+PYKERNELS_INLINE void for_blocks(int64_t state, Body&& body) {
+  int64_t n = 0;
+  for (; n + Wide <= state; n += Wide) body.template operator()<Wide>(n);
+  if constexpr (Wide > 4)
+    for (; n + 4 <= state; n += 4) body.template operator()<4>(n);
+  for (; n < state; ++n) body.template operator()<1>(n);
+}
+
+}  // namespace pykernels::cpu::PYKERNELS_ISA
