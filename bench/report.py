@@ -288,7 +288,8 @@ def summary(data: dict, expected: Iterable[dict]) -> str:
     for op, records in _by_op([*expected, *(r for r in data["results"])]).items():
         threads = sorted({record["threads"] for record in records})
         lines = list(dict.fromkeys((record["shape"], record["options"]) for record in records))
-        columns = list(dict.fromkeys((record["dtype"], record["direction"]) for record in records))
+        columns = sorted({(record["dtype"], record["direction"]) for record in records},
+                         key=lambda column: (column[0] != "fp32", *column))
         device = records[0]["device"]
 
         def cell(shape: str, options: str, dtype: str, direction: str) -> str:

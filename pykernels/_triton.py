@@ -1,7 +1,7 @@
-"""What every op's Triton code shares: loads, stores and dots that also run under the interpreter, the target, the launch.
+"""What every op's Triton code shares: loads, stores and dots that the interpreter also runs, the target, the launch.
 
-The interpreter (TRITON_INTERPRET=1) keeps bfloat16 as integer bits and would compute on those, so under it `load` widens
-bfloat16 to float32 and `store` rounds back; in compiled code both are plain.
+The interpreter (TRITON_INTERPRET=1) keeps bfloat16 as integer bits and would compute on those, so under it `load`
+widens bfloat16 to float32 and `store` rounds back; in compiled code both are plain.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def store(p, b_x, mask):
 
 @triton.jit
 def load_tile(p, o_row, i_col, m_row, COLS: tl.constexpr, BC: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """The tile of rows at element offsets `o_row` (int64) and BC columns from i_col; zero where m_row is false or past COLS.
+    """The tile of rows at element offsets `o_row` (int64) and BC columns from i_col.
 
-    MASK_ROWS false promises that every row exists. There is no column mask when COLS is a multiple of BC.
+    It is zero where m_row is false and in columns past COLS. MASK_ROWS false promises that every row exists;
+    there is no column mask when COLS is a multiple of BC.
     """
     o_col = i_col + tl.arange(0, BC)
     p_x = p + (o_row[:, None] + o_col[None, :])

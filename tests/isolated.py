@@ -1,7 +1,7 @@
 """Tests that need an environment of their own from the start of the process, such as Triton's interpreter.
 
-A test under `@isolated(NAME="value", ...)` runs in a child process: when the first one of a module and environment is due,
-all of them that were selected run in one child, and each then reports what came of it there.
+A test under `@isolated(NAME="value", ...)` runs in a child process: when the first one of a module and environment is
+due, all of them that were selected run in one child, and each then reports what came of it there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def isolated(**environment: str) -> Callable[[Callable], Callable]:
 
         @functools.wraps(test)
         def report(request: pytest.FixtureRequest, **arguments: object) -> None:
-            outcome, text = _run(request, environment).get(request.node.name, ("failure", "the child process lost this test"))
+            lost = "failure", "the child process did not report this test"
+            outcome, text = _run(request, environment).get(request.node.name, lost)
             if outcome == "skipped":
                 pytest.skip(text)
             if outcome != "passed":
@@ -66,5 +67,6 @@ def _run(request: pytest.FixtureRequest, environment: dict[str, str]) -> dict[st
 def _outcome(case: ElementTree.Element) -> tuple[str, str]:
     for outcome in ("error", "failure", "skipped"):
         if (element := case.find(outcome)) is not None:
-            return outcome, f"{element.get('message')}\n{element.text or ''}" if outcome != "skipped" else element.get("message")
+            message = element.get("message")
+            return outcome, message if outcome == "skipped" else f"{message}\n{element.text or ''}"
     return "passed", ""

@@ -181,7 +181,7 @@ def test_environment_sets_the_default_backend():
 
 def test_environment_sets_the_instruction_set():
     script = "from pykernels import _library; print(_library.active_isa())"
-    for isa in _library.machine_isas():
+    for isa in {"baseline", _library.machine_isas()[-1]}:
         done = _python(script, PYKERNELS_ISA=isa)
         assert done.stdout.strip() == isa and not done.stderr
     done = _python(script, PYKERNELS_ISA="sse9")

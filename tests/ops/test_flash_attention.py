@@ -524,17 +524,24 @@ def test_nan_and_infinity_reach_what_they_must_and_nothing_else(target, dtype, v
     clean_out, clean_lse = call()
     assert clean_out.isfinite().all() and clean_lse.isfinite().all()
 
-    def assert_only(x, clean, bad):
+    def assert_only(x, clean, bad, heads):
+        """Not finite where `bad`; elsewhere as before, in other batch entries and key heads bitwise.
+
+        Rows of one tile, also of query heads that share a key head, may share the decision when to rescale.
+        """
         assert not x[bad].isfinite().any()
-        assert torch.equal(x[~bad], clean[~bad])
+        torch.testing.assert_close(x[~bad], clean[~bad], rtol=4 * torch.finfo(x.dtype).eps, atol=0)
+        touched = torch.zeros_like(bad)
+        touched[heads] = True
+        assert torch.equal(x[~touched], clean[~touched])
 
     # In a query: its own row.
     q[1, 40, 2, 3] = value
     out, lse = call()
     row, row_lse = torch.zeros_like(out, dtype=torch.bool), torch.zeros_like(lse, dtype=torch.bool)
     row[1, 40, 2], row_lse[1, 2, 40] = True, True
-    assert_only(out, clean_out, row)
-    assert_only(lse, clean_lse, row_lse)
+    assert_only(out, clean_out, row, (1, slice(None), slice(2, None)))
+    assert_only(lse, clean_lse, row_lse, (1, slice(2, None)))
     q[1, 40, 2, 3] = 1.0
     clean_out, clean_lse = call()
 
@@ -543,8 +550,8 @@ def test_nan_and_infinity_reach_what_they_must_and_nothing_else(target, dtype, v
     out, lse = call()
     rows, rows_lse = torch.zeros_like(out, dtype=torch.bool), torch.zeros_like(lse, dtype=torch.bool)
     rows[0, 60:, 2:], rows_lse[0, 2:, 60:] = True, True
-    assert_only(out, clean_out, rows)
-    assert_only(lse, clean_lse, rows_lse)
+    assert_only(out, clean_out, rows, (0, slice(None), slice(2, None)))
+    assert_only(lse, clean_lse, rows_lse, (0, slice(2, None)))
     k[0, 60, 1, 5] = 1.0
     clean_out, clean_lse = call()
 

@@ -1,7 +1,7 @@
 """Compiling an op's Triton kernels for GPUs that are not there.
 
-`launches` calls an op's own host code on meta tensors and records what it would launch on a target; `compiled` compiles such
-a launch as Triton would at its first call: the same signature, divisibility hints and constants.
+`launches` calls an op's own host code on meta tensors and records what it would launch on a target; `compiled` compiles
+such a launch as Triton would at its first call: the same signature, divisibility hints and constants.
 """
 
 from __future__ import annotations
@@ -114,11 +114,10 @@ def spills_in_loops(kernel: CompiledKernel) -> int:
 
 
 def products(kernel: CompiledKernel) -> set[str]:
-    """The types of operands that the kernel's dots multiply, all accumulated in fp32; "f32" also for plain multiply-adds."""
+    """The types that the kernel's dots multiply, all accumulated in fp32; "f32" also for plain multiply-adds."""
     if "amdgcn" in kernel.asm:
-        found = re.findall(r"v_mfma_(\w+?)_\d+x\d+x\d+\w*?_(bf16|f16|f32|xf32)\b|v_mfma_(f32)_\d+x\d+x\d+(bf16|f16|f32|xf32)",
-                           kernel.asm["amdgcn"])
-        found = [(a or c, b or d) for a, b, c, d in found]
+        # v_mfma_f32_32x32x8_bf16_1k, v_mfma_f32_32x32x2_f32; older spelling v_mfma_f32_32x32x8bf16_1k
+        found = re.findall(r"v_mfma_([a-z]+\d+)_\d+x\d+x\d+_?(bf16|f16|f32|xf32)", kernel.asm["amdgcn"])
         assert all(accumulator == "f32" for accumulator, _ in found), found
         return {operands for _, operands in found}
     # mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32, wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16

@@ -1,17 +1,18 @@
 // Block matrix products C (+)= A B on operands packed in scratch memory, and the functions that pack them.
 //
-// A compute type says how: F32 and F64 (fused multiply-add) everywhere; BF16 (products of bf16 pairs, summed in fp32) where
-// the ISA has bf16 dot products or AMX tiles (PYKERNELS_HAS_BF16_DOT). ComputeFor<T> is the one for tensors of type T.
+// A compute type says how: F32 and F64 (fused multiply-add) everywhere; BF16 (products of bf16 pairs, summed in fp32)
+// where the ISA has bf16 dot products or AMX tiles (PYKERNELS_HAS_BF16_DOT). ComputeFor<T> is the one for tensors of
+// type T.
 //
 // Layouts, for C [rows, columns], A [rows, depth], B [depth, columns]:
 //   A  row-major, any leading dimension. Depth is padded with zeros to a multiple of kDepthAlign.
-//   B  panels of kPanel columns. In a panel, element (k, n) is at (k / kPair) * kPanel * kPair + n * kPair + k % kPair: pairs of
-//      consecutive k side by side. Depth is padded with zeros to a multiple of kDepthAlign, columns to one of kColumnAlign (the
-//      pack functions do it); what is left of the last panel is neither written nor read.
-//   C  row-major. Written up to rows rounded to kRowAlign and columns rounded to kColumnAlign: leave that room; A must have
-//      those rows too (any contents: row i of C depends on row i of A alone).
-// Ranges of a block are products of their own. A range of k starts at a multiple of kDepthAlign (A moved on by as many elements,
-// PackedB::first), a range of n at a multiple of kPanel (B moved on by whole panels).
+//   B  panels of kPanel columns. In a panel, element (k, n) is at (k / kPair) * kPanel * kPair + n * kPair + k % kPair:
+//      pairs of consecutive k side by side. Depth is padded with zeros to a multiple of kDepthAlign, columns to one of
+//      kColumnAlign (the pack functions do it); what is left of the last panel is neither written nor read.
+//   C  row-major. Written up to rows rounded to kRowAlign and columns rounded to kColumnAlign: leave that room; A must
+//      have those rows too (any contents: row i of C depends on row i of A alone).
+// Ranges of a block are products of their own. A range of k starts at a multiple of kDepthAlign (A moved on by as
+// many elements, PackedB::first), a range of n at a multiple of kPanel (B moved on by whole panels).
 #pragma once
 
 #include "simd.h"
@@ -31,8 +32,9 @@ struct FmaCompute {
   using Acc = S;   // of C
   static constexpr int kPair = 1, kDepthAlign = 1, kRowAlign = 1;
   static constexpr int kColumnAlign = kLanes<S>, kPanel = 2 * kLanes<S>;
-  // Rows of C held in registers at a time, beside kPanel columns. 12 x 2 accumulators leave room for B and A in 32 registers,
-  // 6 x 2 in 16; in both the loads (rows + 2 per 2 * rows products) stay below what the FMA units leave time for.
+  // Rows of C held in registers at a time, beside kPanel columns. 12 x 2 accumulators leave room for B and A in 32
+  // registers, 6 x 2 in 16; in both the loads (rows + 2 per 2 * rows products) stay below what the FMA units leave
+  // time for.
 #if defined(__AVX512F__) || defined(__aarch64__)
   static constexpr int kTileRows = 12;
 #else
@@ -102,8 +104,8 @@ struct MatrixC {
   int64_t stride;
 };
 
-// AMX keeps its tile registers off until configured. Every thread that calls matmul<BF16> holds one of these meanwhile; it
-// does nothing for other ISAs.
+// AMX keeps its tile registers off until configured. Every thread that calls matmul<BF16> holds one of these
+// meanwhile; it does nothing for other ISAs.
 class Tiles {
  public:
   Tiles() {
@@ -113,7 +115,8 @@ class Tiles {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
-    // Not the intrinsic: as far as GCC 12 knows that one reads only the first bytes, and it drops the stores of the others.
+    // Not the intrinsic: as far as GCC 12 knows that one reads only the first bytes, and it drops the stores of the
+    // others.
     asm volatile("ldtilecfg %0" ::"m"(config));
 #endif
   }
@@ -149,7 +152,7 @@ PYKERNELS_INLINE void dot() {
 }  // namespace amx
 #endif
 
-// ---- the product -------------------------------------------------------------------------------------------------------
+// ---- the product --------------------------------------------------------------------------------------------------
 
 namespace detail {
 
@@ -191,8 +194,8 @@ PYKERNELS_INLINE void register_tile(int depth, const typename C::Elem* a, int64_
     a += C::kPair;
     b += C::kPanel * C::kPair;
   }
-  // What C already holds is added last: a chain of additions as long as this depth, not as all calls' together, so that the
-  // rounding error does not grow with the sequence.
+  // What C already holds is added last: a chain of additions as long as this depth, not as all calls' together, so
+  // that the rounding error does not grow with the sequence.
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
@@ -204,8 +207,8 @@ PYKERNELS_INLINE void register_tile(int depth, const typename C::Elem* a, int64_
 
 // The rows % kTileRows last rows: the tile of exactly that height.
 template <class C, int Rows, int Vectors>
-void last_rows(int rows, int depth, const typename C::Elem* a, int64_t lda, const typename C::Elem* b, typename C::Acc* c,
-               int64_t ldc, bool accumulate) {
+void last_rows(int rows, int depth, const typename C::Elem* a, int64_t lda, const typename C::Elem* b,
+               typename C::Acc* c, int64_t ldc, bool accumulate) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
       register_tile<C, Rows, Vectors>(depth, a, lda, b, c, ldc, accumulate);
@@ -293,7 +296,7 @@ void matmul(int rows, int columns, int depth, MatrixA<C> a, PackedB<C> b, Matrix
   }
 }
 
-// ---- packing -----------------------------------------------------------------------------------------------------------
+// ---- packing ------------------------------------------------------------------------------------------------------
 
 namespace detail {
 
@@ -325,8 +328,8 @@ PYKERNELS_INLINE VecU32 interleave(HalfU16 low, HalfU16 high) {
 
 }  // namespace detail
 
-// An Order of pack_rows: the row of the source that row k of B takes, a permutation of each kBlock rows (to a multiple of which
-// the depth is then padded).
+// An Order of pack_rows: the row of the source that row k of B takes, a permutation of each kBlock rows (to a
+// multiple of which the depth is then padded).
 struct NaturalOrder {
   static constexpr int kBlock = 1;
   static constexpr int source(int k) { return k; }
@@ -337,14 +340,15 @@ template <class C, class Order = NaturalOrder, class T>
 void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64_t stride, int depth, int columns) {
   using Acc = typename C::Acc;
   constexpr int lanes = kLanes<Acc>;
-  const int depth_padded = round_up(depth, most(C::kDepthAlign, Order::kBlock)), columns_padded = round_up(columns, C::kColumnAlign);
+  const int depth_padded = round_up(depth, most(C::kDepthAlign, Order::kBlock));
+  const int columns_padded = round_up(columns, C::kColumnAlign);
   for (int first = 0; first < columns_padded; first += C::kPanel, b += panel_stride) {
     const int width = least(C::kPanel, columns_padded - first);
     for (int k = 0; k < depth_padded; k += C::kPair) {
       typename C::Elem* const row = b + k * C::kPanel;
       const int row0 = Order::source(k), row1 = C::kPair == 1 ? row0 : Order::source(k + 1);
       const T* const from0 = source + (row0 < depth ? row0 : 0) * stride + first;
-      const T* const from1 = source + (row1 < depth ? row1 : 0) * stride + first;
+      [[maybe_unused]] const T* const from1 = source + (row1 < depth ? row1 : 0) * stride + first;
       for (int n = 0; n < width; n += lanes) {
         const int64_t left = columns - first - n;
         if constexpr (C::kPair == 1) {
@@ -375,7 +379,8 @@ void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, in
       for (int k = 0; k < depth_padded; k += lanes * C::kPair) {
         if constexpr (C::kPair == 1) {
           Vec<Acc> square[lanes];
-          for (int i = 0; i < lanes; ++i) square[i] = i < rows ? load_upto(from + i * stride + k, depth - k) : Vec<Acc>{};
+          for (int i = 0; i < lanes; ++i)
+            square[i] = i < rows ? load_upto(from + i * stride + k, depth - k) : Vec<Acc>{};
           transpose(square);
           for (int i = 0; i < least(lanes, depth_padded - k); ++i) store(b + (k + i) * C::kPanel + n, square[i]);
         } else {

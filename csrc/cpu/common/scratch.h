@@ -8,8 +8,9 @@
 
 namespace pykernels::cpu {
 
-// A block of at least `bytes`, 64-byte aligned, its size written to `granted`; contents arbitrary. Blocks are kept for reuse
-// up to a cap (scratch.cpp) and given back to the system by pykernels_release_scratch. Thread-safe; aborts without memory.
+// A block of at least `bytes`, 64-byte aligned, its size written to `granted`; contents arbitrary. Blocks are kept
+// for reuse up to a cap (scratch.cpp) and given back to the system by pykernels_release_scratch. Thread-safe; aborts
+// without memory.
 void* scratch_acquire(size_t bytes, size_t* granted);
 void scratch_release(void* block, size_t granted);
 

@@ -1,8 +1,8 @@
 // Vectors of the widest registers of the ISA being compiled, and the few vector functions that kernels are made of.
 //
-// Vec<float> and Vec<double> are compiler vector types: + - * / and comparisons work on them, a * b + c contracts to a fused
-// multiply-add where the ISA has one. Comparisons give Mask<S>, an integer vector of 0 and -1, for `mask ? a : b`.
-// Storage types (bf16, fp16) are widened by `load` and rounded (to nearest even, NaN kept) by `store`.
+// Vec<float> and Vec<double> are compiler vector types: + - * / and comparisons work on them, a * b + c contracts to
+// a fused multiply-add where the ISA has one. Comparisons give Mask<S>, an integer vector of 0 and -1, for `mask ? a
+// : b`. Storage types (bf16, fp16) are widened by `load` and rounded (to nearest even, NaN kept) by `store`.
 #pragma once
 
 #include <cstddef>
@@ -76,7 +76,7 @@ PYKERNELS_INLINE constexpr T most(T a, T b) {
   return a < b ? b : a;
 }
 
-// ---- construction ------------------------------------------------------------------------------------------------------
+// ---- construction -------------------------------------------------------------------------------------------------
 
 template <class S>
 PYKERNELS_INLINE Vec<S> splat(S x) {
@@ -96,12 +96,13 @@ PYKERNELS_INLINE To bit_cast(From x) {
   return y;
 }
 
-// ---- scalar conversions ------------------------------------------------------------------------------------------------
+// ---- scalar conversions -------------------------------------------------------------------------------------------
 
 PYKERNELS_INLINE float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 PYKERNELS_INLINE float to_float(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7fffu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  // Shifted into place the exponent is 112 too small; the product also normalises denormals. Infinity and NaN need the top.
+  // Shifted into place the exponent is 112 too small; the product also normalises denormals. Infinity and NaN need
+  // the top.
   const uint32_t bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u
                                              : bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f);
   return bit_cast<float>(bits | sign);
@@ -139,9 +140,9 @@ PYKERNELS_INLINE Float16 from_float<Float16>(float x) {
   return {static_cast<uint16_t>(half | sign)};
 }
 
-// ---- loads and stores --------------------------------------------------------------------------------------------------
-// load(p) reads kLanes elements, load(p, n) the first n < kLanes (the other lanes are zero and their memory is not touched);
-// the same for store. No alignment is needed.
+// ---- loads and stores ---------------------------------------------------------------------------------------------
+// load(p) reads kLanes elements, load(p, n) the first n < kLanes (the other lanes are zero and their memory is not
+// touched); the same for store. No alignment is needed.
 
 template <class V, class T>
 PYKERNELS_INLINE V load_bits(const T* p) {
@@ -283,7 +284,7 @@ PYKERNELS_INLINE void store_upto(T* p, Vec<Wide<T>> v, int64_t n) {
     store(p, v, static_cast<int>(n));
 }
 
-// ---- arithmetic --------------------------------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------------------------
 
 // Of the two, `b` where either is NaN.
 template <class S>
@@ -358,7 +359,8 @@ PYKERNELS_INLINE Vec<S> copy_sign(Vec<S> magnitude, Vec<S> sign) {
   return (Vec<S>)(((Mask<S>)magnitude & ~top) | ((Mask<S>)sign & top));
 }
 
-// 2^f for f in [-1/2, 1/2], before rounding: relative error 2e-9 (float, minimax) and 2^-58 (double, Taylor). Exact at 0.
+// 2^f for f in [-1/2, 1/2], before rounding: relative error 2e-9 (float, minimax) and 2^-58 (double, Taylor). Exact
+// at 0.
 PYKERNELS_INLINE Vec<float> exp2_reduced(Vec<float> f) {
   Vec<float> p = splat(1.535336195e-4f);
   p = p * f + 1.339887440e-3f;
@@ -387,14 +389,15 @@ PYKERNELS_INLINE Vec<double> exp2_reduced(Vec<double> f) {
   return p;
 }
 
-// 2^x within about 1 ulp for any x: 0 at -infinity and, without AVX-512, where the result would be denormal; infinity beyond
-// the range, NaN for NaN.
+// 2^x within about 1 ulp for any x: 0 at -infinity and, without AVX-512, where the result would be denormal; infinity
+// beyond the range, NaN for NaN.
 template <class S>
 PYKERNELS_INLINE Vec<S> exp2(Vec<S> x);
 template <>
 PYKERNELS_INLINE Vec<float> exp2<float>(Vec<float> x) {
 #if defined(__AVX512F__)
-  // scalef multiplies by 2^floor(x), so the remainder is taken in [0, 1) (of an infinity it is 0): the same minimax error.
+  // scalef multiplies by 2^floor(x), so the remainder is taken in [0, 1) (of an infinity it is 0): the same minimax
+  // error.
   const Vec<float> f = (Vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   Vec<float> p = splat(2.161291495e-4f);
   p = p * f + 1.246784645e-3f;
@@ -427,7 +430,8 @@ PYKERNELS_INLINE Vec<double> exp2<double>(Vec<double> x) {
   const Vec<double> clamped = (low > 1024.0) ? splat(1024.0) : low;
   const Vec<double> shifted = clamped + 0x1.8p52;
   const Vec<double> f = clamped - (shifted - 0x1.8p52);
-  // No ISA before AVX-512 shifts 64-bit integers arithmetically; n is small, so that an offset makes it a logical shift.
+  // No ISA before AVX-512 shifts 64-bit integers arithmetically; n is small, so that an offset makes it a logical
+  // shift.
   const Mask<double> n = (Mask<double>)shifted - (Mask<double>)splat(0x1.8p52);
   const Mask<double> half = (Mask<double>)((VecU64)(n + 2048) >> 1) - 1024;
   const Vec<double> result =
@@ -459,7 +463,7 @@ PYKERNELS_INLINE Vec<S> tanh(Vec<S> x) {
   return (magnitude < static_cast<S>(0.625)) ? near_zero : far;
 }
 
-// ---- transposition -----------------------------------------------------------------------------------------------------
+// ---- transposition ------------------------------------------------------------------------------------------------
 
 namespace detail {
 // Lane i of the two rows that a step of the transposition makes of (a, b): blocks of `Block` lanes change places.

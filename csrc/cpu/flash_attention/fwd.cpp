@@ -2,12 +2,13 @@
 //
 // Rows. The query heads that share a key head are folded into the rows of one problem: row r of (sequence, key head) is
 // query r / group of head r % group, so that K and V are packed once for all of them.
-// Tasks. One is (sequence, key head, chunk of rows), a chunk being what keeps its queries and accumulators in the L2 cache.
-// A task walks over blocks of keys; a block of K and V is packed once, then every tile of kRows rows that sees some of it does
+// Tasks. One is (sequence, key head, chunk of rows), a chunk being what keeps its queries and accumulators in the L2
+// cache. A task walks over blocks of keys; a block of K and V is packed once, then every tile of kRows rows that sees
+// some of it does
 //   S = Q K^T,  P = 2^(c S - m),  l = l 2^(m' - m) + row sums of P,  O = O 2^(m' - m) + P V      (c = scale * log2 e)
-// and at the end out = O / l, lse = (m + log2 l) ln 2. Tiles are cut down to the keys that any of their rows sees; only tiles
-// at an edge of the mask look at single keys. The tiles of rows and blocks of keys depend on the shape alone, so results are
-// the same whatever the number of threads.
+// and at the end out = O / l, lse = (m + log2 l) ln 2. Tiles are cut down to the keys that any of their rows sees;
+// only tiles at an edge of the mask look at single keys. The tiles of rows and blocks of keys depend on the shape
+// alone, so results are the same whatever the number of threads.
 #include "../../include/pykernels/flash_attention.h"
 
 #include "../common/matmul.h"
@@ -85,24 +86,13 @@ struct Shape {
   using C = ComputeFor<T>;
 #if defined(PYKERNELS_HAS_AMX)
   static constexpr int kRows = sizeof(typename C::Elem) == 2 ? 32 : 24;
-  static constexpr int kKeys = sizeof(typename C::Elem) == 2 ? 512 : 128;
+  static constexpr int kKeys = sizeof(typename C::Elem) == 2 ? 256 : 128;
 #else
   static constexpr int kRows = 24;
   static constexpr int kKeys = 128;
 #endif
   static_assert(kRows % C::kRowAlign == 0 && kKeys % C::kPanel == 0 && kKeys % C::kDepthAlign == 0);
 };
-
-#if defined(PYKERNELS_HAS_AMX)
-// A packed B [32, 16] with ones in its first column.
-struct FirstColumn {
-  uint32_t pairs[16][16];
-  constexpr FirstColumn() : pairs() {
-    for (int k = 0; k < 16; ++k) pairs[k][0] = 0x3f803f80;
-  }
-};
-alignas(64) constexpr FirstColumn kFirstColumn;
-#endif
 
 // One thread's buffers, and the work of a task.
 template <class T>
@@ -112,6 +102,7 @@ class Worker {
   using Acc = typename C::Acc;
   static constexpr int kRows = Shape<T>::kRows, kKeys = Shape<T>::kKeys, kLane = kLanes<Acc>;
   static constexpr int kStride = kKeys + 64 / static_cast<int>(sizeof(Elem));  // of s_ and weights_; not a power of two
+  static constexpr int kAhead = 16;  // rows of q fetched in advance
   static constexpr bool kFastExp = kHasFastExp2<C>;
 
  public:
@@ -136,11 +127,16 @@ class Worker {
     head_k_ = head_k;
     first_row_ = chunk * problem_.chunk_rows;
     rows_ = static_cast<int>(least(problem_.chunk_rows, s.tq * problem_.group - first_row_));
-    load_queries();
-    const int64_t first = visible(problem_, s, token(0)).begin, end = visible(problem_, s, token(rows_ - 1)).end;
-    for (int64_t key = first / kKeys * kKeys; key < end; key += kKeys) {
+    const int64_t end = visible(problem_, s, token(rows_ - 1)).end;
+    const int64_t begin = visible(problem_, s, token(0)).begin / kKeys * kKeys;
+    load_queries(begin, end);
+    const int tiles = (rows_ + kRows - 1) / kRows;
+    for (int64_t key = begin; key < end; key += kKeys) {
       load_keys(key, static_cast<int>(least<int64_t>(kKeys, end - key)));
-      for (int row = 0; row < rows_; row += kRows) tile(row, key);
+      for (int t = 0; t < tiles; ++t) {
+        prefetch_keys(key + kKeys, end, t, tiles);
+        tile(t * kRows, key);
+      }
     }
     write();
   }
@@ -148,31 +144,65 @@ class Worker {
  private:
   int64_t token(int row) const { return (first_row_ + row) / problem_.group; }
 
+  // Token and head of consecutive rows, without a division for each.
+  struct Cursor {
+    int64_t group, token, head;  // head: within the group
+    PYKERNELS_INLINE void advance() {
+      if (++head == group) {
+        head = 0;
+        ++token;
+      }
+    }
+  };
+  Cursor cursor(int row) const {
+    const int64_t index = first_row_ + row, group = problem_.group;
+    return {group, index / group, index % group};
+  }
   template <class E>
-  E* address(E* base, const Strides3& stride, int row) const {
-    const int64_t index = first_row_ + row, head = head_k_ * problem_.group + index % problem_.group;
-    return base + batch_ * stride.batch + (s_q_->q0 + index / problem_.group) * stride.token + head * stride.head;
+  PYKERNELS_INLINE E* address(E* base, const Strides3& stride, const Cursor& at) const {
+    return base + batch_ * stride.batch + (s_q_->q0 + at.token) * stride.token +
+           (head_k_ * problem_.group + at.head) * stride.head;
   }
 
-  void load_queries() {
+  // Brings part `part` of `parts` of the block of keys and values from `key` on into the L2 cache. Their rows are far
+  // apart in memory, often in pages of their own: more than the hardware foresees.
+  void prefetch_keys(int64_t key, int64_t end, int part, int parts) const {
+    const int64_t n = least<int64_t>(kKeys, end - key);
+    for (int64_t i = key + n * part / parts; i < key + n * (part + 1) / parts; ++i) {
+      prefetch_row(keys() + i * p_.k_stride.token, p_.head_dim);
+      prefetch_row(values() + i * p_.v_stride.token, p_.value_dim);
+    }
+  }
+  PYKERNELS_INLINE static void prefetch_row(const T* row, int64_t n) {
+    for (int64_t j = 0; j < n; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + j, 0, 2);
+  }
+  // The first key and value of this sequence and key head.
+  const T* keys() const {
+    return static_cast<const T*>(p_.k) + batch_ * p_.k_stride.batch + head_k_ * p_.k_stride.head +
+           s_q_->k0 * p_.k_stride.token;
+  }
+  const T* values() const {
+    return static_cast<const T*>(p_.v) + batch_ * p_.v_stride.batch + head_k_ * p_.v_stride.head +
+           s_q_->k0 * p_.v_stride.token;
+  }
+
+  // Fetches the first block of keys on the side.
+  void load_queries(int64_t first_key, int64_t end_key) {
     const T* const q = static_cast<const T*>(p_.q);
     const int padded = round_up(rows_, kRows);
     Acc largest = 0;
-    for (int row = 0; row < padded; ++row) {
+    Cursor at = cursor(0), ahead = cursor(kAhead);
+    for (int row = 0; row < rows_; ++row, at.advance(), ahead.advance()) {
+      if (row + kAhead < rows_) prefetch_row(address(q, p_.q_stride, ahead), p_.head_dim);
+      if (row % 16 == 0) prefetch_keys(first_key, end_key, row / 16, (rows_ + 15) / 16);
+      const T* const from = address(q, p_.q_stride, at);
       Elem* const to = q_ + row * depth_;
-      if (row < rows_) {
-        const T* const from = address(q, p_.q_stride, row);
-        copy_rows<C>(to, depth_, from, 0, 1, static_cast<int>(p_.head_dim));
-        // A negative scale goes into the queries, so that the largest product is the largest score.
-        if (p_.scale < 0) negate(to, depth_);
-        if constexpr (kFastExp) {
-          const float here = largest_magnitude(from, 0, 1, p_.head_dim);
-          if (!(here <= largest)) largest = here != here ? kInfinity : here;
-        }
-      } else {
-        __builtin_memset(to, 0, depth_ * sizeof(Elem));
-      }
+      copy_rows<C>(to, depth_, from, 0, 1, static_cast<int>(p_.head_dim));
+      // A negative scale goes into the queries, so that the largest product is the largest score.
+      if (p_.scale < 0) negate(to, depth_);
     }
+    __builtin_memset(q_ + rows_ * depth_, 0, (padded - rows_) * depth_ * sizeof(Elem));
+    if constexpr (kFastExp) largest = largest_magnitude(q_, depth_, rows_, depth_);
     largest_q_ = largest;
     __builtin_memset(o_, 0, sizeof(Acc) * padded * width_);
     __builtin_memset(l_, 0, sizeof(Acc) * padded * kLane);
@@ -191,18 +221,25 @@ class Worker {
 
   // Packs keys [key, key + n) and their values.
   void load_keys(int64_t key, int n) {
-    const T* const k = static_cast<const T*>(p_.k) + batch_ * p_.k_stride.batch + head_k_ * p_.k_stride.head +
-                       (s_q_->k0 + key) * p_.k_stride.token;
-    const T* const v = static_cast<const T*>(p_.v) + batch_ * p_.v_stride.batch + head_k_ * p_.v_stride.head +
-                       (s_q_->k0 + key) * p_.v_stride.token;
+    const T* const k = keys() + key * p_.k_stride.token;
+    const T* const v = values() + key * p_.v_stride.token;
     pack_columns<C>(k_, packed_panel<C>(depth_), k, p_.k_stride.token, static_cast<int>(p_.head_dim), n);
     pack_rows<C, WeightOrder<C>>(v_, packed_panel<C>(kKeys), v, p_.v_stride.token, n, static_cast<int>(p_.value_dim));
+    finite_values_ = all_finite(v, p_.v_stride.token, n, p_.value_dim);
     if constexpr (kFastExp) {
       const double scale = p_.scale < 0 ? -p_.scale : p_.scale;
       const Acc bound = largest_magnitude(k, p_.k_stride.token, n, p_.head_dim) * largest_q_ *
                         static_cast<Acc>(static_cast<double>(p_.head_dim) * scale * kLog2e);
       fast_ = bound < kFastExp2Bound;  // false for NaN
     }
+  }
+
+  static bool all_finite(const T* x, int64_t stride, int64_t rows, int64_t columns) {
+    Vec<Acc> sum{};  // of 0 x: zero, or NaN
+    for (int64_t i = 0; i < rows; ++i, x += stride)
+      for (int64_t j = 0; j < columns; j += kLane) sum += load_upto(x + j, columns - j) * static_cast<Acc>(0);
+    const Acc all = reduce_add<Acc>(sum);
+    return all == all;
   }
 
   // Rows [row, row + kRows) against the packed block of keys from `key` on.
@@ -215,9 +252,11 @@ class Worker {
     const int columns = static_cast<int>(least<int64_t>(kKeys, last.end - key)) - begin;
     if (columns <= 0) return;
     const int padded = round_up(columns, kSoftmaxColumns<C>);
+    const int64_t first_key = key + begin;
+    const bool edge = last.begin > first_key || first.end < first_key + padded;
 #if defined(PYKERNELS_HAS_AMX)
     if constexpr (kFastExp)
-      if (fast_ && fused_tile(row, key, begin, padded, first, last)) return;
+      if (fast_ && !(edge && !finite_values_) && fused_tile(row, key, begin, padded, first, last)) return;
 #endif
 
     matmul<C>(rows, columns, depth_, {q_ + row * depth_, depth_},
@@ -238,12 +277,13 @@ class Worker {
         for (int j = 0; j < padded; j += kLane) store(s_ + i * kStride + j, load(s_ + i * kStride + j) * scale);
       factor = 1;
     }
-    const int64_t first_key = key + begin;
-    if (last.begin > first_key || first.end < first_key + padded)
-      for (int i = 0; i < rows; ++i) {
-        const Range range = visible(problem_, *s_q_, token(row + i));
+    if (edge) {
+      Cursor at = cursor(row);
+      for (int i = 0; i < rows; ++i, at.advance()) {
+        const Range range = visible(problem_, *s_q_, at.token);
         mask_row(s_ + i * kStride, padded, range.begin - first_key, range.end - first_key);
       }
+    }
 
     Acc* const m = m_ + row;
     Acc* const l = l_ + row * kLane;
@@ -257,13 +297,35 @@ class Worker {
     } else {
       softmax.exact();
     }
-    matmul<C>(rows, width_, WeightOrder<C>::kBlock > 1 ? padded : columns, {weights_, kStride}, {v_, packed_panel<C>(kKeys), begin}, {o, width_}, true);
+    if (edge && !finite_values_)
+      add_visible(row, rows, first_key, padded);
+    else
+      matmul<C>(rows, width_, WeightOrder<C>::kBlock > 1 ? padded : columns, {weights_, kStride},
+                {v_, packed_panel<C>(kKeys), begin}, {o, width_}, true);
+  }
+
+  // O += P V over what each row sees: zero weights would make NaN of the infinities and NaN in values that are hidden
+  // from it.
+  void add_visible(int row, int rows, int64_t first_key, int columns) {
+    for (int i = 0; i < rows; ++i) {
+      const Range range = visible(problem_, *s_q_, token(row + i));
+      Acc* const o = o_ + (row + i) * width_;
+      for (int j = 0; j < columns; ++j) {
+        const int64_t key = first_key + WeightOrder<C>::source(j);
+        if (key < range.begin || key >= range.end) continue;
+        const Acc weight = to_float(weights_[i * kStride + j]);
+        const T* const v = values() + key * p_.v_stride.token;
+        for (int64_t d = 0; d < p_.value_dim; d += kLane)
+          store(o + d, load(o + d) + load_upto(v + d, p_.value_dim - d) * weight);
+      }
+    }
   }
 
 #if defined(PYKERNELS_HAS_AMX)
-  // The same in one pass for bf16 on AMX: while the tile unit multiplies the next 32 keys, the vector unit turns the scores of the
-  // last 32 into weights. Returns false, with l and o unchanged, where rows have no maximum yet to go by (the first keys are
-  // looked at for one), where their scores are too small for the table, or when one outgrows its maximum.
+  // The same in one pass for bf16 on AMX: while the tile unit multiplies the next 32 keys, the vector unit turns the
+  // scores of the last 32 into weights. Returns false, with l and o unchanged, where rows have no maximum yet to go
+  // by (the first keys are looked at for one), where their scores are too small for the table, or when one outgrows
+  // its maximum.
   bool fused_tile(int row, int64_t key, int begin, int columns, Range first, Range last) {
     static_assert(kRows == 32 && 2 * 32 * 32 <= kRows * kStride);
     if (p_.softcap > 0 || p_.scale == 0) return false;
@@ -293,6 +355,10 @@ class Worker {
     _mm512_store_ps(offsets, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m0), _mm512_set1_ps(128)));
     _mm512_store_ps(offsets + 16, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m1), _mm512_set1_ps(128)));
     const __m512 slope = _mm512_set1_ps(factor * 128);
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    alignas(64) float sums[32 * 16] = {};  // of the weights, by lane
+    // The accumulators will be needed at the end.
+    for (int j = 0; j < 32 * width_; j += 16) __builtin_prefetch(o_ + row * width_ + j, 1, 3);
     Exp2Table table;
     for (int j = 0; j <= columns; j += 32) {
       if (j < columns) multiply_panel(q, k);
@@ -300,8 +366,11 @@ class Worker {
         const float* const s = buffers[(j / 32 - 1) % 2];
         BFloat16* const w = weights_ + j - 32;
 #pragma GCC unroll 4
-        for (int i = 0; i < 32; ++i)
-          _mm512_store_si512(w + i * kStride, table.weights(s + 32 * i, slope, _mm512_set1_ps(offsets[i])));
+        for (int i = 0; i < 32; ++i) {
+          const __m512i weights = table.weights(s + 32 * i, slope, _mm512_set1_ps(offsets[i]));
+          _mm512_store_si512(w + i * kStride, weights);
+          _mm512_store_ps(sums + 16 * i, _mm512_dpbf16_ps(_mm512_load_ps(sums + 16 * i), (__m512bh)weights, ones));
+        }
       }
       if (j < columns) {
         float* const s = buffers[j / 32 % 2];
@@ -312,21 +381,10 @@ class Worker {
     }
     if (table.overflow()) return false;
 
-    // l += P times a matrix whose first column is ones.
     float* const l = l_ + row * 16;
-    amx::load<0>(l, 64);
-    amx::load<1>(l + 256, 64);
-    amx::load<6>(kFirstColumn.pairs, 64);
-    for (int j = 0; j < columns; j += 32) {
-      amx::load<4>(weights_ + j, 2 * kStride);
-      amx::dot<0, 4, 6>();
-      amx::load<5>(weights_ + 16 * kStride + j, 2 * kStride);
-      amx::dot<1, 5, 6>();
-    }
-    amx::store<0>(l, 64);
-    amx::store<1>(l + 256, 64);
-    matmul<C>(kRows, width_, columns, {weights_, kStride}, {v_, packed_panel<C>(kKeys), begin}, {o_ + row * width_, width_},
-              true);
+    for (int i = 0; i < 32; ++i) store(l + 16 * i, load(l + 16 * i) + load(sums + 16 * i));
+    matmul<C>(kRows, width_, columns, {weights_, kStride}, {v_, packed_panel<C>(kKeys), begin},
+              {o_ + row * width_, width_}, true);
     return true;
   }
 
@@ -358,8 +416,9 @@ class Worker {
   void mask_panel(float* s, int row, int64_t key) {
     const __m512 hidden = _mm512_set1_ps(-kInfinity);
     const auto below = [](int64_t n) { return n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0u; };
-    for (int i = 0; i < least(kRows, rows_ - row); ++i, s += 32) {
-      const Range range = visible(problem_, *s_q_, token(row + i));
+    Cursor at = cursor(row);
+    for (int i = 0; i < least(kRows, rows_ - row); ++i, s += 32, at.advance()) {
+      const Range range = visible(problem_, *s_q_, at.token);
       const uint32_t outside = ~below(range.end - key) | below(range.begin - key);
       _mm512_mask_storeu_ps(s, static_cast<__mmask16>(outside), hidden);
       _mm512_mask_storeu_ps(s + 16, static_cast<__mmask16>(outside >> 16), hidden);
@@ -370,16 +429,17 @@ class Worker {
   void write() {
     T* const out = static_cast<T*>(p_.out);
     Acc* const lse = static_cast<Acc*>(p_.lse);
-    for (int row = 0; row < rows_; ++row) {
+    Cursor at = cursor(0);
+    for (int row = 0; row < rows_; ++row, at.advance()) {
       const Acc sum = reduce_add<Acc>(load(l_ + row * kLane));
       const Acc inverse = sum == 0 ? 0 : 1 / sum;
-      T* const to = address(out, p_.out_stride, row);
+      T* const to = address(out, p_.out_stride, at);
       for (int64_t j = 0; j < p_.value_dim; j += kLane)
         store_upto(to + j, load(o_ + row * width_ + j) * inverse, p_.value_dim - j);
-      const int64_t index = first_row_ + row, head = head_k_ * problem_.group + index % problem_.group;
       const double log_sum = sum == 0 ? -static_cast<double>(kInfinity)
                                       : static_cast<double>(m_[row]) * kLn2 + __builtin_log(static_cast<double>(sum));
-      lse[(batch_ * p_.heads_q + head) * p_.seqlen_q + s_q_->q0 + index / problem_.group] = static_cast<Acc>(log_sum);
+      const int64_t head = head_k_ * problem_.group + at.head;
+      lse[(batch_ * p_.heads_q + head) * p_.seqlen_q + s_q_->q0 + at.token] = static_cast<Acc>(log_sum);
     }
   }
 
@@ -391,7 +451,8 @@ class Worker {
   int64_t batch_ = 0, head_k_ = 0, first_row_ = 0;
   int rows_ = 0;
   Acc largest_q_ = 0;
-  bool fast_ = false;
+  // Of the block of keys: whether its scores may go to the table of exponentials, and whether all values are finite.
+  bool fast_ = false, finite_values_ = true;
   Elem* q_;        // [chunk_rows, depth]
   Acc* o_;         // [chunk_rows, width]
   Acc* m_;         // [chunk_rows] row maxima, in units of log 2
@@ -407,7 +468,8 @@ template <class T>
 void write_unused(const FlashAttentionParams& p, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t)
     for (int64_t h = 0; h < p.heads_q; ++h) {
-      __builtin_memset(static_cast<T*>(p.out) + t * p.out_stride.token + h * p.out_stride.head, 0, p.value_dim * sizeof(T));
+      T* const out = static_cast<T*>(p.out) + t * p.out_stride.token + h * p.out_stride.head;
+      __builtin_memset(out, 0, p.value_dim * sizeof(T));
       static_cast<Wide<T>*>(p.lse)[h * p.seqlen_q + t] = -static_cast<Wide<T>>(kInfinity);
     }
 }
@@ -428,9 +490,11 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
     }
   }
 
-  // Rows per chunk: queries and accumulators take half a megabyte of L2, more chunks than threads where there are rows enough.
+  // Rows per chunk: queries and accumulators take half a megabyte of L2, more chunks than threads where there are
+  // rows enough.
   const int64_t row_bytes = round_up(p.head_dim, C::kDepthAlign) * sizeof(typename C::Elem) +
-                            (round_up(p.value_dim, C::kColumnAlign) + kLanes<typename C::Acc>) * sizeof(typename C::Acc);
+                            (round_up(p.value_dim, C::kColumnAlign) + kLanes<typename C::Acc>) *
+                                sizeof(typename C::Acc);
   int64_t rows = 0, longest = 0;
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t here = sequence(p, s).tq * problem.group;

@@ -32,17 +32,19 @@ constexpr bool kHasFastExp2 = sizeof(typename C::Elem) == 2;
 template <class C>
 constexpr bool kHasFastExp2 = false;
 #endif
-// Scores, in units of log 2, must be known to be below this in magnitude for Softmax::fast: keeps 128 (127 - m) within 1/32.
+// Scores, in units of log 2, must be known to be below this in magnitude for Softmax::fast: keeps 128 (127 - m)
+// within 1/32.
 constexpr float kFastExp2Bound = 0x1p12f;
-// The table's error matches what rounding scores of about this size to bf16 would bring; rows of smaller ones are exact.
+// The table's error matches what rounding scores of about this size to bf16 would bring; rows of smaller ones are
+// exact.
 constexpr float kFastExp2Least = 3;
 // Scores are rounded up to a multiple of this many columns by the caller, hidden ones at the end.
 template <class C>
 constexpr int kSoftmaxColumns = kHasFastExp2<C> ? 32 : C::kColumnAlign;
 
 #if defined(PYKERNELS_HAS_BF16_DOT) && defined(__AVX512VBMI__)
-// What a linear mantissa of seven bits, f / 128, has too much of 2^(f / 128) - 1, in units of its last bit, for f = 2 i and
-// 2 i + 1 (the curve is so flat that one value serves both).
+// What a linear mantissa of seven bits, f / 128, has too much of 2^(f / 128) - 1, in units of its last bit, for f = 2
+// i and 2 i + 1 (the curve is so flat that one value serves both).
 struct Exp2Corrections {
   uint8_t units[64];
   constexpr Exp2Corrections() : units() {
@@ -53,10 +55,10 @@ struct Exp2Corrections {
 };
 alignas(64) constexpr Exp2Corrections kExp2Corrections;
 
-// Weights 2^x of 32 scores, as bf16, in the order below. A score times 128 log 2 units plus `offset` = 128 (127 - m), rounded to
-// an integer and saturated to 16 unsigned bits, is already a bf16 number with a linear mantissa, which the table corrects: 2^x to
-// 2^-8 relative in 4 instructions per 16 weights. What underflows or is hidden comes out as zero. `largest` keeps the largest
-// before the correction, so that overflow shows.
+// Weights 2^x of 32 scores, as bf16, in the order below. A score times 128 log 2 units plus `offset` = 128 (127 - m),
+// rounded to an integer and saturated to 16 unsigned bits, is already a bf16 number with a linear mantissa, which the
+// table corrects: 2^x to 2^-8 relative in 4 instructions per 16 weights. What underflows or is hidden comes out as
+// zero. `largest` keeps the largest before the correction, so that overflow shows.
 struct Exp2Table {
   __m512i units = _mm512_load_si512(kExp2Corrections.units);
   __m512i largest = _mm512_setzero_si512();
@@ -88,8 +90,8 @@ inline float largest_magnitude(const BFloat16* x, int64_t stride, int64_t rows, 
 }
 #endif
 
-// The order that weights are in, and so the rows of the packed V: within each 32 keys, packing two vectors to half the width
-// takes four of each in turn.
+// The order that weights are in, and so the rows of the packed V: within each 32 keys, packing two vectors to half
+// the width takes four of each in turn.
 struct PackedOrder {
   static constexpr int kBlock = 32;
   static constexpr int source(int k) { return k / 32 * 32 + (k % 8 < 4 ? 0 : 16) + k % 32 / 8 * 4 + k % 4; }
@@ -151,7 +153,8 @@ struct Softmax {
 #if defined(PYKERNELS_HAS_BF16_DOT)
       const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
       for (int j = 0; j < columns; j += 32) {
-        const Vec<float> a = exp2<float>(load(s + j) * factor + base), b = exp2<float>(load(s + j + 16) * factor + base);
+        const Vec<float> a = exp2<float>(load(s + j) * factor + base);
+        const Vec<float> b = exp2<float>(load(s + j + 16) * factor + base);
         sum += a + b;
         const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
         _mm512_storeu_si512(w + j, _mm512_permutexvar_epi64(order, bits));
@@ -173,8 +176,8 @@ struct Softmax {
   }
 
 #if defined(PYKERNELS_HAS_BF16_DOT) && defined(__AVX512VBMI__)
-  // For bf16 weights, by the table; the sums are of the rounded weights. m lags behind the maximum: it moves only when a weight
-  // would pass 2^8.
+  // For bf16 weights, by the table; the sums are of the rounded weights. m lags behind the maximum: it moves only
+  // when a weight would pass 2^8.
   void fast() {
     const __m512 slope = _mm512_set1_ps(factor * 128);
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);

@@ -2,8 +2,8 @@
 
 Layout, masks and alignment are those of `reference.py`. Scores live in the exp2 domain: with c = scale * log2(e),
 p = exp2(c * q.k - c * max). One program owns one tile of rows of one head and walks over the other side's blocks: those
-that no row sees are skipped, those that every row sees take a loop without masks. Nothing is accumulated across programs,
-so results are bitwise repeatable. Grids follow from shapes alone.
+that no row sees are skipped, those that every row sees take a loop without masks. Nothing is accumulated across
+programs, so results are bitwise repeatable. Grids follow from shapes alone.
 
 Names: `i_` index, `o_` offset, `m_` mask of rows, `p_` pointer, `b_` block value; BM query rows, BN key rows, BK key
 columns, BV value columns. A head wider than one slice (BK, BV) is read in slices, and each slice of the result gets a
@@ -12,7 +12,6 @@ program of its own, which recomputes the scores.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import (LN2, LOG2E, clamped, dot_precision, dot_rows, find_sequence, launch, load, load_tile, store,
+from ..._triton import (LN2, LOG2E, clamped, dot_precision, dot_rows, find_sequence, launch, load, load_tile,
                         store_tile, tanh, target, tiles_packed)
 
 # Runtime values on which compiled code must not be specialised: they change from call to call.
@@ -83,9 +82,9 @@ def _visible(b_distance, m_key, left, right, LEFT: tl.constexpr, RIGHT: tl.const
 
 @triton.jit
 def _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_0, i_1, i_2, i_3, tk,
-              left, right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-              BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
-              PRECISION: tl.constexpr):
+              left, right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr,
+              BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+              MASK: tl.constexpr, PRECISION: tl.constexpr):
     """The online softmax over the span's blocks of keys. -> updated (o, max, sum): [BM, BV], [BM], [BM]"""
     o_n = tl.arange(0, BN)
     o_kt = o_n.to(tl.int64) * stride_kt
@@ -99,8 +98,8 @@ def _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, s
         if SOFTCAP:
             b_s = tanh(b_s * inner_scale, p_k.dtype.element_ty == tl.float32)
         if MASK:
-            b_s = tl.where(_visible((i_n + o_n)[None, :] - o_p[:, None], m_n[None, :], left, right, LEFT, RIGHT),
-                           b_s, -float("inf"))
+            b_distance = (i_n + o_n)[None, :] - o_p[:, None]
+            b_s = tl.where(_visible(b_distance, m_n[None, :], left, right, LEFT, RIGHT), b_s, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * score_scale)
         # A row that has seen nothing yet keeps the maximum -inf; subtract 0 there rather than make NaN of -inf - -inf.
         b_shift = tl.where(b_new == -float("inf"), 0.0, b_new) if MASK else b_new
@@ -115,14 +114,15 @@ def _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, s
 
 @triton.jit(do_not_specialize=_VARYING + ["new_tokens"])
 def flash_attention_fwd_kernel(
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, cache_seqlens, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt,
-        stride_kh, stride_vb, stride_vt, stride_vh, Tq, Tk, Hq, Hk, tiles, sequences, new_tokens, left, right, inner_scale,
-        score_scale, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-        BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, cache_seqlens, stride_qb, stride_qt, stride_qh, stride_kb,
+        stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, Tq, Tk, Hq, Hk, tiles, sequences, new_tokens, left,
+        right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BM: tl.constexpr,
+        BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+        SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """Program (tile, slice) owns out[b, rows, h, slice of V] and, if its slice is 0, lse[b, h, rows].
 
-    G query heads that share a key head are packed into the tile, row r being token r // G of head h * G + r % G: decoding
-    then reads the cache once per key head. The forward pass has G = 1.
+    G query heads that share a key head are packed into the tile, row r being token r // G of head h * G + r % G:
+    decoding then reads the cache once per key head. The forward pass has G = 1.
     """
     heads = Hq // G
     i_t = tl.program_id(0) % tiles
@@ -158,18 +158,18 @@ def flash_attention_fwd_kernel(
     score_scale = tl.cast(score_scale, tl.float32)
 
     o_p = o_t + (tk - tq)
-    i_0, i_1, i_2, i_3 = _span(i_t * BM // G, tl.minimum((i_t * BM + BM - 1) // G, tq - 1), tk - tq, left, right, tk, BN,
-                               LEFT, RIGHT)
+    i_0, i_1, i_2, i_3 = _span(i_t * BM // G, tl.minimum((i_t * BM + BM - 1) // G, tq - 1), tk - tq, left, right, tk,
+                               BN, LEFT, RIGHT)
     b_o = tl.zeros([BM, BV], dtype=tl.float32)
     b_max = tl.full([BM], -float("inf"), dtype=tl.float32)
     b_sum = tl.zeros([BM], dtype=tl.float32)
     b_q = load_tile(p_q, o_q, 0, m_q, K, BK, True)  # [BM, BK]
-    b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_0, i_1,
-                                  i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP,
-                                  True, PRECISION)
-    b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v, i_0, i_1,
-                                  i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP,
-                                  False, PRECISION)
+    b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v,
+                                  i_0, i_1, i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV,
+                                  LEFT, RIGHT, SOFTCAP, True, PRECISION)
+    b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_v,
+                                  i_0, i_1, i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV,
+                                  LEFT, RIGHT, SOFTCAP, False, PRECISION)
 
     m_some = b_sum != 0  # rows that saw a key
     b_sum = tl.where(m_some, b_sum, 1.0)
@@ -183,8 +183,8 @@ def flash_attention_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["Tq", "tiles"])
-def flash_attention_bwd_delta_kernel(out, dout, dlse, delta, stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh,
-                                     Tq, Hq, tiles, V: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
+def flash_attention_bwd_delta_kernel(out, dout, dlse, delta, stride_ob, stride_ot, stride_oh, stride_db, stride_dt,
+                                     stride_dh, Tq, Hq, tiles, V: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
                                      PRECISION: tl.constexpr):
     """One program owns delta[b, h, rows] = rowsum(out * dout) - dlse, the term that every score's gradient subtracts.
 
@@ -212,14 +212,15 @@ def flash_attention_bwd_delta_kernel(out, dout, dlse, delta, stride_ob, stride_o
 
 
 @triton.jit
-def _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt, stride_qh,
-                 stride_dt, stride_dh, i_k, i_v, i_0, i_1, i_2, i_3, group, Tq, tq, shift, left, right, inner_scale,
-                 score_scale, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                 LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
+def _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt,
+                 stride_qh, stride_dt, stride_dh, i_k, i_v, i_0, i_1, i_2, i_3, group, Tq, tq, shift, left, right,
+                 inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+                 BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
+                 PRECISION: tl.constexpr):
     """Adds what the span's blocks of queries give, for all heads of the group. -> updated (dk, dv): [BN, BK], [BN, BV]
 
-    Scores are computed transposed, [BN, BM], so that p and ds are left operands of the products that they enter and need
-    no trip through shared memory. Rows past the end are zeros, which add nothing.
+    Scores are computed transposed, [BN, BM], so that p and ds are left operands of the products that they enter and
+    need no trip through shared memory. Rows past the end are zeros, which add nothing.
     """
     o_m = tl.arange(0, BM)
     o_qt = o_m.to(tl.int64) * stride_qt
@@ -240,27 +241,27 @@ def _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do
         b_lse = load(p_lse + o_row, m_q if MASK else None) * LOG2E  # [BM]
         b_p = tl.exp2(b_s * score_scale - b_lse[None, :])
         if MASK:
-            b_p = tl.where(_visible(o_n[:, None] - (i_m + o_m + shift)[None, :], m_q[None, :], left, right, LEFT, RIGHT),
-                           b_p, 0.0)
+            b_distance = o_n[:, None] - (i_m + o_m + shift)[None, :]
+            b_p = tl.where(_visible(b_distance, m_q[None, :], left, right, LEFT, RIGHT), b_p, 0.0)
         b_do = load_tile(p_dm, o_dt, i_v, m_q, V, BV, MASK)  # [BM, BV]
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        if SOFTCAP:
+            b_p = b_p * (1.0 - b_tanh * b_tanh)
         b_dp = dot_rows(b_v, b_do, p_v, o_vt, m_k, p_dm, o_dt, m_q, V, BV, True, MASK, PRECISION)  # [BN, BM]
         b_delta = load(p_delta + o_row, m_q if MASK else None)  # [BM]
         b_ds = b_p * (b_dp - b_delta[None, :])
-        if SOFTCAP:
-            b_ds = b_ds * (1.0 - b_tanh * b_tanh)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def flash_attention_bwd_dkv_kernel(
-        q, k, v, dout, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt,
-        stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh, Tq, Tk, Hq, Hk, tiles, sequences, left,
-        right, scale, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-        PRECISION: tl.constexpr):
-    """Program (tile, slice) owns dk[b, keys, h, slice of K] and dv[b, keys, h, slice of V]; it sums over h's query heads."""
+        q, k, v, dout, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, stride_qb, stride_qt, stride_qh, stride_kb,
+        stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh, Tq, Tk, Hq, Hk, tiles,
+        sequences, left, right, scale, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr,
+        BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+        SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Program (tile, slice) owns dk[b, keys, h, slice of K] and dv[b, keys, h, slice of V], over h's query heads."""
     i_t = tl.program_id(0) % tiles
     i_h = tl.program_id(0) // tiles % Hk
     i_b = (tl.program_id(0) // tiles // Hk).to(tl.int64)
@@ -301,12 +302,14 @@ def flash_attention_bwd_dkv_kernel(
     p_do = dout + i_b * stride_db + tl.cast(q_start, tl.int64) * stride_dt + i_hq * stride_dh
     p_lse = lse + (i_b * Hq + i_hq) * Tq + q_start
     p_delta = delta + (i_b * Hq + i_hq) * Tq + q_start
-    b_dk, b_dv = _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt,
-                              stride_qh, stride_dt, stride_dh, i_k, i_v, i_0, i_1, i_2, i_3, group, Tq, tq, shift, left, right,
-                              inner_scale, score_scale, K, V, BM, BK, BV, LEFT, RIGHT, SOFTCAP, True, PRECISION)
-    b_dk, b_dv = _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt,
-                              stride_qh, stride_dt, stride_dh, i_k, i_v, i_0, i_1, i_2, i_3, group, Tq, tq, shift, left, right,
-                              inner_scale, score_scale, K, V, BM, BK, BV, LEFT, RIGHT, SOFTCAP, False, PRECISION)
+    b_dk, b_dv = _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta,
+                              stride_qt, stride_qh, stride_dt, stride_dh, i_k, i_v, i_0, i_1, i_2, i_3, group, Tq, tq,
+                              shift, left, right, inner_scale, score_scale, K, V, BM, BK, BV, LEFT, RIGHT, SOFTCAP,
+                              True, PRECISION)
+    b_dk, b_dv = _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta,
+                              stride_qt, stride_qh, stride_dt, stride_dh, i_k, i_v, i_0, i_1, i_2, i_3, group, Tq, tq,
+                              shift, left, right, inner_scale, score_scale, K, V, BM, BK, BV, LEFT, RIGHT, SOFTCAP,
+                              False, PRECISION)
 
     o_row = (i_b * Tk + k_start + o_n) * Hk + i_h
     store_tile(dk, o_row * K, i_k, m_k, K, BK, b_dk * tl.cast(scale, tl.float32))
@@ -314,10 +317,10 @@ def flash_attention_bwd_dkv_kernel(
 
 
 @triton.jit
-def _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_k, i_0, i_1,
-              i_2, i_3, tk, left, right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr,
-              BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-              MASK: tl.constexpr, PRECISION: tl.constexpr):
+def _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_k,
+              i_0, i_1, i_2, i_3, tk, left, right, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr,
+              BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+              SOFTCAP: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
     """Adds what the span's blocks of keys give. -> updated dq [BM, BK]"""
     o_n = tl.arange(0, BN)
     o_kt = o_n.to(tl.int64) * stride_kt
@@ -335,22 +338,23 @@ def _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, 
             b_s = b_tanh
         b_p = tl.exp2(b_s * score_scale - b_lse[:, None])
         if MASK:
-            b_p = tl.where(_visible((i_n + o_n)[None, :] - o_p[:, None], m_n[None, :], left, right, LEFT, RIGHT), b_p, 0.0)
+            b_distance = (i_n + o_n)[None, :] - o_p[:, None]
+            b_p = tl.where(_visible(b_distance, m_n[None, :], left, right, LEFT, RIGHT), b_p, 0.0)
+        if SOFTCAP:
+            b_p = b_p * (1.0 - b_tanh * b_tanh)
         b_dp = dot_rows(b_do, b_v, p_do, o_dt, m_q, p_vn, o_vt, m_n, V, BV, True, MASK, PRECISION)  # [BM, BN]
         b_ds = b_p * (b_dp - b_delta[:, None])
-        if SOFTCAP:
-            b_ds = b_ds * (1.0 - b_tanh * b_tanh)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def flash_attention_bwd_dq_kernel(
-        q, k, v, dout, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt,
-        stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh, Tq, Tk, Hq, Hk, tiles, sequences, left,
-        right, scale, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-        PRECISION: tl.constexpr):
+        q, k, v, dout, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, stride_qb, stride_qt, stride_qh, stride_kb,
+        stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh, Tq, Tk, Hq, Hk, tiles,
+        sequences, left, right, scale, inner_scale, score_scale, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr,
+        BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+        SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """Program (tile, slice) owns dq[b, rows, h, slice of K]."""
     i_t = tl.program_id(0) % tiles
     i_h = tl.program_id(0) // tiles % Hq
@@ -391,12 +395,12 @@ def flash_attention_bwd_dq_kernel(
     b_lse = tl.load(lse + o_row, mask=m_q, other=0.0) * LOG2E
     b_delta = tl.load(delta + o_row, mask=m_q, other=0.0)
     b_dq = tl.zeros([BM, BK], dtype=tl.float32)
-    b_dq = _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_k,
-                     i_0, i_1, i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP,
-                     True, PRECISION)
-    b_dq = _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt, i_k,
-                     i_0, i_1, i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP,
-                     False, PRECISION)
+    b_dq = _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt,
+                     i_k, i_0, i_1, i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT,
+                     RIGHT, SOFTCAP, True, PRECISION)
+    b_dq = _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, p_k, p_v, stride_kt, stride_vt,
+                     i_k, i_0, i_1, i_2, i_3, tk, left, right, inner_scale, score_scale, K, V, BN, BK, BV, LEFT,
+                     RIGHT, SOFTCAP, False, PRECISION)
     o_dq = ((i_b * Tq + q_start + o_t) * Hq + i_h) * K
     store_tile(dq, o_dq, i_k, m_q, K, BK, b_dq * tl.cast(scale, tl.float32))
 
@@ -431,10 +435,10 @@ class _Config(NamedTuple):
     num_stages: int
 
 
-# class of targets -> head size -> configuration: the first size that holds the head serves; a class without an entry takes
-# sm_80's. Derived, not measured: the largest tiles whose accumulators, scores and operands the compiler fits into registers
-# without spills in the unmasked loop, and as many stages as fit shared memory (read off code compiled ahead of time, as in
-# tests/triton_aot). Where not even a small tile of whole heads fits, heads are cut into slices.
+# class of targets -> head size -> configuration: the first size that holds the head serves; a class without an entry
+# takes sm_80's. Derived, not measured: the largest tiles whose accumulators, scores and operands the compiler fits into
+# registers without spills in the unmasked loop, and as many stages as fit shared memory (read off code compiled ahead
+# of time, as in tests/triton_aot). Where not even a small tile of whole heads fits, heads are cut into slices.
 _FWD = {
     "sm_80": {64: _Config(128, 64, 64, 4, 3), 128: _Config(128, 64, 128, 8, 2), 256: _Config(64, 32, 256, 4, 2),
               512: _Config(64, 32, 128, 4, 2)},
@@ -445,7 +449,8 @@ _FWD = {
     "gfx942": {64: _Config(128, 64, 64, 4, 1), 128: _Config(128, 64, 128, 4, 1), 256: _Config(64, 32, 256, 4, 1),
                512: _Config(64, 32, 128, 4, 1)},
 }
-_DECODE = {  # bound by the read of the cache, so whole heads (in slices, keys would be read once per slice of the values)
+_FWD["sm_120"] = _FWD["sm_80"] | {64: _Config(128, 64, 64, 8, 3)}
+_DECODE = {  # bound by the read of the cache, so whole heads: slices of the values would each read the keys again
     "sm_80": {64: _Config(16, 64, 64, 4, 3), 128: _Config(16, 64, 128, 4, 3), 256: _Config(16, 32, 256, 4, 2),
               512: _Config(16, 16, 512, 4, 2)},
     "gfx942": {128: _Config(16, 64, 128, 4, 1), 256: _Config(16, 32, 256, 4, 1), 512: _Config(16, 16, 512, 4, 1)},
@@ -490,9 +495,10 @@ def _class(name: str) -> str:
         return "sm_90"
     if name in ("sm_100", "sm_103"):
         return "sm_100"
-    # sm_8x and sm_12x have the same instructions; what they run fits the 99 KB of the smallest. Older NVIDIA GPUs have 64 KB
-    # like AMD's; so may GPUs unknown here.
-    return "sm_80" if name.startswith(("sm_8", "sm_11", "sm_12")) else "gfx942"
+    if name.startswith("sm_12"):
+        return "sm_120"
+    # What sm_80 runs fits the 99 KB of sm_86 and sm_89. Older NVIDIA GPUs have 64 KB as AMD's do; so may unknown GPUs.
+    return "sm_80" if name.startswith(("sm_8", "sm_11")) else "gfx942"
 
 
 def _config(kernel: str, q: Tensor, v: Tensor) -> _Config:
@@ -522,7 +528,8 @@ def _tiles(rows: int, block: int, cu_seqlens: Tensor | None) -> int:
     return triton.cdiv(rows, block) if cu_seqlens is None else tiles_packed(rows, cu_seqlens.shape[0] - 1, block)
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, softcap: float, left: int, right: int, cu_seqlens_q: Tensor | None) -> dict:
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float, left: int, right: int,
+            cu_seqlens_q: Tensor | None) -> dict:
     """What every kernel needs to know of the scores: exponent = score_scale * (q.k, or tanh(inner_scale * q.k))."""
     inner_scale, score_scale = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
     # Bounds that no pair of positions can pass are none, which also keeps sums of positions within 32 bits.
@@ -530,7 +537,8 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float, left: int, right
     return dict(Tq=q.shape[1], Tk=k.shape[1], Hq=q.shape[2], Hk=k.shape[2],
                 sequences=0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1, left=left if bounded_left else 0,
                 right=right if bounded_right else 0, inner_scale=inner_scale, score_scale=score_scale * LOG2E.value,
-                K=q.shape[3], LEFT=bounded_left, RIGHT=bounded_right, SOFTCAP=softcap > 0, PRECISION=dot_precision(q.dtype))
+                K=q.shape[3], LEFT=bounded_left, RIGHT=bounded_right, SOFTCAP=softcap > 0,
+                PRECISION=dot_precision(q.dtype))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
@@ -538,7 +546,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_se
              config: _Config) -> tuple[Tensor, Tensor]:
     q, k, v = _rows(q), _rows(k), _rows(v)
     if softcap == 0:
-        # The running maximum is scaled after it is taken, and masked scores are -inf before: the scale must be positive.
+        # The running maximum is scaled after it is taken, when masked scores are -inf: the scale must be positive.
         q, scale = (-q if scale < 0 else q), max(abs(scale), 2.0 ** -100)
     batch, tq, heads, _ = q.shape
     value_dim = v.shape[3]
@@ -564,11 +572,12 @@ def decode(q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, windo
     G = q.shape[2] // k_cache.shape[2]
     rows = q.shape[1] * G
     config = _config("decode" if rows <= 16 else "fwd", q, v_cache)
-    return _forward(q, k_cache, v_cache, None, None, cache_seqlens, new_tokens, scale, softcap, window_left, window_right, G,
-                    config)
+    return _forward(q, k_cache, v_cache, None, None, cache_seqlens, new_tokens, scale, softcap, window_left,
+                    window_right, G, config)
 
 
-def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right, deterministic):
+def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right,
+        deterministic):
     # Bitwise repeatable as it is: `deterministic` changes nothing.
     dout, q, k, v, out = (_rows(x) for x in (dout, q, k, v, out))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
@@ -578,9 +587,9 @@ def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softca
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
     tiles = triton.cdiv(tq, 32)
-    launch(flash_attention_bwd_delta_kernel, (tiles * heads * batch,), q.device, out=out, dout=dout, dlse=dlse, delta=delta,
-           Tq=tq, Hq=heads, tiles=tiles, V=value_dim, BM=32, BV=_slice(value_dim, 128), PRECISION=dot_precision(q.dtype),
-           num_warps=4, num_stages=1, **_strides(o=out, d=dout))
+    launch(flash_attention_bwd_delta_kernel, (tiles * heads * batch,), q.device, out=out, dout=dout, dlse=dlse,
+           delta=delta, Tq=tq, Hq=heads, tiles=tiles, V=value_dim, BM=32, BV=_slice(value_dim, 128),
+           PRECISION=dot_precision(q.dtype), num_warps=4, num_stages=1, **_strides(o=out, d=dout))
 
     shared = dict(q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                   scale=scale, V=value_dim, **_strides(q=q, k=k, v=v, d=dout),
@@ -590,14 +599,14 @@ def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softca
     BK, BV = _slice(key_dim, columns), _slice(value_dim, columns)
     tiles = _tiles(tk, BN, cu_seqlens_k)
     slices = max(triton.cdiv(key_dim, BK), triton.cdiv(value_dim, BV))
-    launch(flash_attention_bwd_dkv_kernel, (tiles * heads_k * batch, slices), q.device, dk=dk, dv=dv, tiles=tiles, BM=BM,
-           BN=BN, BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages, **shared)
+    launch(flash_attention_bwd_dkv_kernel, (tiles * heads_k * batch, slices), q.device, dk=dk, dv=dv, tiles=tiles,
+           BM=BM, BN=BN, BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages, **shared)
 
     BM, BN, columns, num_warps, num_stages = _config("dq", q, v)
     BK, BV = _slice(key_dim, columns), _slice(value_dim, columns)
     tiles = _tiles(tq, BM, cu_seqlens_q)
-    launch(flash_attention_bwd_dq_kernel, (tiles * heads * batch, triton.cdiv(key_dim, BK)), q.device, dq=dq, tiles=tiles,
-           BM=BM, BN=BN, BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages, **shared)
+    launch(flash_attention_bwd_dq_kernel, (tiles * heads * batch, triton.cdiv(key_dim, BK)), q.device, dq=dq,
+           tiles=tiles, BM=BM, BN=BN, BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages, **shared)
     return dq, dk, dv
 
 
@@ -607,7 +616,7 @@ def append(k_cache, v_cache, k, v, cache_seqlens):
     value_dim = v.shape[3]
     BM, BD = 16, _slice(max(key_dim, value_dim), 128)
     tiles = triton.cdiv(new_tokens * heads, BM)
-    launch(flash_attention_fwd_append_kernel, (tiles * batch,), k.device, k=k, v=v,
-           k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, new_tokens=new_tokens, capacity=k_cache.shape[1],
-           heads=heads, tiles=tiles, K=key_dim, V=value_dim, BM=BM, BD=BD, num_warps=4, num_stages=1,
+    launch(flash_attention_fwd_append_kernel, (tiles * batch,), k.device, k=k, v=v, k_cache=k_cache, v_cache=v_cache,
+           cache_seqlens=cache_seqlens, new_tokens=new_tokens, capacity=k_cache.shape[1], heads=heads, tiles=tiles,
+           K=key_dim, V=value_dim, BM=BM, BD=BD, num_warps=4, num_stages=1,
            **_strides(k=k, v=v, kc=k_cache, vc=v_cache))

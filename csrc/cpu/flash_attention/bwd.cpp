@@ -1,0 +1,635 @@
+// Flash attention, backward.
+//
+// With P = 2^(c S - lse) recomputed (c = scale * log2 e), dO the gradient at out, delta = rowsum(dO out) - dlse:
+//   S^T = K Q^T    dP^T = V dO^T    dS^T = P^T (dP^T - delta)    dV += P^T dO    dK += dS^T Q    dQ^T += K^T dS^T
+// Transposed, because then lse and delta lie along vectors, P^T and dS^T come out as left operands of the next products, and
+// only dS^T is needed as a right operand too; dQ is accumulated as its transpose.
+//
+// Units. One is (sequence, key head) with the query heads that share the key head. Units are taken in waves that bound the
+// scratch memory. Per wave, a first pass packs every block of kQueries queries (Q and dO in both orders, lse, delta) and zeroes
+// its dQ^T; a second pass runs over tasks (unit, block of keys), each with its own dK and dV, through all query blocks
+// that see some of its keys. A block of keys is worked through in strips of kStrip keys, a strip in panels of kPanel
+// queries: scores and weights of a panel stay in the L1 cache, those of a block of keys in L2.
+//
+// Determinism. The blocks of keys add to the dQ^T of a query block in ascending order: each waits for its predecessor, which an
+// earlier task holds and finishes without waiting for later ones. Every sum has one order whatever the number of threads, and
+// also whatever the size of the blocks of keys.
+#include "../../include/pykernels/flash_attention.h"
+
+#include <sched.h>
+
+#include "../common/matmul.h"
+#include "../common/scratch.h"
+
+namespace pykernels::cpu::PYKERNELS_ISA {
+namespace {
+
+constexpr int64_t kUnbounded = int64_t{1} << 62;
+constexpr int64_t kWaveBytes = int64_t{48} << 20;   // of packed queries, unless one unit takes more
+constexpr int64_t kCacheBytes = int64_t{768} << 10;  // of L2 for a block of keys and a block of queries
+
+template <class C>
+constexpr int kQueries = 128;
+#if defined(PYKERNELS_HAS_AMX)
+template <class C>
+constexpr int kStrip = sizeof(typename C::Elem) == 2 ? 64 : 48;
+#else
+template <class C>
+constexpr int kStrip = 48;
+#endif
+
+// The stride of rows of n elements: rows a multiple of 512 bytes apart would share few cache sets.
+template <class E>
+PYKERNELS_INLINE constexpr int64_t row_stride(int64_t n) {
+  return n * sizeof(E) % 512 ? n : n + 64 / static_cast<int64_t>(sizeof(E));
+}
+
+// ---- geometry ----------------------------------------------------------------------------------------------------------
+
+// Tokens [q0, q0 + tq) of q against [k0, k0 + tk) of k: a batch entry, or a packed sequence.
+struct Sequence {
+  int64_t batch, q0, tq, k0, tk;
+};
+
+struct Problem {
+  const FlashAttentionBackwardParams& p;
+  const FlashAttentionParams& f;
+  int64_t group;  // query heads per key head
+  int64_t left, right;
+
+  int64_t sequences() const { return f.cu_seqlens_q ? f.sequences : f.batch; }
+  Sequence sequence(int64_t s) const {
+    if (!f.cu_seqlens_q) return {s, 0, f.seqlen_q, 0, f.seqlen_k};
+    const auto clamp = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
+    const int64_t q0 = clamp(f.cu_seqlens_q[s], 0, f.seqlen_q), k0 = clamp(f.cu_seqlens_k[s], 0, f.seqlen_k);
+    return {0, q0, clamp(f.cu_seqlens_q[s + 1], q0, f.seqlen_q) - q0, k0, clamp(f.cu_seqlens_k[s + 1], k0, f.seqlen_k) - k0};
+  }
+};
+
+struct Range {
+  int64_t begin, end;
+};
+// The keys that any of queries [begin, end) of a sequence sees.
+Range visible_keys(const Problem& problem, const Sequence& s, int64_t begin, int64_t end) {
+  const int64_t shift = s.tk - s.tq;
+  return {most<int64_t>(0, begin + shift - problem.left), least(s.tk, end + shift + problem.right)};
+}
+// The queries that see any of keys [begin, end), not yet limited to the sequence.
+PYKERNELS_INLINE Range visible_queries(const Problem& problem, const Sequence& s, int64_t begin, int64_t end) {
+  const int64_t shift = s.tk - s.tq;
+  return {begin - shift - problem.right, end - shift + problem.left};
+}
+// The blocks of keys [begin, end) that contribute to a block of queries.
+template <class C>
+Range key_blocks(const Problem& problem, const Sequence& s, int64_t query_block, int64_t keys) {
+  const int64_t first = query_block * kQueries<C>;
+  const Range range = visible_keys(problem, s, first, least(s.tq, first + kQueries<C>));
+  return range.begin < range.end ? Range{range.begin / keys, (range.end + keys - 1) / keys} : Range{0, 0};
+}
+
+// ---- a packed block of queries -----------------------------------------------------------------------------------------
+
+template <class C>
+struct QueryBlock {
+  typename C::Elem *q_columns, *q_rows, *dout_columns, *dout_rows;  // packed Q^T, Q, dO^T, dO
+  typename C::Acc *lse, *delta;                                     // lse in units of log 2
+  typename C::Acc* dq;                                              // dQ^T, rows of row_stride(kQueries)
+};
+
+template <class C>
+class QueryBlocks {
+  using Elem = typename C::Elem;
+  using Acc = typename C::Acc;
+  static constexpr int64_t kQ = kQueries<C>;
+
+ public:
+  explicit QueryBlocks(const FlashAttentionParams& f) {
+    const int64_t sizes[7] = {packed_size<C>(f.head_dim, kQ) * elem,  packed_size<C>(kQ, f.head_dim) * elem,
+                              packed_size<C>(f.value_dim, kQ) * elem, packed_size<C>(kQ, f.value_dim) * elem,
+                              kQ * acc,                               kQ * acc,
+                              dq_bytes(f)};
+    offsets_[0] = 0;
+    // Another odd line between parts, against parts that share cache sets.
+    for (int i = 0; i < 7; ++i) offsets_[i + 1] = offsets_[i] + round_up(sizes[i], 64) + 64;
+  }
+  int64_t bytes() const { return offsets_[7]; }
+  static int64_t dq_bytes(const FlashAttentionParams& f) {
+    return round_up(f.head_dim, C::kRowAlign) * row_stride<Acc>(kQ) * acc;
+  }
+  QueryBlock<C> at(char* base, int64_t index) const {
+    char* const start = base + index * bytes();
+    const auto part = [&](int i) { return start + offsets_[i]; };
+    return {reinterpret_cast<Elem*>(part(0)), reinterpret_cast<Elem*>(part(1)), reinterpret_cast<Elem*>(part(2)),
+            reinterpret_cast<Elem*>(part(3)), reinterpret_cast<Acc*>(part(4)),  reinterpret_cast<Acc*>(part(5)),
+            reinterpret_cast<Acc*>(part(6))};
+  }
+
+ private:
+  static constexpr int64_t elem = sizeof(Elem), acc = sizeof(Acc);
+  int64_t offsets_[8];
+};
+
+// ---- a panel of weights ------------------------------------------------------------------------------------------------
+
+// kPanel queries of a strip of keys: from S^T and dP^T to P^T and dS^T.
+template <class C>
+struct Panel {
+  using Elem = typename C::Elem;
+  using Acc = typename C::Acc;
+  static constexpr int kLane = kLanes<Acc>, kVectors = C::kPanel / kLane;
+
+  const Acc *scores, *dp;      // [rows, kPanel]
+  const Acc *lse, *delta;      // [kPanel]
+  Elem *weights, *ds;          // left operands, rows of `stride`
+  int64_t stride;
+  Elem* ds_packed;             // a right operand
+  int rows;                    // a multiple of kPair
+  Acc factor, cap;             // see `run`
+  int64_t first, last, valid;  // row j is seen by columns [first + j, last + j), if j < valid
+
+  // P and dS of row j, vector c.
+  template <bool Softcap, bool Cut>
+  PYKERNELS_INLINE void element(int j, int c, Vec<Acc>& p, Vec<Acc>& ds_out) const {
+    const Vec<Acc> s = load(scores + j * C::kPanel + c * kLane);
+    Vec<Acc> t;
+    if constexpr (Softcap) {
+      t = tanh<Acc>(s * factor);
+      p = exp2<Acc>(t * cap - load(lse + c * kLane));
+    } else {
+      p = exp2<Acc>(s * factor - load(lse + c * kLane));
+    }
+    ds_out = p * (load(dp + j * C::kPanel + c * kLane) - load(delta + c * kLane));
+    if constexpr (Softcap) {
+      // 1 - tanh^2 without cancellation.
+      const Vec<Acc> r = static_cast<Acc>(1) / (exp2<Acc>(abs<Acc>(s * factor) * static_cast<Acc>(2 * kLog2e)) + static_cast<Acc>(1));
+      ds_out *= static_cast<Acc>(4) * r * (static_cast<Acc>(1) - r);
+    }
+    if constexpr (Cut) {
+      using Int = decltype(Mask<Acc>{}[0] + 0);
+      Mask<Acc> column;
+      for (int i = 0; i < kLane; ++i) column[i] = c * kLane + i;
+      const bool real = j < valid;
+      const Int low = static_cast<Int>(least<int64_t>(C::kPanel, most<int64_t>(0, first + j)));
+      const Int high = real ? static_cast<Int>(least<int64_t>(C::kPanel, most<int64_t>(0, last + j))) : 0;
+      const Mask<Acc> seen = (column >= low) & (column < high);
+      p = seen ? p : Vec<Acc>{};
+      ds_out = seen ? ds_out : Vec<Acc>{};
+    }
+  }
+
+  // factor: of S, to units of log 2; under a softcap to units of the softcap, which is `cap` in units of log 2.
+  template <bool Softcap, bool Cut>
+  void run() const {
+    for (int j = 0; j < rows; j += C::kPair) {
+      Vec<Acc> p[C::kPair][kVectors], d[C::kPair][kVectors];
+#pragma GCC unroll 2
+      for (int r = 0; r < C::kPair; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < kVectors; ++c) element<Softcap, Cut>(j + r, c, p[r][c], d[r][c]);
+      if constexpr (C::kPair == 1) {
+#pragma GCC unroll 2
+        for (int c = 0; c < kVectors; ++c) {
+          store(weights + j * stride + c * kLane, p[0][c]);
+          store(ds + j * stride + c * kLane, d[0][c]);
+          store(ds_packed + j * C::kPanel + c * kLane, d[0][c]);
+        }
+      } else {
+#if defined(PYKERNELS_HAS_BF16_DOT)
+        __m512i row[2];
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; ++r) {
+          _mm512_storeu_si512(weights + (j + r) * stride, (__m512i)_mm512_cvtne2ps_pbh((__m512)p[r][1], (__m512)p[r][0]));
+          row[r] = (__m512i)_mm512_cvtne2ps_pbh((__m512)d[r][1], (__m512)d[r][0]);
+          _mm512_storeu_si512(ds + (j + r) * stride, row[r]);
+        }
+        // Column by column the elements of both rows.
+        VecU32 low{};
+        for (int i = 0; i < 16; ++i) low[i] = static_cast<uint32_t>(i | (i + 32) << 16);
+        const VecU32 high = low + (16 | 16 << 16);
+        _mm512_storeu_si512(ds_packed + j * C::kPanel, _mm512_permutex2var_epi16(row[0], (__m512i)low, row[1]));
+        _mm512_storeu_si512(ds_packed + j * C::kPanel + 32, _mm512_permutex2var_epi16(row[0], (__m512i)high, row[1]));
+#endif
+      }
+    }
+  }
+};
+
+// ---- a block of keys ---------------------------------------------------------------------------------------------------
+
+// One thread's buffers for a block of keys, and the products with a block of queries.
+template <class C>
+class KeyBlock {
+ protected:
+  using Elem = typename C::Elem;
+  using Acc = typename C::Acc;
+  static constexpr int kQ = kQueries<C>, kRows = kStrip<C>, kWidth = C::kPanel;
+  static_assert(kQ % kWidth == 0 && kWidth % C::kDepthAlign == 0 && kRows % C::kRowAlign == 0 && kRows % C::kPair == 0);
+
+  KeyBlock(const Problem& problem, int64_t keys, Scratch& scratch)
+      : problem_(problem),
+        head_dim_(static_cast<int>(problem.f.head_dim)),
+        value_dim_(static_cast<int>(problem.f.value_dim)),
+        k_stride_(row_stride<Elem>(round_up(head_dim_, C::kDepthAlign))),
+        v_stride_(row_stride<Elem>(round_up(value_dim_, C::kDepthAlign))),
+        kt_stride_(row_stride<Elem>(round_up(keys, C::kDepthAlign))),
+        dk_stride_(row_stride<Acc>(round_up(head_dim_, C::kColumnAlign))),
+        dv_stride_(row_stride<Acc>(round_up(value_dim_, C::kColumnAlign))),
+        ds_panel_(packed_panel<C>(keys)) {
+    k_ = scratch.take<Elem>(keys * k_stride_);
+    v_ = scratch.take<Elem>(keys * v_stride_);
+    kt_ = scratch.take<Elem>(round_up(head_dim_, C::kRowAlign) * kt_stride_);
+    dk_ = scratch.take<Acc>(keys * dk_stride_);
+    dv_ = scratch.take<Acc>(keys * dv_stride_);
+    ds_packed_ = scratch.take<Elem>(ds_panel_ * (kQ / kWidth));
+    scores_ = scratch.take<Acc>(kRows * kWidth);
+    dp_ = scratch.take<Acc>(kRows * kWidth);
+    weights_ = scratch.take<Elem>(kRows * kWeightStride);
+    ds_ = scratch.take<Elem>(kRows * kWeightStride);
+    panels_ = scratch.take<PanelRange>(keys / kRows + 1);
+  }
+
+  // dK and dV of the strips take what the block of queries [query, query + n) gives, and dS^T is left for `add_dq`.
+  void add_queries(const Sequence& s, int64_t query, int n, const QueryBlock<C>& block) {
+    const FlashAttentionParams& f = problem_.f;
+    const int columns = round_up(n, kWidth);
+    for (int strip = 0; strip * kRows < keys_; ++strip) {
+      const int row = strip * kRows, rows = least(kRows, keys_ - row);
+      const int64_t key = first_key_ + row;
+      const Range range = visible_queries(problem_, s, key, key + rows);
+      const int begin = static_cast<int>(most<int64_t>(0, least<int64_t>(range.begin - query, columns)) / kWidth);
+      const int end = static_cast<int>(round_up(most<int64_t>(0, least<int64_t>(range.end - query, n)), kWidth) / kWidth);
+      panels_[strip] = {begin, most(begin, end)};
+      if (begin >= end) continue;
+      for (int i = begin; i < end; ++i) {
+        matmul<C>(rows, kWidth, head_dim_, {k_ + row * k_stride_, k_stride_},
+                  {block.q_columns + i * packed_panel<C>(head_dim_), packed_panel<C>(head_dim_)}, {scores_, kWidth}, false);
+        matmul<C>(rows, kWidth, value_dim_, {v_ + row * v_stride_, v_stride_},
+                  {block.dout_columns + i * packed_panel<C>(value_dim_), packed_panel<C>(value_dim_)}, {dp_, kWidth}, false);
+        Panel<C> panel;
+        panel.scores = scores_, panel.dp = dp_;
+        panel.lse = block.lse + i * kWidth, panel.delta = block.delta + i * kWidth;
+        panel.weights = weights_ + i * kWidth, panel.ds = ds_ + i * kWidth, panel.stride = kWeightStride;
+        panel.ds_packed = ds_packed_ + i * ds_panel_ + row * kWidth;
+        panel.rows = round_up(rows, C::kDepthAlign);
+        // Row by row the first and last visible query move on by one.
+        const Range one = visible_queries(problem_, s, key, key + 1);
+        panel.first = one.begin - query - i * kWidth;
+        panel.last = one.end - query - i * kWidth;
+        panel.valid = rows;
+        const bool cut = panel.first + rows - 1 > 0 || panel.last < kWidth || panel.rows != rows;
+        if (f.softcap > 0) {
+          panel.factor = static_cast<Acc>(f.scale / f.softcap), panel.cap = static_cast<Acc>(f.softcap * kLog2e);
+          cut ? panel.template run<true, true>() : panel.template run<true, false>();
+        } else {
+          panel.factor = static_cast<Acc>(f.scale * kLog2e), panel.cap = 0;
+          cut ? panel.template run<false, true>() : panel.template run<false, false>();
+        }
+      }
+      const int first = begin * kWidth, depth = (end - begin) * kWidth;
+      matmul<C>(rows, value_dim_, depth, {weights_ + first, kWeightStride}, {block.dout_rows, packed_panel<C>(kQ), first},
+                {dv_ + row * dv_stride_, dv_stride_}, true);
+      matmul<C>(rows, head_dim_, depth, {ds_ + first, kWeightStride}, {block.q_rows, packed_panel<C>(kQ), first},
+                {dk_ + row * dk_stride_, dk_stride_}, true);
+    }
+  }
+
+  // dQ^T += K^T dS^T, panels of queries that the same strips contribute to together.
+  void add_dq(int n, const QueryBlock<C>& block) {
+    const int panels = round_up(n, kWidth) / kWidth, strips = (keys_ + kRows - 1) / kRows;
+    const auto contributing = [&](int panel) {
+      int begin = 0, end = strips;
+      while (begin < strips && !(panels_[begin].begin <= panel && panel < panels_[begin].end)) ++begin;
+      while (end > begin && !(panels_[end - 1].begin <= panel && panel < panels_[end - 1].end)) --end;
+      return PanelRange{begin, end};
+    };
+    for (int first = 0, next; first < panels; first = next) {
+      const PanelRange here = contributing(first);
+      for (next = first + 1; next < panels; ++next) {
+        const PanelRange there = contributing(next);
+        if (there.begin != here.begin || there.end != here.end) break;
+      }
+      if (here.begin == here.end) continue;
+      const int key = here.begin * kRows;
+      matmul<C>(head_dim_, (next - first) * kWidth, least(here.end * kRows, keys_) - key, {kt_ + key, kt_stride_},
+                {ds_packed_ + first * ds_panel_, ds_panel_, key}, {block.dq + first * kWidth, row_stride<Acc>(kQ)}, true);
+    }
+  }
+
+  static constexpr int64_t kWeightStride = row_stride<Elem>(kQ);
+
+  const Problem& problem_;
+  const int head_dim_, value_dim_;
+  const int64_t k_stride_, v_stride_, kt_stride_, dk_stride_, dv_stride_, ds_panel_;
+  // The current block: keys [first_key_, first_key_ + keys_).
+  int64_t first_key_ = 0;
+  int keys_ = 0;
+  Elem *k_, *v_, *kt_;      // K and V by rows, K^T by rows
+  Acc *dk_, *dv_;           // [keys, dim]
+  Elem* ds_packed_;         // dS^T [keys, kQueries] as a right operand
+  Acc *scores_, *dp_;       // [kStrip, kPanel]
+  Elem *weights_, *ds_;     // P^T and dS^T [kStrip, kQueries] of a strip, left operands
+  struct PanelRange {
+    int begin, end;
+  };
+  PanelRange* panels_;      // the panels of queries that see a strip
+};
+
+// ---- loading and storing -----------------------------------------------------------------------------------------------
+
+template <class T>
+class Worker : KeyBlock<ComputeFor<T>> {
+  using C = ComputeFor<T>;
+  using Base = KeyBlock<C>;
+  using typename Base::Acc;
+  using typename Base::Elem;
+  using Base::kQ, Base::kRows, Base::kWidth, Base::problem_, Base::head_dim_, Base::value_dim_, Base::keys_;
+  static constexpr int kLane = kLanes<Acc>;
+
+ public:
+  Worker(const Problem& problem, int64_t keys, Scratch& scratch) : Base(problem, keys, scratch), size_(keys) {}
+
+  // Task (unit, block of keys); `blocks` are the unit's packed queries, `turns` whose turn it is to add to each.
+  template <class Blocks>
+  void run(const Sequence& s, int64_t head_k, int64_t key_block, Blocks&& blocks, int64_t* turns) {
+    load_keys(s, head_k, key_block * size_);
+    const int64_t query_blocks = (s.tq + kQ - 1) / kQ;
+    for (int64_t g = 0; g < problem_.group; ++g)
+      for (int64_t i = 0; i < query_blocks; ++i) {
+        const Range range = key_blocks<C>(problem_, s, i, size_);
+        if (key_block < range.begin || key_block >= range.end) continue;
+        const int n = static_cast<int>(least<int64_t>(kQ, s.tq - i * kQ));
+        const QueryBlock<C> block = blocks(g * query_blocks + i);
+        this->add_queries(s, i * kQ, n, block);
+        int64_t* const turn = turns + g * query_blocks + i;
+        for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != key_block; ++spins) {
+#if defined(__x86_64__)
+          _mm_pause();
+#endif
+          if (spins > 1000) sched_yield();
+        }
+        this->add_dq(n, block);
+        __atomic_store_n(turn, key_block + 1, __ATOMIC_RELEASE);
+        if (key_block + 1 == range.end) write_dq(s, head_k * problem_.group + g, i, n, block.dq);
+      }
+    write_keys(s, head_k);
+  }
+
+ private:
+  void load_keys(const Sequence& s, int64_t head_k, int64_t key) {
+    const FlashAttentionParams& f = problem_.f;
+    this->first_key_ = key;
+    keys_ = static_cast<int>(least(size_, s.tk - key));
+    const T* const k = static_cast<const T*>(f.k) + s.batch * f.k_stride.batch + head_k * f.k_stride.head +
+                       (s.k0 + key) * f.k_stride.token;
+    const T* const v = static_cast<const T*>(f.v) + s.batch * f.v_stride.batch + head_k * f.v_stride.head +
+                       (s.k0 + key) * f.v_stride.token;
+    copy_rows<C>(this->k_, this->k_stride_, k, f.k_stride.token, keys_, head_dim_);
+    copy_rows<C>(this->v_, this->v_stride_, v, f.v_stride.token, keys_, value_dim_);
+    copy_columns<C>(this->kt_, this->kt_stride_, k, f.k_stride.token, head_dim_, keys_);
+    __builtin_memset(this->dk_, 0, sizeof(Acc) * keys_ * this->dk_stride_);
+    __builtin_memset(this->dv_, 0, sizeof(Acc) * keys_ * this->dv_stride_);
+  }
+
+  void write_keys(const Sequence& s, int64_t head_k) {
+    const FlashAttentionBackwardParams& p = problem_.p;
+    const auto write = [&](void* base, const Strides3& stride, const Acc* from, int64_t from_stride, int dim, Acc factor) {
+      T* to = static_cast<T*>(base) + s.batch * stride.batch + head_k * stride.head + (s.k0 + this->first_key_) * stride.token;
+      for (int j = 0; j < keys_; ++j, to += stride.token, from += from_stride)
+        for (int d = 0; d < dim; d += kLane) store_upto(to + d, load(from + d) * factor, dim - d);
+    };
+    write(p.dk, p.dk_stride, this->dk_, this->dk_stride_, head_dim_, static_cast<Acc>(problem_.f.scale));
+    write(p.dv, p.dv_stride, this->dv_, this->dv_stride_, value_dim_, 1);
+  }
+
+  void write_dq(const Sequence& s, int64_t head, int64_t query_block, int n, const Acc* dq) {
+    const FlashAttentionBackwardParams& p = problem_.p;
+    const int64_t stride = p.dq_stride.token;
+    const Acc scale = static_cast<Acc>(problem_.f.scale);
+    T* const to = static_cast<T*>(p.dq) + s.batch * p.dq_stride.batch + head * p.dq_stride.head +
+                  (s.q0 + query_block * kQ) * stride;
+    for (int i = 0; i < n; i += kLane)
+      for (int d = 0; d < head_dim_; d += kLane) {
+        Vec<Acc> square[kLane];
+        for (int r = 0; r < kLane; ++r)
+          square[r] = d + r < head_dim_ ? load(dq + (d + r) * row_stride<Acc>(kQ) + i) * scale : Vec<Acc>{};
+        transpose(square);
+        for (int r = 0; r < least(kLane, n - i); ++r) store_upto(to + (i + r) * stride + d, square[r], head_dim_ - d);
+      }
+  }
+
+  const int64_t size_;  // keys of a block
+};
+
+// Packs a block of queries of one head; its dQ is zeroed, and written where no key is seen.
+template <class T>
+class Packer {
+  using C = ComputeFor<T>;
+  using Acc = typename C::Acc;
+  static constexpr int kQ = kQueries<C>, kLane = kLanes<Acc>;
+
+ public:
+  Packer(const Problem& problem, Scratch& scratch) : problem_(problem), f_(problem.f) {
+    staged_ = scratch.take<T>(kQ * most(f_.head_dim, f_.value_dim));
+    out_columns_ = scratch.take<typename C::Elem>(packed_size<C>(f_.value_dim, kQ));
+  }
+
+  void run(const Sequence& s, int64_t head, int64_t query_block, bool unseen, const QueryBlock<C>& to) {
+    const FlashAttentionBackwardParams& p = problem_.p;
+    const int64_t first = query_block * kQ, token = s.q0 + first;
+    const int n = static_cast<int>(least<int64_t>(kQ, s.tq - first));
+    if (unseen) {
+      T* const dq = static_cast<T*>(p.dq) + s.batch * p.dq_stride.batch + head * p.dq_stride.head + token * p.dq_stride.token;
+      for (int i = 0; i < n; ++i) __builtin_memset(dq + i * p.dq_stride.token, 0, sizeof(T) * f_.head_dim);
+      return;
+    }
+    pack(static_cast<const T*>(f_.q), f_.q_stride, s, head, token, n, f_.head_dim, to.q_columns, to.q_rows);
+    pack(static_cast<const T*>(p.dout), p.dout_stride, s, head, token, n, f_.value_dim, to.dout_columns, to.dout_rows);
+    pack(static_cast<const T*>(f_.out), f_.out_stride, s, head, token, n, f_.value_dim, out_columns_, nullptr);
+    __builtin_memset(to.dq, 0, static_cast<size_t>(QueryBlocks<C>::dq_bytes(f_)));
+    const int64_t row = (s.batch * f_.heads_q + head) * f_.seqlen_q + token;
+    dot(to, n);
+    for (int i = 0; i < n; ++i) {
+      if (p.dlse) to.delta[i] -= static_cast<const Acc*>(p.dlse)[row + i];
+      // Of a row that saw no key: weights of 2^-infinity.
+      const Acc lse = static_cast<const Acc*>(f_.lse)[row + i];
+      to.lse[i] = lse == -static_cast<Acc>(kInfinity) ? static_cast<Acc>(kInfinity) : lse * static_cast<Acc>(kLog2e);
+    }
+    for (int i = n; i < kQ; ++i) to.lse[i] = static_cast<Acc>(kInfinity), to.delta[i] = 0;
+  }
+
+ private:
+  // By columns and, unless null, by rows, with zeros for the rows that are missing to whole panels.
+  void pack(const T* base, const Strides3& stride, const Sequence& s, int64_t head, int64_t token, int n, int64_t dim,
+            typename C::Elem* columns, typename C::Elem* rows) {
+    const T* from = base + s.batch * stride.batch + head * stride.head + token * stride.token;
+    int64_t from_stride = stride.token;
+    const int padded = round_up(n, C::kPanel);
+    if (n < padded) {
+      for (int i = 0; i < n; ++i) __builtin_memcpy(staged_ + i * dim, from + i * from_stride, sizeof(T) * dim);
+      __builtin_memset(staged_ + n * dim, 0, sizeof(T) * (padded - n) * dim);
+      from = staged_;
+      from_stride = dim;
+    }
+    pack_columns<C>(columns, packed_panel<C>(dim), from, from_stride, static_cast<int>(dim), padded);
+    if (rows) pack_rows<C>(rows, packed_panel<C>(kQ), from, from_stride, padded, static_cast<int>(dim));
+  }
+
+  // delta = rowsum(dO out), in the order of summation of dP = dO V^T: where a row sees one key, dP - delta is zero exactly.
+  void dot(const QueryBlock<C>& block, int n) {
+    const int64_t depth = round_up(f_.value_dim, C::kPair), panel = packed_panel<C>(f_.value_dim);
+    for (int i = 0; i < n; i += kLane) {
+      const int64_t first = i / C::kPanel * panel + i % C::kPanel * C::kPair;
+      const typename C::Elem *a = out_columns_ + first, *b = block.dout_columns + first;
+      Vec<Acc> sum{};
+      for (int64_t d = 0; d < depth; d += C::kPair, a += C::kPanel * C::kPair, b += C::kPanel * C::kPair) {
+#if defined(PYKERNELS_HAS_BF16_DOT)
+        if constexpr (C::kPair == 2)
+          sum = (Vec<Acc>)_mm512_dpbf16_ps((__m512)sum, load_bits<__m512bh>(a), load_bits<__m512bh>(b));
+        else
+#endif
+          sum = sum + load(a) * load(b);
+      }
+      store(block.delta + i, sum);
+    }
+  }
+
+  const Problem& problem_;
+  const FlashAttentionParams& f_;
+  T* staged_;
+  typename C::Elem* out_columns_;  // packed out^T
+};
+
+// ---- the passes --------------------------------------------------------------------------------------------------------
+
+// Gradients of packed tokens that belong to no sequence.
+template <class T>
+void write_unused(void* base, const Strides3& stride, int64_t heads, int64_t dim, Range tokens) {
+  for (int64_t t = tokens.begin; t < tokens.end; ++t)
+    for (int64_t h = 0; h < heads; ++h)
+      __builtin_memset(static_cast<T*>(base) + t * stride.token + h * stride.head, 0, sizeof(T) * dim);
+}
+
+// The number of keys of a block: what the cache holds, but no fewer blocks than keep the threads busy.
+template <class C>
+int64_t keys_of_block(const Problem& problem, int threads) {
+  using Elem = typename C::Elem;
+  using Acc = typename C::Acc;
+  const FlashAttentionParams& f = problem.f;
+  const int64_t query_bytes = kQueries<C> * (2 * (f.head_dim + f.value_dim) * sizeof(Elem) + f.head_dim * sizeof(Acc));
+  const int64_t key_bytes = (2 * f.head_dim + f.value_dim + kQueries<C>) * sizeof(Elem) + (f.head_dim + f.value_dim) * sizeof(Acc);
+  int64_t longest = 1, keys = 0;
+  for (int64_t s = 0; s < problem.sequences(); ++s) {
+    const int64_t tk = problem.sequence(s).tk;
+    longest = most(longest, tk);
+    keys += tk * f.heads_k;
+  }
+  const int64_t cached = most<int64_t>(0, kCacheBytes - query_bytes) / key_bytes, shared = keys / (4 * threads);
+  const int64_t limit = least<int64_t>(512, threads > 1 ? least(cached, most<int64_t>(shared, 128)) : cached);
+  const int64_t strips = most<int64_t>(1, limit / kStrip<C>) * kStrip<C>;
+  return round_up((longest + (longest + strips - 1) / strips - 1) / ((longest + strips - 1) / strips), kStrip<C>);
+}
+
+struct Task {
+  int64_t unit, key_block;
+};
+
+template <class T>
+void backward(const FlashAttentionBackwardParams& p, const Parallel& parallel) {
+  using C = ComputeFor<T>;
+  const FlashAttentionParams& f = p.forward;
+  const Problem problem{p, f, f.heads_q / f.heads_k, f.window_left < 0 ? kUnbounded : least(f.window_left, kUnbounded),
+                        f.window_right < 0 ? kUnbounded : least(f.window_right, kUnbounded)};
+  const int64_t sequences = problem.sequences(), units = sequences * f.heads_k;
+  if (f.cu_seqlens_q) {
+    const Sequence first = sequences ? problem.sequence(0) : Sequence{0, 0, 0, 0, 0};
+    const Sequence last = sequences ? problem.sequence(sequences - 1) : first;
+    const auto unused = [&](Range q, Range k) {
+      write_unused<T>(p.dq, p.dq_stride, f.heads_q, f.head_dim, q);
+      write_unused<T>(p.dk, p.dk_stride, f.heads_k, f.head_dim, k);
+      write_unused<T>(p.dv, p.dv_stride, f.heads_k, f.value_dim, k);
+    };
+    unused({0, first.q0}, {0, first.k0});
+    unused({last.q0 + last.tq, f.seqlen_q}, {last.k0 + last.tk, f.seqlen_k});
+  }
+
+  const int64_t keys = keys_of_block<C>(problem, parallel.threads);
+  const QueryBlocks<C> layout(f);
+  const auto query_blocks = [&](int64_t unit) {
+    return problem.group * ((problem.sequence(unit / f.heads_k).tq + kQueries<C> - 1) / kQueries<C>);
+  };
+  const auto key_blocks_of = [&](int64_t unit) { return (problem.sequence(unit / f.heads_k).tk + keys - 1) / keys; };
+
+  for (int64_t begin = 0, end; begin < units; begin = end) {
+    // The wave: units [begin, end).
+    int64_t blocks = 0, tasks = 0;
+    for (end = begin; end < units; ++end) {
+      const int64_t more = query_blocks(end);
+      if (end > begin && (blocks + more) * layout.bytes() > kWaveBytes) break;
+      blocks += more;
+      tasks += key_blocks_of(end);
+    }
+    Scratch scratch;
+    char* const packed = scratch.take<char>(blocks * layout.bytes());
+    int64_t* const turns = scratch.take<int64_t>(blocks);            // the block of keys that may add to a query block's dQ
+    int64_t* const first = scratch.take<int64_t>(end - begin + 1);   // of a unit's query blocks
+    Task* const task = scratch.take<Task>(tasks);
+    first[0] = 0;
+    for (int64_t u = begin; u < end; ++u) first[u - begin + 1] = first[u - begin] + query_blocks(u);
+    // As many units at a time as there are threads: few enough to stay in the caches, enough not to wait for each other.
+    tasks = 0;
+    for (int64_t u = begin, next; u < end; u = next) {
+      next = least<int64_t>(end, u + parallel.threads);
+      bool more = true;
+      for (int64_t i = 0; more; ++i) {
+        more = false;
+        for (int64_t v = u; v < next; ++v) {
+          if (i >= key_blocks_of(v)) continue;
+          task[tasks++] = {v, i};
+          more = true;
+        }
+      }
+    }
+
+    run_tasks(parallel, blocks, [&](TaskQueue& queue) {
+      Scratch own;
+      Packer<T> packer(problem, own);
+      int64_t u = begin;
+      for (int64_t i; (i = queue.next()) >= 0;) {
+        while (i >= first[u - begin + 1]) ++u;
+        const Sequence s = problem.sequence(u / f.heads_k);
+        const int64_t per_head = query_blocks(u) / problem.group, index = i - first[u - begin];
+        const Range range = key_blocks<C>(problem, s, index % per_head, keys);
+        turns[i] = range.begin;
+        packer.run(s, u % f.heads_k * problem.group + index / per_head, index % per_head, range.begin == range.end,
+                   layout.at(packed, i));
+      }
+    });
+    run_tasks(parallel, tasks, [&](TaskQueue& queue) {
+      const Tiles tiles;
+      Scratch own;
+      Worker<T> worker(problem, keys, own);
+      for (int64_t i; (i = queue.next()) >= 0;) {
+        const int64_t u = task[i].unit, base = first[u - begin];
+        worker.run(problem.sequence(u / f.heads_k), u % f.heads_k, task[i].key_block,
+                   [&](int64_t block) { return layout.at(packed, base + block); }, turns + base);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void flash_attention_bwd(const FlashAttentionBackwardParams& params, const Parallel& parallel) {
+  switch (params.forward.dtype) {
+    case DType::kFloat32:
+      return backward<float>(params, parallel);
+    case DType::kBFloat16:
+      return backward<BFloat16>(params, parallel);
+    case DType::kFloat16:
+      return backward<Float16>(params, parallel);
+    case DType::kFloat64:
+      return backward<double>(params, parallel);
+  }
+}
+
+}  // namespace pykernels::cpu::PYKERNELS_ISA
