@@ -174,6 +174,38 @@ def test_func_grad(target):
     assert torch.allclose(gradient, torch.func.grad(lambda x: causal_conv1d(x, weight, backend="reference").square().sum())(x), atol=1e-4)
 
 
+@on_compiled
+def test_compile_with_dynamic_shapes(target):
+    def step(x, weight, bias, state):
+        out, final = causal_conv1d(x * 2, weight, bias=bias, initial_state=state, activation="silu", return_final_state=True,
+                                   backend=target.backend)
+        return out.sin().sum() + final.sum()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    with target.active():
+        for length in (33, 70):
+            leaves = [x.requires_grad_() for x in _inputs(target.device, length=length)]
+            eager, fast = step(*leaves), compiled(*leaves)
+            torch.testing.assert_close(fast, eager)
+            for ours, theirs in zip(torch.autograd.grad(fast, leaves), torch.autograd.grad(eager, leaves)):
+                torch.testing.assert_close(ours, theirs)
+                assert theirs.abs().max() > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("target", NATIVE, ids=str)
+def test_compiled_steps_update_the_state(target):
+    x, weight, bias, state = _inputs(length=1)
+    torch._dynamo.reset()
+    step = torch.compile(lambda *args: causal_conv1d_step(*args, backend=target.backend), fullgraph=True, backend="aot_eager")
+    other = state.clone()
+    with torch.no_grad():
+        assert torch.equal(step(x, state, weight), causal_conv1d_step(x, other, weight, backend=target.backend))
+    assert torch.equal(state, other) and torch.equal(state[..., -1:], x)
+
+
 # ---- Layouts, dtypes, limits -------------------------------------------------------------------------------------------
 
 

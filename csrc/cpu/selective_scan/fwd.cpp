@@ -61,6 +61,12 @@ void forward(const SelectiveScanParams& p, const Parallel& parallel) {
     S* const h = scratch.take<S>(rows * lanes);
     S* const b = scratch.take<S>(BConstant ? rows * lanes : kChunk * row);
     S* const c = scratch.take<S>(CConstant ? rows * lanes : kChunk * row);
+    // Of the chunks that a sequence owns but does not need, so that the tensor is the same in every run.
+    const auto clear_chunk_states = [&](int64_t index, int64_t sequence, const Tile& tile, S* zeros) {
+      if (p.chunk_states == nullptr) return;
+      fill(zeros, rows * lanes);
+      for (; index < segments.end_of(sequence); ++index) store_chunk_state<S, P>(p, index, tile, zeros);
+    };
     for (int64_t task; (task = queue.next()) >= 0;) {
       const int64_t sequence = task / tiles.count;
       const Tile tile = tiles[task % tiles.count];
@@ -70,6 +76,7 @@ void forward(const SelectiveScanParams& p, const Parallel& parallel) {
         fill(y, kChunk * lanes);
         for (int64_t t = 0; t < segment.length; t += kChunk)
           store_tokens(p.dtype, p.out, p.out_stride, tile, segment.batch, segment.start + t, least(kChunk, segment.length - t), y);
+        clear_chunk_states(index, sequence, tile, h);
         continue;
       }
       const Vec<S> skip = load_channels<S>(p.D, tile), bias = load_channels<S>(p.delta_bias, tile);
@@ -82,8 +89,8 @@ void forward(const SelectiveScanParams& p, const Parallel& parallel) {
         fill(h, rows * lanes);
       for (int64_t first = 0; first < segment.length || first == 0; first += kChunk, ++index) {
         const int64_t count = least(kChunk, segment.length - first), start = segment.start + first;
-        if (p.chunk_states != nullptr) store_chunk_state<S, P>(p, index, tile, h);
         if (count <= 0) break;
+        if (p.chunk_states != nullptr) store_chunk_state<S, P>(p, index, tile, h);
         load_tokens(u, p.dtype, p.u, p.u_stride, tile, segment.batch, start, count);
         load_tokens(dt, p.delta_dtype, p.delta, p.delta_stride, tile, segment.batch, start, count);
         if (p.z != nullptr) load_tokens(z, p.dtype, p.z, p.z_stride, tile, segment.batch, start, count);
@@ -109,6 +116,7 @@ void forward(const SelectiveScanParams& p, const Parallel& parallel) {
         store_tokens(p.dtype, p.out, p.out_stride, tile, segment.batch, start, count, y);
       }
       store_states(p.final_state, sequence * p.channels, tile, h, rows);
+      clear_chunk_states(index, sequence, tile, h);
     }
   });
 }

@@ -25,17 +25,6 @@ PYKERNELS_INLINE Vec<S> log1p_unit(Vec<S> e) {
   for (int i = terms - 2; i >= 0; --i) sum = sum * z + static_cast<S>(2.0 / (2 * i + 1));
   return s * sum;
 }
-// e^-x for x >= 0, to a few ulp however large x is: exp2(x log2 e) alone loses as many as the exponent has bits.
-template <class S>
-PYKERNELS_INLINE Vec<S> exp_negative(Vec<S> x) {
-  constexpr S round = sizeof(S) == 4 ? static_cast<S>(0x1.8p23) : static_cast<S>(0x1.8p52);
-  // ln 2 in two parts, the first of so few bits that n times it is exact.
-  constexpr S high = static_cast<S>(sizeof(S) == 4 ? 0.693359375 : 6.93145751953125e-1);
-  constexpr S low = static_cast<S>(sizeof(S) == 4 ? -2.12194440054690583e-4 : 1.42860682030941723212e-6);
-  const Vec<S> y = -max<S>(splat(static_cast<S>(sizeof(S) == 4 ? -87 : -708)), -x);  // NaN for NaN
-  const Vec<S> n = (y * static_cast<S>(kLog2e) + round) - round, rest = (y - n * high) - n * low;
-  return exp2<S>(rest * static_cast<S>(-kLog2e)) * exp2<S>(-n);
-}
 template <class S>
 PYKERNELS_INLINE Vec<S> softplus(Vec<S> x) {
   const Vec<S> y = max<S>(Vec<S>{}, x) + log1p_unit<S>(exp_negative<S>(abs<S>(x)));
@@ -43,8 +32,7 @@ PYKERNELS_INLINE Vec<S> softplus(Vec<S> x) {
 }
 template <class S>
 PYKERNELS_INLINE Vec<S> softplus_slope(Vec<S> x) {
-  const Vec<S> e = exp_negative<S>(abs<S>(x)), slope = ((x < Vec<S>{}) ? e : splat(static_cast<S>(1))) / (e + static_cast<S>(1));
-  return (x > static_cast<S>(20)) ? splat(static_cast<S>(1)) : slope;
+  return (x > static_cast<S>(20)) ? splat(static_cast<S>(1)) : exact_sigmoid<S>(x);
 }
 
 // sin and cos, for any x.
