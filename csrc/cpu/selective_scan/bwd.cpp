@@ -112,30 +112,20 @@ __attribute__((noinline)) void adjoint_block(int64_t count, const S* dt, const S
   }
 }
 
-// dst[i * stride] (+)= the sum over lanes of src[i], for i < n.
+// dst[i] = the sum over lanes of src[i], for i < n; dst has room for whole vectors.
 template <class S>
-void reduce_lanes(S* dst, int64_t stride, const S* src, int64_t n, bool accumulate) {
+void reduce_lanes(S* dst, const S* src, int64_t n) {
   constexpr int lanes = kLanes<S>;
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
+  for (int64_t i = 0; i < n; i += lanes) {
     Vec<S> v[lanes];
 #pragma GCC unroll 16
-    for (int j = 0; j < lanes; ++j) v[j] = load(src + (i + j) * lanes);
+    for (int j = 0; j < lanes; ++j) v[j] = i + j < n ? load(src + (i + j) * lanes) : Vec<S>{};
     transpose(v);
 #pragma GCC unroll 8
     for (int width = lanes / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
       for (int j = 0; j < width; ++j) v[j] = v[j] + v[j + width];
-    S sums[lanes];
-    store(sums, v[0]);
-    for (int j = 0; j < lanes; ++j) {
-      S* const d = dst + (i + j) * stride;
-      *d = accumulate ? *d + sums[j] : sums[j];
-    }
-  }
-  for (; i < n; ++i) {
-    const S sum = reduce_add<S>(load(src + i * lanes));
-    S* const d = dst + i * stride;
-    *d = accumulate ? *d + sum : sum;
+    store(dst + i, v[0]);
   }
 }
 
@@ -197,11 +187,12 @@ struct Backward {
     struct State {
       S *decays, *a, *carry, *dA, *b, *c, *dB, *dC, *dD, *ddelta_bias;  // decays: A as load_decays has it
     } state[kTiles];
-    // Of a chunk and tile, [t][lane]; raw is delta + bias before softplus.
-    S *u, *raw, *dt, *dtu, *dout, *z, *dy, *y, *ddtu, *ddt;
+    // Of a chunk and tile, [t][lane]; slope is softplus's, gate is sigmoid(z).
+    S *u, *slope, *dt, *dtu, *dout, *z, *gate, *dy, *y, *ddtu, *ddt;
     S *start;                    // [n]
     S *h, *a;                    // of a block over a chunk
     S *b, *c, *dB_sum, *dC_sum;  // of a chunk
+    S* sums;                     // of a chunk: dB_sum or dC_sum over lanes, [t][n][part]
 
     Worker(const Backward& w, Scratch& scratch) : w(w), p(w.p), f(w.f) {
       const int64_t of_states = w.rows * lanes, of_tokens = kChunk * lanes;
@@ -211,12 +202,13 @@ struct Backward {
         for (S** x : {&s.c, &s.dC}) *x = CConstant ? scratch.take<S>(of_states) : nullptr;
         for (S** x : {&s.dD, &s.ddelta_bias}) *x = scratch.take<S>(lanes);
       }
-      for (S** x : {&u, &raw, &dt, &dtu, &dout, &z, &dy, &y, &ddtu, &ddt}) *x = scratch.take<S>(of_tokens);
+      for (S** x : {&u, &slope, &dt, &dtu, &dout, &z, &gate, &dy, &y, &ddtu, &ddt}) *x = scratch.take<S>(of_tokens);
       start = scratch.take<S>(of_states);
       h = scratch.take<S>(of_tokens * kWide * P);
       a = scratch.take<S>(of_tokens * kWide * P);
       b = BConstant ? nullptr : scratch.take<S>(kChunk * w.row);
       c = CConstant ? nullptr : scratch.take<S>(kChunk * w.row);
+      sums = scratch.take<S>(kChunk * w.row);
       dB_sum = BConstant ? nullptr : scratch.take<S>(kChunk * of_states);
       dC_sum = CConstant ? nullptr : scratch.take<S>(kChunk * of_states);
     }
@@ -301,19 +293,18 @@ struct Backward {
     // dB or dC [B, G, N, L], complex with a last axis of 2, from the sums per lane [t][n][part][lane].
     void add_projection(void* dst, S* sum, int64_t batch, int64_t group, int64_t token, int64_t count, bool accumulate) {
       S* const base = static_cast<S*>(dst) + (batch * f.groups + group) * f.state * f.length * P;
-      for (int64_t t = 0; t < count; ++t) {
-        S* const src = sum + t * w.rows * lanes;
-        for (int part = 0; part < P; ++part) {
-          S* const column = base + (token + t) * P + part;
-          if constexpr (P == 1) {
-            reduce_lanes(column, f.length, src, f.state, accumulate);
-          } else {
-            for (int64_t n = 0; n < f.state; ++n) {
-              const S total = reduce_add<S>(load(src + (n * P + part) * lanes));
-              S* const d = column + n * f.length * P;
-              *d = accumulate ? *d + total : total;
-            }
-          }
+      // Over lanes into [t][n][part], then transposed, so that what is added to memory is contiguous in t.
+      S *const by_token = sums, *const by_state = sum;  // whose sums have been taken
+      for (int64_t t = 0; t < count; ++t) reduce_lanes(by_token + t * w.row, sum + t * w.rows * lanes, w.rows);
+      load_tile(by_state, kChunk, by_token, 1, w.row, w.rows, count);
+      for (int64_t i = 0; i < w.rows; ++i) {
+        S* const to = base + i / P * f.length * P + token * P + i % P;
+        const S* const from = by_state + i * kChunk;
+        if constexpr (P == 1) {
+          for (int64_t t = 0; t < count; t += lanes)
+            store_upto(to + t, accumulate ? load_upto(to + t, count - t) + load(from + t) : load(from + t), count - t);
+        } else {
+          for (int64_t t = 0; t < count; ++t) to[t * P] = accumulate ? to[t * P] + from[t] : from[t];
         }
       }
     }
@@ -341,17 +332,26 @@ struct Backward {
 
     void tile(const State& s, const Tile& tile, int64_t batch, int64_t token, int64_t count, int64_t chunk) {
       load_tokens(u, f.dtype, f.u, f.u_stride, tile, batch, token, count);
-      load_tokens(raw, f.delta_dtype, f.delta, f.delta_stride, tile, batch, token, count);
+      load_tokens(dt, f.delta_dtype, f.delta, f.delta_stride, tile, batch, token, count);
       load_tokens(dout, f.dtype, p.dout, p.dout_stride, tile, batch, token, count);
       if (f.z != nullptr) load_tokens(z, f.dtype, f.z, f.z_stride, tile, batch, token, count);
       const Vec<S> skip = load_channels<S>(f.D, tile), bias = load_channels<S>(f.delta_bias, tile);
       for (int64_t i = 0; i < count * lanes; i += lanes) {
-        const Vec<S> x = load(raw + i) + bias, step = f.delta_softplus ? softplus<S>(x) : x;
-        store(raw + i, x);
+        Vec<S> step = load(dt + i) + bias;
+        if (f.delta_softplus) {
+          const Vec<S> e = exp_negative<S>(abs<S>(step));
+          store(slope + i, softplus_slope<S>(step, e));
+          step = softplus<S>(step, e);
+        }
         store(dt + i, step);
         store(dtu + i, step * load(u + i));
-        const Vec<S> gate = f.z != nullptr ? load(z + i) * sigmoid<S>(load(z + i)) : splat(static_cast<S>(1));
-        store(dy + i, load(dout + i) * gate * static_cast<S>(P));  // y is P Re(C . h) + D u
+        Vec<S> dy_t = load(dout + i) * static_cast<S>(P);  // y is P Re(C . h) + D u
+        if (f.z != nullptr) {
+          const Vec<S> z_t = load(z + i), s = sigmoid<S>(z_t);
+          store(gate + i, s);
+          dy_t = dy_t * z_t * s;
+        }
+        store(dy + i, dy_t);
         for (S* const x : {y, ddtu, ddt}) store(x + i, Vec<S>{});
       }
       load_chunk_state<S, P>(start, f, chunk, tile);
@@ -380,14 +380,14 @@ struct Backward {
         const Vec<S> u_t = load(u + i), dout_t = load(dout + i);
         Vec<S> dy_t = dout_t;
         if (f.z != nullptr) {
-          const Vec<S> z_t = load(z + i), gate = sigmoid<S>(z_t), y_t = load(y + i) * static_cast<S>(P) + skip * u_t;
-          dy_t = dout_t * z_t * gate;
-          store(z + i, dout_t * y_t * (gate * (z_t * (1 - gate) + 1)));  // dz
+          const Vec<S> z_t = load(z + i), s = load(gate + i), y_t = load(y + i) * static_cast<S>(P) + skip * u_t;
+          dy_t = dout_t * z_t * s;
+          store(z + i, dout_t * y_t * (s * (z_t * (1 - s) + 1)));  // dz
         }
         dD_chunk = dD_chunk + dy_t * u_t;
         store(dout + i, load(dt + i) * load(ddtu + i) + dy_t * skip);  // du
         Vec<S> ddt_t = u_t * load(ddtu + i) + load(ddt + i);
-        if (f.delta_softplus) ddt_t = ddt_t * softplus_slope<S>(load(raw + i));
+        if (f.delta_softplus) ddt_t = ddt_t * load(slope + i);
         ddelta_bias_chunk = ddelta_bias_chunk + ddt_t;
         store(ddt + i, ddt_t);
       }

@@ -18,21 +18,21 @@ constexpr int64_t kChunk = kSelectiveScanChunk;
 // log(1 + e) for e in [0, 1], as 2 atanh(e / (2 + e)), to a few ulp.
 template <class S>
 PYKERNELS_INLINE Vec<S> log1p_unit(Vec<S> e) {
-  const Vec<S> s = e / (e + static_cast<S>(2)), z = s * s;  // s <= 1/3, so each term is a ninth of the one before
+  const Vec<S> s = e * reciprocal<S>(e + static_cast<S>(2)), z = s * s;  // s <= 1/3, so each term is a ninth of the one before
   constexpr int terms = sizeof(S) == 4 ? 8 : 17;
   Vec<S> sum = splat(static_cast<S>(2.0 / (2 * terms - 1)));
 #pragma GCC unroll 17
   for (int i = terms - 2; i >= 0; --i) sum = sum * z + static_cast<S>(2.0 / (2 * i + 1));
   return s * sum;
 }
+// softplus(x) given e = exp_negative(|x|), and its slope.
 template <class S>
-PYKERNELS_INLINE Vec<S> softplus(Vec<S> x) {
-  const Vec<S> y = max<S>(Vec<S>{}, x) + log1p_unit<S>(exp_negative<S>(abs<S>(x)));
-  return (x > static_cast<S>(20)) ? x : y;
+PYKERNELS_INLINE Vec<S> softplus(Vec<S> x, Vec<S> e) {
+  return (x > static_cast<S>(20)) ? x : max<S>(Vec<S>{}, x) + log1p_unit<S>(e);
 }
 template <class S>
-PYKERNELS_INLINE Vec<S> softplus_slope(Vec<S> x) {
-  return (x > static_cast<S>(20)) ? splat(static_cast<S>(1)) : exact_sigmoid<S>(x);
+PYKERNELS_INLINE Vec<S> softplus_slope(Vec<S> x, Vec<S> e) {
+  return (x > static_cast<S>(20)) ? splat(static_cast<S>(1)) : exact_sigmoid<S>(x, e);
 }
 
 // sin and cos, for any x.

@@ -76,7 +76,7 @@ void step(const SelectiveScanStepParams& p, const Parallel& parallel) {
       if (p.delta_bias != nullptr)
         for (int64_t i = 0; i < count; ++i) dt[i] += parameter(p.delta_bias, p.delta_bias_stride, i);
       if (p.delta_softplus)
-        for (int64_t i = 0; i < count; i += lanes) store(dt + i, softplus<S>(load(dt + i)));
+        for (int64_t i = 0; i < count; i += lanes) store(dt + i, softplus<S>(load(dt + i), exp_negative<S>(abs<S>(load(dt + i)))));
 
       for (int64_t i = 0; i < count; ++i) {
         S* const states = static_cast<S*>(p.states) + slot * p.states_stride.batch + head * p.states_stride.head +
