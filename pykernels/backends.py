@@ -51,12 +51,13 @@ class Environment:
 class Op:
     """An op's entry in the table of backends.
 
-    `backends` maps a backend's name to `supports(query) -> None | reason`; `capabilities` are the CUDA compute
-    capabilities its cuda kernels serve natively (empty: none).
+    `backends` maps a backend's name to `supports(query) -> None | reason`; `explicit_only` are backends that "auto" leaves
+    out although they can serve, with the reason.
     """
 
     name: str
     backends: Mapping[str, Callable[[Query], str | None]]
+    explicit_only: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,8 @@ def _cuda_error() -> str | None:
         return f"torch {torch.__version__} is a build without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no usable NVIDIA GPU"
+    if (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return "the kernels need compute capability 8.0, this GPU has {}.{}".format(*capability)
     # cudart is part of the library; it needs a driver at least as new as itself within the same major version.
     library_major = int(_library.cuda_build().split(".")[0])
     driver = torch._C._cuda_getDriverVersion()
@@ -147,7 +150,7 @@ def choose(op: Op, query: Query, requested: str, env: Environment) -> Choice:
     for backend in BACKENDS:
         if backend == "reference" or (backend == "triton" and query.device == "cpu"):
             continue
-        reason = _why_not(op, backend, query, env)
+        reason = _why_not(op, backend, query, env) or op.explicit_only.get(backend)
         if reason is None:
             return Choice(backend, f"first choice on {query.device}" if not rejected else "next choice", rejected)
         rejected[backend] = reason

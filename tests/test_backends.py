@@ -37,6 +37,7 @@ OP = Op(
         "reference": lambda query: None,
     },
 )
+CUDA_ON_REQUEST = dataclasses.replace(OP, explicit_only={"cuda": "not measured"})
 WITHOUT_CUDA = Op("toy", {name: supports for name, supports in OP.backends.items() if name != "cuda"})
 
 
@@ -60,6 +61,9 @@ def _query(device="cpu", dtype=torch.float32, head_dim=64) -> Query:
             {"cuda": "odd head", "triton": "no float64", "cpu": "on cuda"},
         ),
         (WITHOUT_CUDA, _query("cuda"), "auto", ALL, "triton", {"cuda": "no cuda backend"}),
+        (CUDA_ON_REQUEST, _query("cuda"), "auto", ALL, "triton", {"cuda": "not measured"}),
+        (CUDA_ON_REQUEST, _query("cuda", head_dim=63), "auto", ALL, "triton", {"cuda": "odd head sizes"}),
+        (CUDA_ON_REQUEST, _query("cuda"), "cuda", ALL, "cuda", {}),
         (OP, _query("cuda"), "auto", TRITON_GPU, "triton", {"cuda": "no CUDA"}),
         (OP, _query("xpu"), "auto", TRITON_GPU, "triton", {"cuda": "on xpu"}),
         (OP, _query("mps"), "auto", ALL, None, {"cuda": "on mps", "triton": "no mps target", "cpu": "on mps"}),
@@ -101,7 +105,7 @@ def args():
 
 def test_unavailable_says_why_and_what_can(args):
     with pytest.raises(
-        BackendUnavailable, match=r"flash_attention: backend 'cuda' can't serve.*no cuda backend.*'cpu' can"
+        BackendUnavailable, match=r"flash_attention: backend 'cuda' can't serve.*tensors are on cpu.*'cpu' can"
     ):
         pykernels.flash_attention(**args, backend="cuda")
     if not backends.environment().triton_interpret:

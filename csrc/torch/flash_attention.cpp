@@ -1,106 +1,33 @@
-// torch.ops.pykernels.flash_attention_*: schemas, memory checks and the CPU implementations.
-#include "../include/pykernels/flash_attention.h"
-
-#include "common.h"
+// torch.ops.pykernels.flash_attention_*_cpu.
+#include "flash_attention.h"
 
 namespace pykernels::bindings {
 namespace {
 
-Strides3 strides3(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
-
-// Fills what forward, backward and decode share; the tensors must outlive the launch.
-FlashAttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double softcap,
-                                 int64_t window_left, int64_t window_right) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "pykernels: q, k and v need 4 axes");
-  check_same_dtype(k, q, "k");
-  check_same_dtype(v, q, "v");
-  FlashAttentionParams p{};
-  p.dtype = dtype_of(q);
-  p.batch = q.size(0), p.seqlen_q = q.size(1), p.heads_q = q.size(2), p.head_dim = q.size(3);
-  p.seqlen_k = k.size(1), p.heads_k = k.size(2), p.value_dim = v.size(3);
-  check_shape(k, {p.batch, p.seqlen_k, p.heads_k, p.head_dim}, "k");
-  check_shape(v, {p.batch, p.seqlen_k, p.heads_k, p.value_dim}, "v");
-  STD_TORCH_CHECK(p.heads_k > 0 && p.heads_q % p.heads_k == 0, "pykernels: q's heads are no multiple of k's");
-  STD_TORCH_CHECK(p.head_dim >= 1 && p.head_dim <= 512 && p.value_dim >= 1 && p.value_dim <= 512,
-                  "pykernels: head sizes must be 1 to 512");
-  p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
-  p.q_stride = strides3(q), p.k_stride = strides3(k), p.v_stride = strides3(v);
-  p.scale = scale, p.softcap = softcap;
-  p.window_left = window_left, p.window_right = window_right;
-  return p;
+std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
+                                   double scale, double softcap, int64_t window_left, int64_t window_right) {
+  const auto launch = [](const FlashAttentionParams& p, const Tensor&) {
+    cpu::flash_attention_fwd(p, torch_threads());
+  };
+  return attention_fwd(launch, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right);
 }
 
-void set_packing(FlashAttentionParams& p, const std::optional<Tensor>& cu_seqlens_q,
-                 const std::optional<Tensor>& cu_seqlens_k) {
-  STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), "pykernels: give both cu_seqlens or neither");
-  if (!cu_seqlens_q) return;
-  STD_TORCH_CHECK(p.batch == 1, "pykernels: packed input has batch 1");
-  p.sequences = cu_seqlens_q->size(0) - 1;
-  STD_TORCH_CHECK(p.sequences >= 0, "pykernels: cu_seqlens_q is empty");
-  for (const Tensor* cu : {&*cu_seqlens_q, &*cu_seqlens_k}) {
-    check_dtype(*cu, ScalarType::Int, "cu_seqlens");
-    check_shape(*cu, {p.sequences + 1}, "cu_seqlens");
-    STD_TORCH_CHECK(cu->is_contiguous(), "pykernels: cu_seqlens must be contiguous");
-  }
-  p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q->const_data_ptr());
-  p.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k->const_data_ptr());
+std::tuple<Tensor, Tensor, Tensor> bwd_cpu(const Tensor& dout, std::optional<Tensor> dlse, const Tensor& q,
+                                           const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                                           std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
+                                           double scale, double softcap, int64_t window_left, int64_t window_right,
+                                           bool deterministic) {
+  const auto launch = [](const FlashAttentionBackwardParams& p, const Tensor&) {
+    cpu::flash_attention_bwd(p, torch_threads());
+  };
+  return attention_bwd(launch, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left,
+                       window_right, deterministic);
 }
 
-std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, std::optional<Tensor> cu_seqlens_q,
-                                   std::optional<Tensor> cu_seqlens_k, double scale, double softcap, int64_t window_left,
-                                   int64_t window_right) {
-  const Tensor q = last_contiguous(q_), k = last_contiguous(k_), v = last_contiguous(v_);
-  FlashAttentionParams p = make_params(q, k, v, scale, softcap, window_left, window_right);
-  set_packing(p, cu_seqlens_q, cu_seqlens_k);
-  Tensor out = empty({p.batch, p.seqlen_q, p.heads_q, p.value_dim}, q.scalar_type(), q);
-  Tensor lse = empty({p.batch, p.heads_q, p.seqlen_q}, accumulator_of(q), q);
-  p.out = out.mutable_data_ptr(), p.out_stride = strides3(out), p.lse = lse.mutable_data_ptr();
-  cpu::flash_attention_fwd(p, torch_threads());
-  return {out, lse};
-}
-
-std::tuple<Tensor, Tensor, Tensor> bwd_cpu(const Tensor& dout_, std::optional<Tensor> dlse_, const Tensor& q_, const Tensor& k_,
-                                           const Tensor& v_, const Tensor& out_, const Tensor& lse_,
-                                           std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k, double scale,
-                                           double softcap, int64_t window_left, int64_t window_right, bool deterministic) {
-  const Tensor q = last_contiguous(q_), k = last_contiguous(k_), v = last_contiguous(v_);
-  const Tensor dout = last_contiguous(dout_), out = last_contiguous(out_), lse = contiguous_or(lse_);
-  std::optional<Tensor> dlse;
-  if (dlse_) dlse = contiguous_or(*dlse_);
-
-  FlashAttentionBackwardParams p{};
-  p.forward = make_params(q, k, v, scale, softcap, window_left, window_right);
-  FlashAttentionParams& f = p.forward;
-  set_packing(f, cu_seqlens_q, cu_seqlens_k);
-  for (const auto& [x, name] : {std::pair{&dout, "dout"}, std::pair{&out, "out"}}) {
-    check_same_dtype(*x, q, name);
-    check_shape(*x, {f.batch, f.seqlen_q, f.heads_q, f.value_dim}, name);
-  }
-  check_dtype(lse, accumulator_of(q), "lse");
-  check_shape(lse, {f.batch, f.heads_q, f.seqlen_q}, "lse");
-  if (dlse) {
-    check_dtype(*dlse, accumulator_of(q), "dlse");
-    check_shape(*dlse, {f.batch, f.heads_q, f.seqlen_q}, "dlse");
-    p.dlse = dlse->const_data_ptr();
-  }
-  // Read only in backward.
-  f.out = const_cast<void*>(out.const_data_ptr()), f.out_stride = strides3(out);
-  f.lse = const_cast<void*>(lse.const_data_ptr());
-  p.dout = dout.const_data_ptr(), p.dout_stride = strides3(dout);
-
-  Tensor dq = empty({f.batch, f.seqlen_q, f.heads_q, f.head_dim}, q.scalar_type(), q);
-  Tensor dk = empty({f.batch, f.seqlen_k, f.heads_k, f.head_dim}, q.scalar_type(), q);
-  Tensor dv = empty({f.batch, f.seqlen_k, f.heads_k, f.value_dim}, q.scalar_type(), q);
-  p.dq = dq.mutable_data_ptr(), p.dk = dk.mutable_data_ptr(), p.dv = dv.mutable_data_ptr();
-  p.dq_stride = strides3(dq), p.dk_stride = strides3(dk), p.dv_stride = strides3(dv);
-  p.deterministic = deterministic;
-  cpu::flash_attention_bwd(p, torch_threads());
-  return {dq, dk, dv};
-}
-
-std::tuple<Tensor, Tensor> decode_cpu(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_seqlens,
-                                      int64_t new_tokens, double scale, double softcap, int64_t window_left,
-                                      int64_t window_right) {
+std::tuple<Tensor, Tensor> decode_cpu(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache,
+                                      const Tensor& cache_seqlens, int64_t new_tokens, double scale, double softcap,
+                                      int64_t window_left, int64_t window_right) {
   const Tensor q = last_contiguous(q_), k = last_contiguous(k_cache), v = last_contiguous(v_cache);
   FlashAttentionDecodeParams p{};
   p.forward = make_params(q, k, v, scale, softcap, window_left, window_right);
@@ -127,13 +54,15 @@ void append_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k_, const Tensor& 
   check_shape(k_, {p.batch, p.new_tokens, p.heads, p.head_dim}, "k");
   check_shape(v_cache, {p.batch, p.capacity, p.heads, p.value_dim}, "v_cache");
   check_shape(v_, {p.batch, p.new_tokens, p.heads, p.value_dim}, "v");
-  for (const Tensor* x : {static_cast<const Tensor*>(&v_cache), &k_, &v_}) check_same_dtype(*x, k_cache, "k, v or v_cache");
+  for (const Tensor* x : {static_cast<const Tensor*>(&v_cache), &k_, &v_})
+    check_same_dtype(*x, k_cache, "k, v or v_cache");
   check_dtype(cache_seqlens, ScalarType::Int, "cache_seqlens");
   check_shape(cache_seqlens, {p.batch}, "cache_seqlens");
   STD_TORCH_CHECK(cache_seqlens.is_contiguous(), "pykernels: cache_seqlens must be contiguous");
   // The caches are written in place, so a copy would not do.
   for (const Tensor* x : {&k_cache, &v_cache})
-    STD_TORCH_CHECK(x->size(3) <= 1 || x->stride(3) == 1, "pykernels: the caches must be contiguous in their last axis");
+    STD_TORCH_CHECK(x->size(3) <= 1 || x->stride(3) == 1,
+                    "pykernels: the caches must be contiguous in their last axis");
   const Tensor k = last_contiguous(k_), v = last_contiguous(v_);
   p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
   p.k_stride = strides3(k), p.v_stride = strides3(v);
@@ -147,17 +76,18 @@ void append_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k_, const Tensor& 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pykernels, m) {
   m.def(
-      "flash_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, "
-      "float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
+      "flash_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float "
+      "scale, float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
   m.def(
       "flash_attention_bwd_cpu(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, int window_left, int window_right, "
-      "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, int window_left, int "
+      "window_right, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def(
-      "flash_attention_decode_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int new_tokens, "
-      "float scale, float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
+      "flash_attention_decode_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int "
+      "new_tokens, float scale, float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
   m.def(
-      "flash_attention_append_cpu(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens) -> ()");
+      "flash_attention_append_cpu(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor "
+      "cache_seqlens) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pykernels, CPU, m) {

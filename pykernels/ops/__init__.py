@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from . import causal_conv1d, flash_attention, selective_scan
 
-OPS = [flash_attention.OP, causal_conv1d.OP, selective_scan.OP]
+OPS = [flash_attention.OP, flash_attention.DECODE_OP, causal_conv1d.OP, selective_scan.OP]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.flash_attention import OP, flash_attention, flash_attention_decode
+from ..ops.flash_attention import DECODE_OP, OP, flash_attention, flash_attention_decode
 from .kit import BadInput, Case, Description, Sample, seed
 
 # ---- Tensors -------------------------------------------------------------------------------------------------
@@ -165,10 +165,12 @@ def _scaled(q: float, k: float, v: float):
 
 
 def _denormal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Denormal (in float32 and bfloat16) queries, keys, and half of the values."""
-    v = v.clone()
+    """Every other column of queries and keys, and every other value, denormal (in float32 and bfloat16)."""
+    q, k, v = q.clone(), k.clone(), v.clone()
+    q[..., ::2] *= 1e-39
+    k[..., ::2] *= 1e-39
     v[:, ::2] *= 1e-39
-    return q * 1e-39, k * 1e-39, v
+    return q, k, v
 
 
 EXTREMES = (
@@ -611,7 +613,7 @@ def _decode_bad_inputs() -> Iterable[BadInput]:
 
 FLASH_ATTENTION_DECODE = Description(
     function=flash_attention_decode,
-    op=OP,
+    op=DECODE_OP,
     outputs=("out", "lse"),
     returns={"return_lse": True},
     mutates=("k_cache", "v_cache"),

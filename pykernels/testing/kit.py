@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .targets import DTYPES, Target, poisoned_memory
+from .targets import DTYPES, Target, poisoned_memory, use_threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +145,12 @@ def _both(
     op: Description, sample: Sample, through: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The reference's values in float64 and in the sample's own dtype, from the same inputs and cotangents."""
-    plain = run(op, sample, "reference", grad=False)
-    given = cotangents({name: plain[name] for name in through})
-    plain = run(op, sample, "reference", grad=given)
-    return run(
-        op, sample.map(Tensor.double), "reference", grad={name: x.double() for name, x in given.items()}
-    ), plain
+    with use_threads(1):  # these are small: on several threads most of the time would be waiting for each other
+        plain = run(op, sample, "reference", grad=False)
+        given = cotangents({name: plain[name] for name in through})
+        plain = run(op, sample, "reference", grad=given)
+        wide = {name: x.double() for name, x in given.items()}
+        return run(op, sample.map(Tensor.double), "reference", grad=wide), plain
 
 
 @functools.lru_cache(maxsize=512)
@@ -219,7 +219,7 @@ def _distance(actual: Tensor, reference: Tensor) -> tuple[float, float, str | No
 
 
 def compare(name: str, actual: Tensor, reference: Tensor, yardstick: Tensor) -> Error:
-    """The error of `actual`; the budget: twice the yardstick's, 4 ulp of the compute dtype, a rounding of the output."""
+    """The error, and its budget: twice the yardstick's, 4 ulp of the compute dtype, one rounding of the output."""
     for what in ("shape", "dtype", "device"):
         came, wanted = getattr(actual, what), getattr(yardstick, what)
         if came != wanted:

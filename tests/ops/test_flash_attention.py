@@ -530,7 +530,7 @@ def test_nan_and_infinity_reach_what_they_must_and_nothing_else(target, dtype, v
         Rows of one tile, also of query heads that share a key head, may share the decision when to rescale.
         """
         assert not x[bad].isfinite().any()
-        torch.testing.assert_close(x[~bad], clean[~bad], rtol=4 * torch.finfo(x.dtype).eps, atol=0)
+        torch.testing.assert_close(x[~bad], clean[~bad], rtol=4 * torch.finfo(dtype).eps, atol=0)
         touched = torch.zeros_like(bad)
         touched[heads] = True
         assert torch.equal(x[~touched], clean[~touched])

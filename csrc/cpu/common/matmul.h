@@ -31,15 +31,15 @@ struct FmaCompute {
   using Elem = S;  // of packed A and B
   using Acc = S;   // of C
   static constexpr int kPair = 1, kDepthAlign = 1, kRowAlign = 1;
-  static constexpr int kColumnAlign = kLanes<S>, kPanel = 2 * kLanes<S>;
-  // Rows of C held in registers at a time, beside kPanel columns. 12 x 2 accumulators leave room for B and A in 32
-  // registers, 6 x 2 in 16; in both the loads (rows + 2 per 2 * rows products) stay below what the FMA units leave
-  // time for.
-#if defined(__AVX512F__) || defined(__aarch64__)
-  static constexpr int kTileRows = 12;
-#else
+  // Rows and vectors of C held in registers at a time. With 32 registers 6 x 4 accumulators take 10 loads per 24 products,
+  // 12 x 2 would take 14 (an eighth slower on a processor with two of each per cycle); 16 registers hold 6 x 2.
   static constexpr int kTileRows = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+  static constexpr int kTileVectors = 4;
+#else
+  static constexpr int kTileVectors = 2;
 #endif
+  static constexpr int kColumnAlign = kLanes<S>, kPanel = kTileVectors * kLanes<S>;
 };
 using F32 = FmaCompute<float>;
 using F64 = FmaCompute<double>;
@@ -283,6 +283,14 @@ struct Panel<BF16, Vectors> {
 };
 #endif
 
+// The product with a panel of so many columns, Vectors vectors of them at most.
+template <class C, int Vectors>
+PYKERNELS_INLINE auto panel_product(int columns) {
+  if constexpr (Vectors > 1)
+    if (columns <= (Vectors - 1) * C::kColumnAlign) return panel_product<C, Vectors - 1>(columns);
+  return &Panel<C, Vectors>::multiply;
+}
+
 }  // namespace detail
 
 // C = A B, or C += A B. `depth` is rounded up to kDepthAlign (the padding of A and B is read).
@@ -291,7 +299,7 @@ void matmul(int rows, int columns, int depth, MatrixA<C> a, PackedB<C> b, Matrix
   depth = round_up(depth, C::kDepthAlign);
   const typename C::Elem* panel = b.data;
   for (int n = 0; n < columns; n += C::kPanel, panel += b.panel_stride) {
-    const auto multiply = columns - n > C::kColumnAlign ? detail::Panel<C, 2>::multiply : detail::Panel<C, 1>::multiply;
+    const auto multiply = detail::panel_product<C, C::kPanel / C::kColumnAlign>(columns - n);
     multiply(rows, depth, a.data, a.stride, panel + b.first * C::kPanel, c.data + n, c.stride, accumulate);
   }
 }

@@ -12,8 +12,8 @@
 // queries: scores and weights of a panel stay in the L1 cache, those of a block of keys in L2.
 //
 // Determinism. The blocks of keys add to the dQ^T of a query block in ascending order: each waits for its predecessor, which an
-// earlier task holds and finishes without waiting for later ones. Every sum has one order whatever the number of threads, and
-// also whatever the size of the blocks of keys.
+// earlier task holds and finishes without waiting for later ones. Every sum has one order for a given size of the blocks of
+// keys, which follows from the shape and, unless deterministic results are asked for, from the number of threads.
 #include "../../include/pykernels/flash_attention.h"
 
 #include <sched.h>
@@ -552,7 +552,8 @@ void backward(const FlashAttentionBackwardParams& p, const Parallel& parallel) {
     unused({last.q0 + last.tq, f.seqlen_q}, {last.k0 + last.tk, f.seqlen_k});
   }
 
-  const int64_t keys = keys_of_block<C>(problem, parallel.threads);
+  // The size of the blocks decides how dQ's sums are grouped: fixed where results must not depend on the threads.
+  const int64_t keys = keys_of_block<C>(problem, p.deterministic ? 2 : parallel.threads);
   const QueryBlocks<C> layout(f);
   const auto query_blocks = [&](int64_t unit) {
     return problem.group * ((problem.sequence(unit / f.heads_k).tq + kQueries<C> - 1) / kQueries<C>);

@@ -85,10 +85,10 @@ template <class T>
 struct Shape {
   using C = ComputeFor<T>;
 #if defined(PYKERNELS_HAS_AMX)
-  static constexpr int kRows = sizeof(typename C::Elem) == 2 ? 32 : 24;
+  static constexpr int kRows = sizeof(typename C::Elem) == 2 ? 32 : 48;
   static constexpr int kKeys = sizeof(typename C::Elem) == 2 ? 256 : 128;
 #else
-  static constexpr int kRows = 24;
+  static constexpr int kRows = 48;
   static constexpr int kKeys = 128;
 #endif
   static_assert(kRows % C::kRowAlign == 0 && kKeys % C::kPanel == 0 && kKeys % C::kDepthAlign == 0);

@@ -1,5 +1,5 @@
-// The one way to launch a kernel. A function rather than triple brackets, so that the same sources can be compiled by a host
-// compiler, where it runs the kernel's blocks on the CPU.
+// The one way to launch a kernel. A function rather than triple brackets, so that the same sources can be compiled
+// by a host compiler, where it runs the kernel's blocks on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

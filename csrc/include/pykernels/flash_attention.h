@@ -59,6 +59,7 @@ struct FlashAttentionBackwardParams {
   Strides3 dq_stride, dk_stride, dv_stride;
   // The CPU kernels are bitwise repeatable at a fixed thread count either way; set, also across thread counts.
   bool deterministic;
+  void* delta;  // scratch of the CUDA kernels, which are always bitwise repeatable: [B, Hq, Tq] fp32
 };
 
 // q [B, Tq, Hq, K] against k_cache [B, Tmax, Hk, K] and v_cache [B, Tmax, Hk, V]; batch entry b has
@@ -90,5 +91,11 @@ void flash_attention_fwd(const FlashAttentionParams& params, const Parallel& par
 void flash_attention_bwd(const FlashAttentionBackwardParams& params, const Parallel& parallel);
 void flash_attention_decode(const FlashAttentionDecodeParams& params, const Parallel& parallel);
 }  // namespace cpu
+
+// On `stream` (a cudaStream_t) of the current device; bf16 and fp16, head sizes up to 256. Return null, or what went wrong.
+namespace cuda {
+const char* flash_attention_fwd(const FlashAttentionParams& params, void* stream);
+const char* flash_attention_bwd(const FlashAttentionBackwardParams& params, void* stream);
+}  // namespace cuda
 
 }  // namespace pykernels

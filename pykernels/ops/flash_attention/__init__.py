@@ -13,7 +13,7 @@ from ... import _checks
 from ...backends import Op, Query, resolve
 from . import reference, registration
 
-__all__ = ["OP", "flash_attention", "flash_attention_decode"]
+__all__ = ["DECODE_OP", "OP", "flash_attention", "flash_attention_decode"]
 
 _MAX_HEAD_DIM = 512
 # Options of the public signature that no backend serves yet; giving one raises.
@@ -30,11 +30,22 @@ def _triton(query: Query) -> str | None:
     return None
 
 
+def _cuda(query: Query) -> str | None:
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return "the CUDA kernels take bfloat16 and float16"
+    if max(query.sizes["head_dim"], query.sizes["value_dim"]) > 256:
+        return "the CUDA kernels take head sizes up to 256"
+    return None
+
+
 def _reference(query: Query) -> str | None:
     return None
 
 
-OP = Op("flash_attention", {"triton": _triton, "cpu": _cpu, "reference": _reference})
+OP = Op("flash_attention", {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "reference": _reference},
+        explicit_only={"cuda": "not yet measured against Triton on a GPU, so only on request"})
+# Decoding has no CUDA kernel yet.
+DECODE_OP = Op("flash_attention_decode", {"triton": _triton, "cpu": _cpu, "reference": _reference})
 
 
 def _check_qkv(q: object, k: object, v: object, k_name: str, v_name: str) -> None:
@@ -231,7 +242,7 @@ def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_se
                 raise ValueError(f"cache_seqlens must leave room for {new_tokens} new tokens in a cache of {capacity}, "
                                  f"got {length} for batch entry {b}")
     cache_seqlens = cache_seqlens.to(torch.int32).contiguous()
-    chosen = resolve(OP, _query(q, v_cache, options, False, False), backend)
+    chosen = resolve(DECODE_OP, _query(q, v_cache, options, False, False), backend)
     if chosen == "reference":
         if k is not None:
             reference.flash_attention_append(k_cache, v_cache, k, v, cache_seqlens)

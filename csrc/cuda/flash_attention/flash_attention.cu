@@ -1,0 +1,47 @@
+// The launch functions: which kernel serves a call.
+#include "../../include/pykernels/flash_attention.h"
+
+#include <algorithm>
+
+#include "bwd_sm80.cuh"
+#include "fwd_sm80.cuh"
+
+namespace pykernels::cuda {
+namespace {
+
+// What no kernel here takes; the Python side does not send it.
+const char* unsupported(const FlashAttentionParams& p) {
+  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the CUDA kernels take bfloat16 and float16";
+  if (std::max(p.head_dim, p.value_dim) > 256) return "the CUDA kernels take head sizes up to 256";
+  if (std::max(p.seqlen_q, p.seqlen_k) >= attention::kUnbounded / 4)
+    return "the CUDA kernels take fewer than 2^28 tokens";
+  return nullptr;
+}
+
+}  // namespace
+
+const char* flash_attention_fwd(const FlashAttentionParams& p, void* stream_) {
+  if (const char* reason = unsupported(p)) return reason;
+  auto* stream = static_cast<cudaStream_t>(stream_);
+  const int64_t size = std::max(p.head_dim, p.value_dim);
+  if (size <= 32) return attention::fwd_sm80_32(p, stream);
+  if (size <= 64) return attention::fwd_sm80_64(p, stream);
+  if (size <= 96) return attention::fwd_sm80_96(p, stream);
+  if (size <= 128) return attention::fwd_sm80_128(p, stream);
+  if (size <= 192) return attention::fwd_sm80_192(p, stream);
+  return attention::fwd_sm80_256(p, stream);
+}
+
+const char* flash_attention_bwd(const FlashAttentionBackwardParams& p, void* stream_) {
+  if (const char* reason = unsupported(p.forward)) return reason;
+  auto* stream = static_cast<cudaStream_t>(stream_);
+  const int64_t size = std::max(p.forward.head_dim, p.forward.value_dim);
+  if (size <= 32) return attention::bwd_sm80_32(p, stream);
+  if (size <= 64) return attention::bwd_sm80_64(p, stream);
+  if (size <= 96) return attention::bwd_sm80_96(p, stream);
+  if (size <= 128) return attention::bwd_sm80_128(p, stream);
+  if (size <= 192) return attention::bwd_sm80_192(p, stream);
+  return attention::bwd_sm80_256(p, stream);
+}
+
+}  // namespace pykernels::cuda

@@ -1,0 +1,121 @@
+// What flash attention's bindings of every native backend share: schemas, memory checks, allocation.
+#pragma once
+
+#include <tuple>
+#include <utility>
+
+#include "../include/pykernels/flash_attention.h"
+#include "common.h"
+
+namespace pykernels::bindings {
+
+inline void check_same_device(const Tensor& x, const Tensor& reference, const char* name) {
+  STD_TORCH_CHECK(x.device() == reference.device(), "pykernels: ", name, " is on another device than q");
+}
+
+inline Strides3 strides3(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
+
+// Fills what forward, backward and decode share; the tensors must outlive the launch.
+inline FlashAttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                        double softcap, int64_t window_left, int64_t window_right) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "pykernels: q, k and v need 4 axes");
+  check_same_dtype(k, q, "k");
+  check_same_dtype(v, q, "v");
+  check_same_device(k, q, "k");
+  check_same_device(v, q, "v");
+  FlashAttentionParams p{};
+  p.dtype = dtype_of(q);
+  p.batch = q.size(0), p.seqlen_q = q.size(1), p.heads_q = q.size(2), p.head_dim = q.size(3);
+  p.seqlen_k = k.size(1), p.heads_k = k.size(2), p.value_dim = v.size(3);
+  check_shape(k, {p.batch, p.seqlen_k, p.heads_k, p.head_dim}, "k");
+  check_shape(v, {p.batch, p.seqlen_k, p.heads_k, p.value_dim}, "v");
+  STD_TORCH_CHECK(p.heads_k > 0 && p.heads_q % p.heads_k == 0, "pykernels: q's heads are no multiple of k's");
+  STD_TORCH_CHECK(p.head_dim >= 1 && p.head_dim <= 512 && p.value_dim >= 1 && p.value_dim <= 512,
+                  "pykernels: head sizes must be 1 to 512");
+  p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
+  p.q_stride = strides3(q), p.k_stride = strides3(k), p.v_stride = strides3(v);
+  p.scale = scale, p.softcap = softcap;
+  p.window_left = window_left, p.window_right = window_right;
+  return p;
+}
+
+inline void set_packing(FlashAttentionParams& p, const Tensor& q, const std::optional<Tensor>& cu_seqlens_q,
+                        const std::optional<Tensor>& cu_seqlens_k) {
+  STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), "pykernels: give both cu_seqlens or neither");
+  if (!cu_seqlens_q) return;
+  STD_TORCH_CHECK(p.batch == 1, "pykernels: packed input has batch 1");
+  p.sequences = cu_seqlens_q->size(0) - 1;
+  STD_TORCH_CHECK(p.sequences >= 0, "pykernels: cu_seqlens_q is empty");
+  for (const Tensor* cu : {&*cu_seqlens_q, &*cu_seqlens_k}) {
+    check_same_device(*cu, q, "cu_seqlens");
+    check_dtype(*cu, ScalarType::Int, "cu_seqlens");
+    check_shape(*cu, {p.sequences + 1}, "cu_seqlens");
+    STD_TORCH_CHECK(cu->is_contiguous(), "pykernels: cu_seqlens must be contiguous");
+  }
+  p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q->const_data_ptr());
+  p.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k->const_data_ptr());
+}
+
+// Checks, allocates, and calls launch(params, q).
+template <class Launch>
+std::tuple<Tensor, Tensor> attention_fwd(Launch launch, const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                         const std::optional<Tensor>& cu_seqlens_q,
+                                         const std::optional<Tensor>& cu_seqlens_k, double scale, double softcap,
+                                         int64_t window_left, int64_t window_right) {
+  const Tensor q = last_contiguous(q_), k = last_contiguous(k_), v = last_contiguous(v_);
+  FlashAttentionParams p = make_params(q, k, v, scale, softcap, window_left, window_right);
+  set_packing(p, q, cu_seqlens_q, cu_seqlens_k);
+  Tensor out = empty({p.batch, p.seqlen_q, p.heads_q, p.value_dim}, q.scalar_type(), q);
+  Tensor lse = empty({p.batch, p.heads_q, p.seqlen_q}, accumulator_of(q), q);
+  p.out = out.mutable_data_ptr(), p.out_stride = strides3(out), p.lse = lse.mutable_data_ptr();
+  launch(p, q);
+  return {out, lse};
+}
+
+template <class Launch>
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(Launch launch, const Tensor& dout_,
+                                                 const std::optional<Tensor>& dlse_, const Tensor& q_,
+                                                 const Tensor& k_, const Tensor& v_, const Tensor& out_,
+                                                 const Tensor& lse_, const std::optional<Tensor>& cu_seqlens_q,
+                                                 const std::optional<Tensor>& cu_seqlens_k, double scale,
+                                                 double softcap, int64_t window_left, int64_t window_right,
+                                                 bool deterministic) {
+  const Tensor q = last_contiguous(q_), k = last_contiguous(k_), v = last_contiguous(v_);
+  const Tensor dout = last_contiguous(dout_), out = last_contiguous(out_), lse = contiguous_or(lse_);
+  std::optional<Tensor> dlse;
+  if (dlse_) dlse = contiguous_or(*dlse_);
+
+  FlashAttentionBackwardParams p{};
+  p.forward = make_params(q, k, v, scale, softcap, window_left, window_right);
+  FlashAttentionParams& f = p.forward;
+  set_packing(f, q, cu_seqlens_q, cu_seqlens_k);
+  for (const auto& [x, name] : {std::pair{&dout, "dout"}, std::pair{&out, "out"}}) {
+    check_same_dtype(*x, q, name);
+    check_same_device(*x, q, name);
+    check_shape(*x, {f.batch, f.seqlen_q, f.heads_q, f.value_dim}, name);
+  }
+  check_same_device(lse, q, "lse");
+  check_dtype(lse, accumulator_of(q), "lse");
+  check_shape(lse, {f.batch, f.heads_q, f.seqlen_q}, "lse");
+  if (dlse) {
+    check_same_device(*dlse, q, "dlse");
+    check_dtype(*dlse, accumulator_of(q), "dlse");
+    check_shape(*dlse, {f.batch, f.heads_q, f.seqlen_q}, "dlse");
+    p.dlse = dlse->const_data_ptr();
+  }
+  // Read only in backward.
+  f.out = const_cast<void*>(out.const_data_ptr()), f.out_stride = strides3(out);
+  f.lse = const_cast<void*>(lse.const_data_ptr());
+  p.dout = dout.const_data_ptr(), p.dout_stride = strides3(dout);
+
+  Tensor dq = empty({f.batch, f.seqlen_q, f.heads_q, f.head_dim}, q.scalar_type(), q);
+  Tensor dk = empty({f.batch, f.seqlen_k, f.heads_k, f.head_dim}, q.scalar_type(), q);
+  Tensor dv = empty({f.batch, f.seqlen_k, f.heads_k, f.value_dim}, q.scalar_type(), q);
+  p.dq = dq.mutable_data_ptr(), p.dk = dk.mutable_data_ptr(), p.dv = dv.mutable_data_ptr();
+  p.dq_stride = strides3(dq), p.dk_stride = strides3(dk), p.dv_stride = strides3(dv);
+  p.deterministic = deterministic;
+  launch(p, q);
+  return {dq, dk, dv};
+}
+
+}  // namespace pykernels::bindings

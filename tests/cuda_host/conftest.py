@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import host_build  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def host():
+    """The CUDA sources, compiled for the host."""
+    if (reason := host_build.unavailable()) is not None:
+        pytest.skip(reason)
+    return host_build.load()

@@ -1,0 +1,114 @@
+"""Compiles the CUDA sources for the host, into a Python module that runs them on the executor.
+
+The plain module is what most tests use; the sanitized one (address and undefined behaviour) needs the sanitizer's
+runtime loaded before Python, see `sanitized_environment`. Objects are kept in build/cuda_host, named by what they were
+made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+NAME = "pykernels_cuda_host"
+COMPILER = os.environ.get("CXX", "g++")
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra",
+         "-Wno-unknown-pragmas", "-Wno-psabi"]
+OPTIMIZE = {"plain": ["-O2"],
+            "sanitized": ["-O1", "-fsanitize=address", "-fsanitize=alignment,bounds,shift,signed-integer-overflow",
+                          "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]}
+
+
+def unavailable() -> str | None:
+    """Why the module can't be built here, or None."""
+    if shutil.which(COMPILER) is None:
+        return f"no host C++ compiler ({COMPILER})"
+    if platform.machine() not in ("x86_64", "aarch64", "arm64"):
+        return f"the executor's stack switch is not written for {platform.machine()}"
+    return None
+
+
+def _sources() -> list[Path]:
+    return [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu")), *sorted((CSRC / "cuda").rglob("*.cu"))]
+
+
+def _flags(variant: str) -> list[str]:
+    import pybind11
+
+    # The shims come first: they take the place of CUDA's own headers.
+    includes = [HERE / "shim", HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    return [*FLAGS, *OPTIMIZE[variant], *(f"-I{path}" for path in includes)]
+
+
+def _headers_hash() -> str:
+    digest = hashlib.sha256()
+    for folder in (HERE, CSRC):
+        for file in sorted(folder.rglob("*")):
+            if file.suffix in (".h", ".cuh") and "cpu" not in file.parts:
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def build(variant: str = "plain") -> Path:
+    """The folder that holds the module; builds what has changed."""
+    folder = HERE.parents[1] / "build" / "cuda_host" / variant
+    folder.mkdir(parents=True, exist_ok=True)
+    flags, headers = _flags(variant), _headers_hash()
+
+    def compile_one(source: Path) -> Path:
+        key = hashlib.sha256("\0".join([COMPILER, *flags, headers, source.read_text()]).encode()).hexdigest()[:16]
+        obj = folder / f"{source.parent.name}-{source.name}-{key}.o"
+        if not obj.exists():
+            for old in folder.glob(f"{source.parent.name}-{source.name}-*.o"):
+                old.unlink()
+            partial = obj.with_suffix(f".{os.getpid()}")
+            subprocess.run([COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", str(partial)], check=True)
+            partial.replace(obj)
+        return obj
+
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(compile_one, _sources()))
+    module = folder / (NAME + sysconfig.get_config_var("EXT_SUFFIX"))
+    stamp = folder / "linked"
+    linked = "\n".join(obj.name for obj in objects)
+    if not module.exists() or not stamp.exists() or stamp.read_text() != linked:
+        partial = module.with_suffix(f".{os.getpid()}")
+        subprocess.run([COMPILER, *OPTIMIZE[variant], "-shared", *map(str, objects), "-o", str(partial)], check=True)
+        partial.replace(module)
+        stamp.write_text(linked)
+    return folder
+
+
+def sanitized_environment() -> dict[str, str]:
+    """The variables with which a Python process can import the sanitized module."""
+    def library(name: str) -> str:
+        found = subprocess.run([COMPILER, f"-print-file-name={name}"], check=True, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    libraries = map(library, ("libasan.so", "libubsan.so", "libstdc++.so"))
+    return {**os.environ, "LD_PRELOAD": " ".join(libraries), "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}",
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1",
+            "PYKERNELS_CUDA_HOST": "sanitized"}
+
+
+def load():
+    """The module; the variant that PYKERNELS_CUDA_HOST names, the plain one by default."""
+    folder = str(build(os.environ.get("PYKERNELS_CUDA_HOST", "plain")))
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return __import__(NAME)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:] or ["plain"]:
+        print(build(argument))

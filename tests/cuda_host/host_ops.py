@@ -1,0 +1,79 @@
+"""flash_attention's ops on the host executor, as a backend "cuda_host", with what csrc/torch does around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import host_build
+from pykernels import _dispatch
+from pykernels.ops.flash_attention import registration
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _with_guards(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An output full of NaN inside of a larger NaN buffer; `_check_guards` tells whether the rest was written to."""
+    size = torch.Size(shape).numel()
+    buffer = torch.full((size + 512,), torch.nan, dtype=dtype)
+    return buffer[256:256 + size].view(shape)
+
+
+def _check_guards(*outputs: Tensor) -> None:
+    for x in outputs:
+        buffer = torch.as_strided(x, (x.numel() + 512,), (1,), 0)
+        outside = torch.cat([buffer[:256], buffer[256 + x.numel():]])
+        assert outside.isnan().all(), "a kernel wrote outside of its output"
+
+
+def _fields(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor | None,
+            cu_seqlens_k: Tensor | None, scale: float, softcap: float, window_left: int,
+            window_right: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {"dtype": _DTYPES[q.dtype], "scale": scale, "softcap": softcap, "window_left": window_left,
+                              "window_right": window_right, "lse": lse.data_ptr()}
+    fields["batch"], fields["seqlen_q"], fields["heads_q"], fields["head_dim"] = q.shape
+    _, fields["seqlen_k"], fields["heads_k"], fields["value_dim"] = v.shape
+    fields |= _tensors(q=q, k=k, v=v, out=out)
+    packed = cu_seqlens_q is not None
+    fields["sequences"] = cu_seqlens_q.shape[0] - 1 if packed else 0
+    fields["cu_seqlens_q"] = cu_seqlens_q.data_ptr() if packed else 0
+    fields["cu_seqlens_k"] = cu_seqlens_k.data_ptr() if packed else 0
+    return fields
+
+
+def _tensors(**tensors: Tensor) -> dict[str, Any]:
+    pointers = {name: x.data_ptr() for name, x in tensors.items()}
+    return pointers | {name + "_stride": tuple(x.stride()[:3]) for name, x in tensors.items()}
+
+
+def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
+    q, k, v = map(_last_contiguous, (q, k, v))
+    out = _with_guards(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    lse = _with_guards(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    host_build.load().flash_attention_fwd(_fields(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options))
+    _check_guards(out, lse)
+    return out, lse
+
+
+def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options_and_deterministic):
+    *options, deterministic = options_and_deterministic
+    q, k, v, out, dout = map(_last_contiguous, (q, k, v, out, dout))
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    dq, dk, dv = (_with_guards(*x.shape, dtype=x.dtype) for x in (q, k, v))
+    delta = _with_guards(*lse.shape, dtype=torch.float32)
+    fields = _fields(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options) | _tensors(dout=dout, dq=dq, dk=dk, dv=dv)
+    fields |= {"dlse": 0 if dlse is None else dlse.data_ptr(), "delta": delta.data_ptr()}
+    fields["deterministic"] = deterministic
+    host_build.load().flash_attention_bwd(fields)
+    _check_guards(dq, dk, dv, delta)
+    return dq, dk, dv
+
+
+_dispatch.define("flash_attention_bwd_cuda_host", registration.SCHEMAS["bwd"], bwd)
+_dispatch.define("flash_attention_fwd_cuda_host", registration.SCHEMAS["fwd"], fwd)

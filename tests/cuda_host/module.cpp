@@ -1,0 +1,94 @@
+// The Python module: the executor's settings, the kernels' launch functions and the instructions, all on host memory.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "include/pykernels/flash_attention.h"
+#include "runtime.h"
+
+namespace py = pybind11;
+
+extern "C" const char* pykernels_run_instruction(const char* name, const void* in, size_t in_bytes, void* out,
+                                                 size_t out_bytes);
+namespace pykernels::cuda {
+const char* run_fault(const char* name, const float* in, float* out, int n);
+}
+
+namespace {
+
+void check(const char* error) {
+  if (error != nullptr) throw std::runtime_error(error);
+}
+
+// {"q": address, "q_stride": (batch, token, head), "batch": ..., ...}: the fields of the params structs by their
+// names.
+template <class T>
+T* pointer(const py::dict& fields, const char* name) {
+  return reinterpret_cast<T*>(fields[name].cast<std::uintptr_t>());
+}
+
+pykernels::Strides3 strides(const py::dict& fields, const char* name) {
+  const auto stride = fields[name].cast<std::tuple<int64_t, int64_t, int64_t>>();
+  return {std::get<0>(stride), std::get<1>(stride), std::get<2>(stride)};
+}
+
+pykernels::FlashAttentionParams attention_params(const py::dict& f) {
+  pykernels::FlashAttentionParams p{};
+  p.dtype = static_cast<pykernels::DType>(f["dtype"].cast<int>());
+  const auto number = [&](const char* name) { return f[name].cast<int64_t>(); };
+  p.batch = number("batch"), p.seqlen_q = number("seqlen_q"), p.seqlen_k = number("seqlen_k"),
+  p.heads_q = number("heads_q");
+  p.heads_k = number("heads_k"), p.head_dim = number("head_dim"), p.value_dim = number("value_dim");
+  p.q = pointer<void>(f, "q"), p.k = pointer<void>(f, "k"), p.v = pointer<void>(f, "v");
+  p.q_stride = strides(f, "q_stride"), p.k_stride = strides(f, "k_stride"), p.v_stride = strides(f, "v_stride");
+  p.out = pointer<void>(f, "out"), p.out_stride = strides(f, "out_stride"), p.lse = pointer<void>(f, "lse");
+  p.cu_seqlens_q = pointer<int32_t>(f, "cu_seqlens_q"), p.cu_seqlens_k = pointer<int32_t>(f, "cu_seqlens_k");
+  p.sequences = number("sequences");
+  p.scale = f["scale"].cast<double>(), p.softcap = f["softcap"].cast<double>();
+  p.window_left = number("window_left"), p.window_right = number("window_right");
+  return p;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(pykernels_cuda_host, m) {
+  m.def("set_seed", &cuda_host::set_seed,
+        "The order of the threads and the moments of asynchronous effects of the next launches.");
+  m.def("set_shared_limit", &cuda_host::set_shared_limit,
+        "Dynamic shared memory per block of the modelled GPU, in bytes.");
+  m.def(
+      "run_instruction",
+      [](const std::string& name, py::buffer in, py::buffer out) {
+        const py::buffer_info i = in.request(), o = out.request(true);
+        check(pykernels_run_instruction(name.c_str(), i.ptr, static_cast<size_t>(i.size * i.itemsize), o.ptr,
+                                        static_cast<size_t>(o.size * o.itemsize)));
+      },
+      "Runs a kernel of instructions.cu; `out` is read and written.");
+  m.def(
+      "run_fault",
+      [](const std::string& name, py::buffer in, py::buffer out) {
+        const py::buffer_info i = in.request(), o = out.request(true);
+        check(pykernels::cuda::run_fault(name.c_str(), static_cast<const float*>(i.ptr), static_cast<float*>(o.ptr),
+                                         static_cast<int>(i.size)));
+      },
+      "Runs a kernel of faults.cu on n floats.");
+  m.def(
+      "flash_attention_fwd",
+      [](const py::dict& fields) { check(pykernels::cuda::flash_attention_fwd(attention_params(fields), nullptr)); },
+      "pykernels::cuda::flash_attention_fwd; the fields of its params by name, pointers as addresses.");
+  m.def(
+      "flash_attention_bwd",
+      [](const py::dict& f) {
+        pykernels::FlashAttentionBackwardParams p{};
+        p.forward = attention_params(f);
+        p.dout = pointer<void>(f, "dout"), p.dout_stride = strides(f, "dout_stride"),
+        p.dlse = pointer<void>(f, "dlse");
+        p.dq = pointer<void>(f, "dq"), p.dk = pointer<void>(f, "dk"), p.dv = pointer<void>(f, "dv");
+        p.dq_stride = strides(f, "dq_stride"), p.dk_stride = strides(f, "dk_stride"),
+        p.dv_stride = strides(f, "dv_stride");
+        p.deterministic = f["deterministic"].cast<bool>(), p.delta = pointer<void>(f, "delta");
+        check(pykernels::cuda::flash_attention_bwd(p, nullptr));
+      },
+      "pykernels::cuda::flash_attention_bwd, likewise.");
+}

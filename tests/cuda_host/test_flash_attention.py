@@ -1,0 +1,126 @@
+"""The CUDA kernels of flash attention, executed on the host: the op's ordinary cases against the float64 definition."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import host_build
+import pytest
+import torch
+
+from pykernels.ops.flash_attention import registration
+from pykernels.testing import FLASH_ATTENTION, Case, compare, cotangents, expected
+from pykernels.testing.flash_attention import _options, attention_case
+from pykernels.testing.kit import seed
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _fits(case: Case) -> bool:
+    """Within the kernels' head sizes, and small enough for an executor that is 10^5 times slower than a GPU."""
+    args = case.make(torch.float16, "cpu").args
+    q, v = args["q"], args["v"]
+    work = q.shape[0] * q.shape[1] * q.shape[2] * v.shape[1] * (q.shape[3] + v.shape[3])
+    return max(q.shape[3], v.shape[3]) <= 256 and work < 6e7
+
+
+CASES = [case for case in (*FLASH_ATTENTION.cases, *FLASH_ATTENTION.extremes) if _fits(case)]
+# Every instantiation, with rows and keys across its tiles.
+SIZES = [attention_case(f"size-{head_dim}", tq=140, tk=150, heads_q=1, head_dim=head_dim, causal=True)
+         for head_dim in (32, 64, 96, 128, 192, 256)]
+
+
+def _run(host, case: Case, dtype: torch.dtype, seed_: int) -> dict[str, torch.Tensor]:
+    """Outputs and gradients, as pykernels.testing.run gives them."""
+    sample = case.make(dtype, "cpu")
+    args = sample.args
+    cu_q = args.get("cu_seqlens_q")
+    host.set_seed(seed_)
+    inputs = [args[name].detach().requires_grad_() for name in "qkv"]
+    out, lse = registration.FlashAttention.apply(*inputs, cu_q, args.get("cu_seqlens_k", cu_q),
+                                                 _options(sample, causal=False), True, "cuda_host")
+    given = cotangents({"out": out, "lse": lse})
+    gradients = torch.autograd.grad((out, lse), inputs, (given["out"], given["lse"]))
+    return {"out": out.detach(), "lse": lse.detach()} | dict(zip(("dq", "dk", "dv"), gradients))
+
+
+def _check(host, case: Case, dtype: torch.dtype, seed_: int) -> None:
+    actual = _run(host, case, dtype, seed_)
+    reference, yardstick = expected(FLASH_ATTENTION, case, dtype)
+    errors = [compare(name, actual[name], reference[name], yardstick[name]) for name in reference]
+    assert all(error.ok for error in errors), [str(error) for error in errors]
+
+
+@pytest.fixture(scope="module")
+def host_ops(host):
+    import host_ops
+
+    return host_ops
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", [*CASES, *SIZES], ids=str)
+def test_numbers(host, host_ops, case, dtype):
+    if dtype not in case.dtypes:
+        pytest.skip("the case leaves this dtype out")
+    _check(host, case, dtype, seed(case.name + str(dtype)))  # another order of events for each
+
+
+@pytest.mark.parametrize("seed_", range(12))
+def test_every_order_of_events(host, host_ops, seed_):
+    case = attention_case("orders", tq=70, tk=200, heads_q=2, heads_k=1, head_dim=40, causal=True)
+    _check(host, case, torch.bfloat16, seed_)
+
+
+@pytest.mark.parametrize("head_dim", (32, 64, 96, 128, 192, 256))
+def test_fits_the_shared_memory_of_every_gpu(host, host_ops, head_dim):
+    """sm_86, sm_89 and sm_120 have 99 KiB for a block."""
+    host.set_shared_limit(99 * 1024)
+    try:
+        _check(host, attention_case("small", tq=3, heads_q=1, head_dim=head_dim), torch.float16, 0)
+    finally:
+        host.set_shared_limit(227 * 1024)
+
+
+def test_errors_surface_as_exceptions(host, host_ops):
+    q = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(RuntimeError, match="bfloat16 and float16"):
+        host_ops.fwd(q, q, q, None, None, 1.0, 0.0, -1, -1)
+    q = torch.zeros(1, 4, 1, 257, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="head sizes up to 256"):
+        host_ops.fwd(q, q, q, None, None, 1.0, 0.0, -1, -1)
+    host.set_shared_limit(16 * 1024)
+    try:
+        with pytest.raises(RuntimeError, match="invalid argument"):
+            host_ops.fwd(*[q[..., :64].contiguous()] * 3, None, None, 1.0, 0.0, -1, -1)
+    finally:
+        host.set_shared_limit(227 * 1024)
+
+
+def test_bitwise_repeatable(host, host_ops):
+    """Whatever the order of the blocks and threads."""
+    case = attention_case("repeat", batch=2, tq=70, tk=90, heads_q=4, heads_k=2, head_dim=24, causal=True)
+    first, *others = (_run(host, case, torch.float16, seed_) for seed_ in (0, 7, 11))
+    for other in others:
+        for name, x in first.items():
+            assert torch.equal(x, other[name]), name
+
+
+# Ragged shapes, every way of loading and storing rows, packed and empty sequences, small and large heads.
+SANITIZED = ("tiny-causal-bfloat16", "head-31-value-1-float16", "head-111-bfloat16", "size-256-float16", "gqa-float16",
+             "blind-window-bfloat16", "no-keys-float16", "packed-different-bfloat16", "packed-window-float16",
+             "layout-padded-float16", "layout-expanded-bfloat16")
+
+
+def test_under_the_sanitizers():
+    """In a process of its own: address and undefined-behaviour sanitizer see every access of the kernels."""
+    if (reason := host_build.unavailable()) is not None:
+        pytest.skip(reason)
+    host_build.build("sanitized")
+    tests = [f"{Path(__file__).name}::test_numbers[{name}]" for name in SANITIZED]
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=host_build.HERE,
+                            env=host_build.sanitized_environment(), capture_output=True, text=True)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert f"{len(SANITIZED)} passed" in result.stdout, result.stdout[-4000:]

@@ -1,0 +1,117 @@
+"""What nvcc made of the CUDA kernels: architectures, registers and spills of each kernel in the library.
+
+Needs no GPU: cuobjdump reads the library. The report is printed by `pytest tests/test_cuda_build.py -s`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pykernels import _library
+
+if _library.error() is not None or _library.cuda_build() is None:
+    pytest.skip("this build of pykernels has no CUDA kernels (nvcc was absent, or PYKERNELS_CUDA=0)",
+                allow_module_level=True)
+
+# Kernels that keep something in local memory, for a named architecture, and why that may be.
+LOCAL_MEMORY = {
+    ("flash_attention_fwd_sm80_kernel", "128", "sm_90a"):
+        "three addresses of the next stage's copies: stored before the loop, loaded once per tile of keys",
+}
+
+
+def _tool() -> str | None:
+    """cuobjdump of the CUDA toolkit, or the one that Triton brings."""
+    places = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+    if (triton := importlib.util.find_spec("triton")) is not None:
+        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    return shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], *map(str, places)]))
+
+
+def _cuobjdump(*arguments: str) -> str:
+    if (tool := _tool()) is None:
+        pytest.skip("no cuobjdump (it comes with the CUDA toolkit and with Triton)")
+    # Triton's copy needs nvdisasm beside it.
+    environment = {**os.environ, "PATH": f"{Path(tool).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run([tool, *arguments, str(_library.path())], check=True, capture_output=True, text=True,
+                          env=environment).stdout
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    arch: str
+    name: str  # mangled
+    registers: int
+    local_bytes: int  # spills and arrays that did not fit the registers
+
+    @property
+    def function(self) -> str:
+        # Mangled names hold identifiers behind their lengths.
+        for number in re.finditer(r"\d+", self.name):
+            for digits in range(1, len(number.group()) + 1):
+                identifier = self.name[number.end():][:int(number.group()[-digits:])]
+                if identifier.endswith("_kernel"):
+                    return identifier
+        raise ValueError(self.name)
+
+    @property
+    def head(self) -> str | None:
+        found = re.search(r"ConfigINS_?\d*\w*?Li(\d+)E", self.name)
+        return found.group(1) if found else None
+
+    def __str__(self) -> str:
+        arguments = [self.head or "", "bf16" if "BFloat16" in self.name else "fp16" if "Float16" in self.name else ""]
+        flags = re.findall(r"Lb([01])E", self.name)
+        return f"{self.function}<{', '.join(filter(None, [*arguments, *flags]))}>"
+
+
+@functools.cache
+def _kernels() -> list[Kernel]:
+    found, arch = [], ""
+    for line in _cuobjdump("--dump-resource-usage").splitlines():
+        if match := re.match(r"arch = (\w+)", line.strip()):
+            arch = match.group(1)
+        elif match := re.match(r"Function (\S+):", line.strip()):
+            name = match.group(1)
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, _, local = map(int, match.groups())
+            found.append(Kernel(arch, name, registers, max(stack, local)))
+    return found
+
+
+def test_report_lists_every_kernel_for_every_architecture():
+    built = re.findall(r"sm_\w+", _library.cuda_build())
+    by_arch = collections.defaultdict(list)
+    for kernel in _kernels():
+        by_arch[kernel.arch].append(kernel)
+    assert set(built) <= set(by_arch)
+    names = {arch: {kernel.name for kernel in by_arch[arch]} for arch in built}
+    shared_by_all = set.intersection(*names.values())
+    assert {k.function for k in _kernels() if k.name in shared_by_all} >= {
+        "probe_kernel", "flash_attention_fwd_sm80_kernel", "flash_attention_bwd_sm80_kernel",
+        "flash_attention_bwd_delta_sm80_kernel"}
+    heads = {k.head for k in _kernels() if k.function == "flash_attention_fwd_sm80_kernel"}
+    assert heads == {"32", "64", "96", "128", "192", "256"}
+    for kernel in sorted(_kernels(), key=lambda k: (k.arch, str(k))):
+        print(f"{kernel.arch:7} {kernel!s:60} {kernel.registers:4} registers, {kernel.local_bytes:4} bytes local")
+
+
+def test_no_spills_but_those_with_a_reason():
+    spilled = {(k.function, k.head, k.arch): k.local_bytes for k in _kernels() if k.local_bytes}
+    assert set(spilled) <= set(LOCAL_MEMORY), spilled
+    assert all(size <= 64 for size in spilled.values()), spilled
+
+
+def test_ptx_for_newer_gpus_is_there():
+    listing = _cuobjdump("--list-ptx")
+    assert "sm_80" in listing or "compute_80" in listing, listing
