@@ -185,101 +185,101 @@ void backward(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
       const bool inside = segments.belongs(segment);
       const int64_t end_channel = least(first_channel + tiling.channels, f.channels);
       for (int64_t channel = first_channel; channel < end_channel; channel += tiling.rows) {
-      const Input<S> input{f, segment, channel, least(tiling.rows, end_channel - channel)};
-      const int64_t rows = input.rows, length = segment.length;
-      for (int64_t i = 0; i < rows * sums * lanes; ++i) sum[i] = 0;
-      const auto strides_offset = [&](const ChannelStrides& s, int64_t t) {
-        return segment.batch * s.batch + channel * s.channel + (segment.start + t) * s.token;
-      };
-      // dpre[r, i] = gradient of the convolution's result at token t + i, for i < count; zero past the sequence's end.
-      const auto stage_dpre = [&](int64_t t, int64_t count) {
-        const int64_t valid = most<int64_t>(least(count, length - t), 0);
-        if (valid > 0)
-          load_tile(dpre, ld_dpre, f.dtype, p.dout, strides_offset(p.dout_stride, t), p.dout_stride.channel, p.dout_stride.token,
-                    rows, valid);
-        for (int64_t r = 0; r < rows; ++r) Input<S>::clear(dpre + r * ld_dpre, valid, ld_dpre);
-        if (!f.silu) return;
-        for (int64_t r = 0; r < rows; ++r) {
-          const Convolution<S, W> convolution(f, channel + r);
-          for (int64_t i = 0; i < valid; i += lanes) {
-            const Vec<S> y = convolution.at(e + r * ld_e + i), s = sigmoid<S>(y);
-            S* const g = dpre + r * ld_dpre + i;
-            store(g, load(g) * (s * (y * (1 - s) + 1)));
-          }
-        }
-      };
-      for (int64_t t = segment.first; t < segment.last; t += block) {
-        const int64_t count = least(block, segment.last - t);
-        if (inside) {
-          input.stage(e, ld_e, t - state, t + count + state);
-          stage_dpre(t, count + state);
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-          S* const result = dx + r * block;
-          if (!inside) {
-            Input<S>::clear(result, 0, block);
-            continue;
-          }
-          const Convolution<S, W> convolution(f, channel + r);
-          const S *const g = dpre + r * ld_dpre, *const x = e + r * ld_e;
-          S* const total = sum + r * sums * lanes;
-          for (int64_t i = 0; i < count; i += lanes) store(result + i, convolution.transposed_at(g + i));
-          if constexpr (W != 0) {
-            Vec<S> dweight[W] = {}, dbias{};
-            for (int64_t i = 0; i < count; i += lanes) {
-              const Vec<S> v = count - i >= lanes ? load(g + i) : load(g + i, static_cast<int>(count - i));
-              dbias = dbias + v;
-#pragma GCC unroll 8
-              for (int w = 0; w < W; ++w) dweight[w] = dweight[w] + v * load(x + i + w);
+        const Input<S> input{f, segment, channel, least(tiling.rows, end_channel - channel)};
+        const int64_t rows = input.rows, length = segment.length;
+        for (int64_t i = 0; i < rows * sums * lanes; ++i) sum[i] = 0;
+        const auto strides_offset = [&](const ChannelStrides& s, int64_t t) {
+          return segment.batch * s.batch + channel * s.channel + (segment.start + t) * s.token;
+        };
+        // dpre[r, i] = gradient of the convolution's result at token t + i, for i < count; zero past the sequence's end.
+        const auto stage_dpre = [&](int64_t t, int64_t count) {
+          const int64_t valid = most<int64_t>(least(count, length - t), 0);
+          if (valid > 0)
+            load_tile(dpre, ld_dpre, f.dtype, p.dout, strides_offset(p.dout_stride, t), p.dout_stride.channel, p.dout_stride.token,
+                      rows, valid);
+          for (int64_t r = 0; r < rows; ++r) Input<S>::clear(dpre + r * ld_dpre, valid, ld_dpre);
+          if (!f.silu) return;
+          for (int64_t r = 0; r < rows; ++r) {
+            const Convolution<S, W> convolution(f, channel + r);
+            for (int64_t i = 0; i < valid; i += lanes) {
+              const Vec<S> y = convolution.at(e + r * ld_e + i);
+              S* const g = dpre + r * ld_dpre + i;
+              store(g, load(g) * silu_slope<S>(y, sigmoid<S>(y)));
             }
-#pragma GCC unroll 8
-            for (int w = 0; w < W; ++w) store(total + w * lanes, load(total + w * lanes) + dweight[w]);
-            store(total + W * lanes, load(total + W * lanes) + dbias);
-          } else {
-            for (int w = 0; w < sums; ++w) {
-              Vec<S> part{};
+          }
+        };
+        for (int64_t t = segment.first; t < segment.last; t += block) {
+          const int64_t count = least(block, segment.last - t);
+          if (inside) {
+            input.stage(e, ld_e, t - state, t + count + state);
+            stage_dpre(t, count + state);
+          }
+          for (int64_t r = 0; r < rows; ++r) {
+            S* const result = dx + r * block;
+            if (!inside) {
+              Input<S>::clear(result, 0, block);
+              continue;
+            }
+            const Convolution<S, W> convolution(f, channel + r);
+            const S *const g = dpre + r * ld_dpre, *const x = e + r * ld_e;
+            S* const total = sum + r * sums * lanes;
+            for (int64_t i = 0; i < count; i += lanes) store(result + i, convolution.transposed_at(g + i));
+            if constexpr (W != 0) {
+              Vec<S> dweight[W] = {}, dbias{};
               for (int64_t i = 0; i < count; i += lanes) {
                 const Vec<S> v = count - i >= lanes ? load(g + i) : load(g + i, static_cast<int>(count - i));
-                part = part + (w < f.width ? v * load(x + i + w) : v);
+                dbias = dbias + v;
+#pragma GCC unroll 8
+                for (int w = 0; w < W; ++w) dweight[w] = dweight[w] + v * load(x + i + w);
               }
-              store(total + w * lanes, load(total + w * lanes) + part);
+#pragma GCC unroll 8
+              for (int w = 0; w < W; ++w) store(total + w * lanes, load(total + w * lanes) + dweight[w]);
+              store(total + W * lanes, load(total + W * lanes) + dbias);
+            } else {
+              for (int w = 0; w < sums; ++w) {
+                Vec<S> part{};
+                for (int64_t i = 0; i < count; i += lanes) {
+                  const Vec<S> v = count - i >= lanes ? load(g + i) : load(g + i, static_cast<int>(count - i));
+                  part = part + (w < f.width ? v * load(x + i + w) : v);
+                }
+                store(total + w * lanes, load(total + w * lanes) + part);
+              }
+            }
+            // Tokens that the final state holds.
+            if (p.dfinal_state != nullptr && state > 0 && t + count > length - state) {
+              const int64_t first = most(t, length - state);
+              load_tile(dstate, round_up(state, lanes), f.dtype, p.dfinal_state, input.state_offset() + r * state, state, 1, 1, state);
+              for (int64_t i = first; i < t + count; ++i) result[i - t] += dstate[i - (length - state)];
             }
           }
-          // Tokens that the final state holds.
-          if (p.dfinal_state != nullptr && state > 0 && t + count > length - state) {
-            const int64_t first = most(t, length - state);
-            load_tile(dstate, round_up(state, lanes), f.dtype, p.dfinal_state, input.state_offset() + r * state, state, 1, 1, state);
-            for (int64_t i = first; i < t + count; ++i) result[i - t] += dstate[i - (length - state)];
-          }
+          store_tile(f.dtype, p.dx, strides_offset(p.dx_stride, t), p.dx_stride.channel, p.dx_stride.token, dx, block, rows, count);
         }
-        store_tile(f.dtype, p.dx, strides_offset(p.dx_stride, t), p.dx_stride.channel, p.dx_stride.token, dx, block, rows, count);
-      }
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t w = 0; w < sums; ++w)
-          partial[(index * f.channels + channel + r) * sums + w] = reduce_add<S>(load(sum + (r * sums + w) * lanes));
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t w = 0; w < sums; ++w)
+            partial[(index * f.channels + channel + r) * sums + w] = reduce_add<S>(load(sum + (r * sums + w) * lanes));
 
-      // The task of a sequence's first segment writes the initial state's gradient: e's entries before the first token.
-      if (inside && segment.first == 0 && state > 0 && p.dinitial_state != nullptr) {
-        const int64_t ld = round_up(state, lanes);
-        if (p.dfinal_state != nullptr)
-          load_tile(dstate, ld, f.dtype, p.dfinal_state, input.state_offset(), state, 1, rows, state);
-        for (int64_t r = 0; r < rows; ++r) {
-          S* const d = dstate + r * ld;
-          // Entry j of the final state is entry length + j of e.
-          for (int64_t j = state - 1; j >= 0; --j) d[j] = p.dfinal_state != nullptr && j >= length ? d[j - length] : S{0};
-        }
-        for (int64_t t = 0; t < state; t += block) {
-          const int64_t count = least(block, state - t);
-          input.stage(e, ld_e, t - state, t + count);
-          stage_dpre(t, count);
+        // The task of a sequence's first segment writes the initial state's gradient: e's entries before the first token.
+        if (inside && segment.first == 0 && state > 0 && p.dinitial_state != nullptr) {
+          const int64_t ld = round_up(state, lanes);
+          if (p.dfinal_state != nullptr)
+            load_tile(dstate, ld, f.dtype, p.dfinal_state, input.state_offset(), state, 1, rows, state);
           for (int64_t r = 0; r < rows; ++r) {
-            const S* const weight = static_cast<const S*>(f.weight) + (channel + r) * f.width;
-            for (int64_t j = t; j < state; ++j)
-              for (int64_t i = t; i < t + count && i <= j; ++i) dstate[r * ld + j] += weight[j - i] * dpre[r * ld_dpre + i - t];
+            S* const d = dstate + r * ld;
+            // Entry j of the final state is entry length + j of e.
+            for (int64_t j = state - 1; j >= 0; --j) d[j] = p.dfinal_state != nullptr && j >= length ? d[j - length] : S{0};
           }
+          for (int64_t t = 0; t < state; t += block) {
+            const int64_t count = least(block, state - t);
+            input.stage(e, ld_e, t - state, t + count);
+            stage_dpre(t, count);
+            for (int64_t r = 0; r < rows; ++r) {
+              const S* const weight = static_cast<const S*>(f.weight) + (channel + r) * f.width;
+              for (int64_t j = t; j < state; ++j)
+                for (int64_t i = t; i < t + count && i <= j; ++i) dstate[r * ld + j] += weight[j - i] * dpre[r * ld_dpre + i - t];
+            }
+          }
+          store_tile(f.dtype, p.dinitial_state, input.state_offset(), state, 1, dstate, ld, rows, state);
         }
-        store_tile(f.dtype, p.dinitial_state, input.state_offset(), state, 1, dstate, ld, rows, state);
-      }
       }
     }
   });

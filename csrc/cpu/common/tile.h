@@ -108,20 +108,22 @@ PYKERNELS_INLINE Vec<S> reciprocal(Vec<S> x) {
   return static_cast<S>(1) / x;
 }
 
-// e^-x for x >= 0, to a few ulp however large x is: exp2(x log2 e) alone loses as many bits as its exponent takes. At least 2^-126.
+// e^x to a few ulp however large x is: exp2(x log2 e) alone loses as many bits as its exponent takes. x is clamped to where the
+// result is a normal number.
 template <class S>
-PYKERNELS_INLINE Vec<S> exp_negative(Vec<S> x) {
+PYKERNELS_INLINE Vec<S> exact_exp(Vec<S> x) {
   constexpr bool single = sizeof(S) == 4;
   constexpr S round = static_cast<S>(single ? 0x1.8p23 : 0x1.8p52);
   // ln 2 in two parts, the first of so few bits that n times it is exact.
   constexpr S high = static_cast<S>(single ? 0.693359375 : 6.93145751953125e-1);
   constexpr S low = static_cast<S>(single ? -2.12194440054690583e-4 : 1.42860682030941723212e-6);
-  const Vec<S> y = -max<S>(splat(static_cast<S>(single ? -87 : -708)), -x);  // NaN for NaN
+  const Vec<S> limit = splat(static_cast<S>(single ? -87 : -708));
+  const Vec<S> y = -max<S>(limit, -max<S>(limit, x));  // NaN for NaN
   const Vec<S> shifted = y * static_cast<S>(kLog2e) + round, n = shifted - round, rest = (y - n * high) - n * low;
-  const Mask<S> power = (single ? 127 : 1023) - ((Mask<S>)shifted - (Mask<S>)splat(round));
-  return exp2<S>(rest * static_cast<S>(-kLog2e)) * (Vec<S>)(power << (single ? 23 : 52));
+  const Mask<S> power = (single ? 127 : 1023) + ((Mask<S>)shifted - (Mask<S>)splat(round));
+  return exp2<S>(rest * static_cast<S>(kLog2e)) * (Vec<S>)(power << (single ? 23 : 52));
 }
-// 1 / (1 + e^-x) given e = exp_negative(|x|), to a few ulp.
+// 1 / (1 + e^-x) given e = e^-|x|, to a few ulp.
 template <class S>
 PYKERNELS_INLINE Vec<S> exact_sigmoid(Vec<S> x, Vec<S> e) {
   return ((x < Vec<S>{}) ? e : splat(static_cast<S>(1))) * reciprocal<S>(e + static_cast<S>(1));
@@ -130,10 +132,18 @@ PYKERNELS_INLINE Vec<S> exact_sigmoid(Vec<S> x, Vec<S> e) {
 // 1 / (1 + e^-x), at least 2^-126. In fp32 with an error of a few ulp of 1 only: fast, for activations.
 template <class S>
 PYKERNELS_INLINE Vec<S> sigmoid(Vec<S> x) {
-  if constexpr (sizeof(S) == 8) return exact_sigmoid<S>(x, exp_negative<S>(abs<S>(x)));
+  if constexpr (sizeof(S) == 8) return exact_sigmoid<S>(x, exact_exp<S>(-abs<S>(x)));
   // -max(-126, y) is the lesser of 126 and -y, and NaN for NaN.
   const Vec<S> y = max<S>(splat(static_cast<S>(-126)), x * static_cast<S>(kLog2e));
   return reciprocal<S>(exp2<S>(-y) + static_cast<S>(1));
+}
+
+// The derivative of x s, s = sigmoid(x).
+template <class S>
+PYKERNELS_INLINE Vec<S> silu_slope(Vec<S> x, Vec<S> s) {
+  Vec<S> rest = static_cast<S>(1) - s;
+  if constexpr (sizeof(S) == 8) rest = sigmoid<S>(-x);  // without the cancellation
+  return s * (x * rest + static_cast<S>(1));
 }
 
 // A run of tokens of one sequence: [first, last) of its `length` tokens, which start at token `start` of batch entry `batch`.

@@ -339,7 +339,7 @@ struct Backward {
       for (int64_t i = 0; i < count * lanes; i += lanes) {
         Vec<S> step = load(dt + i) + bias;
         if (f.delta_softplus) {
-          const Vec<S> e = exp_negative<S>(abs<S>(step));
+          const Vec<S> e = exact_exp<S>(-abs<S>(step));
           store(slope + i, softplus_slope<S>(step, e));
           step = softplus<S>(step, e);
         }
@@ -382,7 +382,7 @@ struct Backward {
         if (f.z != nullptr) {
           const Vec<S> z_t = load(z + i), s = load(gate + i), y_t = load(y + i) * static_cast<S>(P) + skip * u_t;
           dy_t = dout_t * z_t * s;
-          store(z + i, dout_t * y_t * (s * (z_t * (1 - s) + 1)));  // dz
+          store(z + i, dout_t * y_t * silu_slope<S>(z_t, s));  // dz
         }
         dD_chunk = dD_chunk + dy_t * u_t;
         store(dout + i, load(dt + i) * load(ddtu + i) + dy_t * skip);  // du

@@ -98,7 +98,7 @@ void forward(const SelectiveScanParams& p, const Parallel& parallel) {
         if constexpr (!CConstant) load_projection<S, P>(c, p.C, segment.batch, tile.group, start, count, p.state);
         for (int64_t i = 0; i < count * lanes; i += lanes) {
           Vec<S> step = load(dt + i) + bias;
-          if (p.delta_softplus) step = softplus<S>(step, exp_negative<S>(abs<S>(step)));
+          if (p.delta_softplus) step = softplus<S>(step, exact_exp<S>(-abs<S>(step)));
           store(dt + i, step);
           store(dtu + i, step * load(u + i));
           store(y + i, Vec<S>{});

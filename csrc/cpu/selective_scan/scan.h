@@ -25,7 +25,7 @@ PYKERNELS_INLINE Vec<S> log1p_unit(Vec<S> e) {
   for (int i = terms - 2; i >= 0; --i) sum = sum * z + static_cast<S>(2.0 / (2 * i + 1));
   return s * sum;
 }
-// softplus(x) given e = exp_negative(|x|), and its slope.
+// softplus(x) given e = e^-|x|, and its slope.
 template <class S>
 PYKERNELS_INLINE Vec<S> softplus(Vec<S> x, Vec<S> e) {
   return (x > static_cast<S>(20)) ? x : max<S>(Vec<S>{}, x) + log1p_unit<S>(e);
@@ -145,15 +145,24 @@ PYKERNELS_INLINE Vec<S> real_multiply_conj_add(Number<S, P> a, Number<S, P> b, V
   else
     return (a.re * b.re + c) + a.im * b.im;
 }
-// exp(dt A), given A with its real part times log2 e.
+// exp(dt A), given A as load_decays has it. In fp64 exact_exp keeps to the few ulp that its error budget allows.
+template <class S>
+constexpr S kDecayFactor = sizeof(S) == 4 ? static_cast<S>(kLog2e) : static_cast<S>(1);
+template <class S>
+PYKERNELS_INLINE Vec<S> real_decay(Vec<S> x) {
+  if constexpr (sizeof(S) == 4)
+    return exp2<S>(x);
+  else
+    return exact_exp<S>(x);
+}
 template <class S, int P>
 PYKERNELS_INLINE Number<S, P> decay(Vec<S> dt, Number<S, P> a) {
   if constexpr (P == 1) {
-    return {exp2<S>(dt * a.re)};
+    return {real_decay<S>(dt * a.re)};
   } else {
     Vec<S> sin, cos;
     sin_cos<S>(dt * a.im, sin, cos);
-    const Vec<S> size = exp2<S>(dt * a.re);
+    const Vec<S> size = real_decay<S>(dt * a.re);
     return {size * cos, size * sin};
   }
 }
@@ -198,13 +207,13 @@ Vec<S> load_channels(const void* src, const Tile& tile) {
   return src != nullptr ? load_upto(static_cast<const S*>(src) + tile.channel, tile.count) : Vec<S>{};
 }
 
-// A with its real part times log2 e, so that exp is exp2.
+// A with its real part times the factor that makes exp of fp32 an exp2.
 template <class S, int P>
 void load_decays(S* dst, const SelectiveScanParams& p, const Tile& tile) {
   load_states(dst, p.A, 0, tile, p.state * P);
   for (int64_t n = 0; n < p.state; ++n) {
     S* const row = dst + n * P * kLanes<S>;
-    store(row, load(row) * static_cast<S>(kLog2e));
+    store(row, load(row) * kDecayFactor<S>);
   }
 }
 

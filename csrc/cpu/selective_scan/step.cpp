@@ -76,7 +76,7 @@ void step(const SelectiveScanStepParams& p, const Parallel& parallel) {
       if (p.delta_bias != nullptr)
         for (int64_t i = 0; i < count; ++i) dt[i] += parameter(p.delta_bias, p.delta_bias_stride, i);
       if (p.delta_softplus)
-        for (int64_t i = 0; i < count; i += lanes) store(dt + i, softplus<S>(load(dt + i), exp_negative<S>(abs<S>(load(dt + i)))));
+        for (int64_t i = 0; i < count; i += lanes) store(dt + i, softplus<S>(load(dt + i), exact_exp<S>(-abs<S>(load(dt + i)))));
 
       for (int64_t i = 0; i < count; ++i) {
         S* const states = static_cast<S*>(p.states) + slot * p.states_stride.batch + head * p.states_stride.head +
@@ -97,7 +97,7 @@ void step(const SelectiveScanStepParams& p, const Parallel& parallel) {
               return {load_upto(from + n, left), load_upto(from + padded + n, left)};
           };
           Number<S, P> a_n = row(a_row);
-          a_n.re = a_n.re * static_cast<S>(kLog2e);
+          a_n.re = a_n.re * kDecayFactor<S>;
           const Number<S, P> next = multiply_add<S, P>(decay<S, P>(dt_i, a_n), row(h_row), scale<S, P>(dtx, row(b)));
           store_upto(h_row + n, next.re, left);
           if constexpr (P == 2) store_upto(h_row + padded + n, next.im, left);
