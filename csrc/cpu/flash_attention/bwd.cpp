@@ -143,9 +143,21 @@ struct Panel {
   Elem *weights, *ds;          // left operands, rows of `stride`
   int64_t stride;
   Elem* ds_packed;             // a right operand
-  int rows;                    // a multiple of kPair
-  Acc factor, cap;             // see `run`
-  int64_t first, last, valid;  // row j is seen by columns [first + j, last + j), if j < valid
+  bool softcap, cut;
+  Acc factor, cap;             // of S, to units of log 2; under a softcap to units of the softcap, and that in units of log 2
+  int64_t first, last, valid;  // if cut: row j is seen by columns [first + j, last + j), if j < valid
+
+  // 2^x, for bf16 weights only within 2^-13.
+  static PYKERNELS_INLINE Vec<Acc> power(Vec<Acc> x) {
+#if defined(PYKERNELS_HAS_BF16_DOT)
+    if constexpr (C::kPair == 2) {
+      const Vec<float> f = (Vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+      const Vec<float> p = ((f * 0.0780245064f + 0.226067179f) * f + 0.695833533f) * f + 0.999925219f;
+      return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)x);
+    }
+#endif
+    return exp2<Acc>(x);
+  }
 
   // P and dS of row j, vector c.
   template <bool Softcap, bool Cut>
@@ -154,9 +166,9 @@ struct Panel {
     Vec<Acc> t;
     if constexpr (Softcap) {
       t = tanh<Acc>(s * factor);
-      p = exp2<Acc>(t * cap - load(lse + c * kLane));
+      p = power(t * cap - load(lse + c * kLane));
     } else {
-      p = exp2<Acc>(s * factor - load(lse + c * kLane));
+      p = power(s * factor - load(lse + c * kLane));
     }
     ds_out = p * (load(dp + j * C::kPanel + c * kLane) - load(delta + c * kLane));
     if constexpr (Softcap) {
@@ -177,10 +189,17 @@ struct Panel {
     }
   }
 
-  // factor: of S, to units of log 2; under a softcap to units of the softcap, which is `cap` in units of log 2.
+  // Rows [begin, end), multiples of kPair.
+  void run(int begin, int end) const {
+    if (softcap)
+      cut ? run<true, true>(begin, end) : run<true, false>(begin, end);
+    else
+      cut ? run<false, true>(begin, end) : run<false, false>(begin, end);
+  }
+
   template <bool Softcap, bool Cut>
-  void run() const {
-    for (int j = 0; j < rows; j += C::kPair) {
+  __attribute__((noinline)) void run(int begin, int end) const {
+    for (int j = begin; j < end; j += C::kPair) {
       Vec<Acc> p[C::kPair][kVectors], d[C::kPair][kVectors];
 #pragma GCC unroll 2
       for (int r = 0; r < C::kPair; ++r)
@@ -223,7 +242,9 @@ class KeyBlock {
   using Elem = typename C::Elem;
   using Acc = typename C::Acc;
   static constexpr int kQ = kQueries<C>, kRows = kStrip<C>, kWidth = C::kPanel;
-  static_assert(kQ % kWidth == 0 && kWidth % C::kDepthAlign == 0 && kRows % C::kRowAlign == 0 && kRows % C::kPair == 0);
+  static constexpr int kInterleaved = C::kRowAlign > 1 ? 32 : kRows;
+  static_assert(kQ % kWidth == 0 && kWidth % C::kDepthAlign == 0 && kRows % C::kRowAlign == 0 && kRows % C::kPair == 0 &&
+                kRows % kInterleaved == 0);
 
   KeyBlock(const Problem& problem, int64_t keys, Scratch& scratch)
       : problem_(problem),
@@ -241,17 +262,20 @@ class KeyBlock {
     dk_ = scratch.take<Acc>(keys * dk_stride_);
     dv_ = scratch.take<Acc>(keys * dv_stride_);
     ds_packed_ = scratch.take<Elem>(ds_panel_ * (kQ / kWidth));
-    scores_ = scratch.take<Acc>(kRows * kWidth);
-    dp_ = scratch.take<Acc>(kRows * kWidth);
+    scores_ = scratch.take<Acc>(2 * kRows * kWidth);
+    dp_ = scratch.take<Acc>(2 * kRows * kWidth);
     weights_ = scratch.take<Elem>(kRows * kWeightStride);
     ds_ = scratch.take<Elem>(kRows * kWeightStride);
     panels_ = scratch.take<PanelRange>(keys / kRows + 1);
   }
 
   // dK and dV of the strips take what the block of queries [query, query + n) gives, and dS^T is left for `add_dq`.
-  void add_queries(const Sequence& s, int64_t query, int n, const QueryBlock<C>& block) {
-    const FlashAttentionParams& f = problem_.f;
+  // Meanwhile the block to come, `next`, is brought into the L2 cache.
+  void add_queries(const Sequence& s, int64_t query, int n, const QueryBlock<C>& block, const char* next, int64_t next_bytes) {
     const int columns = round_up(n, kWidth);
+    const char* ahead = next;
+    const char* const ahead_end = next + next_bytes;
+    const int64_t slice = next_bytes / ((keys_ + kRows - 1) / kRows * (columns / kWidth)) / 64 * 64 + 64;
     for (int strip = 0; strip * kRows < keys_; ++strip) {
       const int row = strip * kRows, rows = least(kRows, keys_ - row);
       const int64_t key = first_key_ + row;
@@ -260,29 +284,26 @@ class KeyBlock {
       const int end = static_cast<int>(round_up(most<int64_t>(0, least<int64_t>(range.end - query, n)), kWidth) / kWidth);
       panels_[strip] = {begin, most(begin, end)};
       if (begin >= end) continue;
+      // The products of the next panel alternate with the weights of this one, kInterleaved rows at a time: where a
+      // matrix unit computes the products, both proceed at once.
+      const auto products = [&](int i, int from) {
+        const int64_t offset = (row + from), n_rows = least(kInterleaved, rows - from);
+        if (n_rows <= 0) return;
+        const int64_t at = (i % 2 * kRows + from) * kWidth, k_panel = packed_panel<C>(head_dim_), v_panel = packed_panel<C>(value_dim_);
+        matmul<C>(n_rows, kWidth, head_dim_, {k_ + offset * k_stride_, k_stride_}, {block.q_columns + i * k_panel, k_panel},
+                  {scores_ + at, kWidth}, false);
+        matmul<C>(n_rows, kWidth, value_dim_, {v_ + offset * v_stride_, v_stride_},
+                  {block.dout_columns + i * v_panel, v_panel}, {dp_ + at, kWidth}, false);
+      };
+      const int padded = round_up(rows, C::kDepthAlign);
+      for (int from = 0; from < padded; from += kInterleaved) products(begin, from);
       for (int i = begin; i < end; ++i) {
-        matmul<C>(rows, kWidth, head_dim_, {k_ + row * k_stride_, k_stride_},
-                  {block.q_columns + i * packed_panel<C>(head_dim_), packed_panel<C>(head_dim_)}, {scores_, kWidth}, false);
-        matmul<C>(rows, kWidth, value_dim_, {v_ + row * v_stride_, v_stride_},
-                  {block.dout_columns + i * packed_panel<C>(value_dim_), packed_panel<C>(value_dim_)}, {dp_, kWidth}, false);
-        Panel<C> panel;
-        panel.scores = scores_, panel.dp = dp_;
-        panel.lse = block.lse + i * kWidth, panel.delta = block.delta + i * kWidth;
-        panel.weights = weights_ + i * kWidth, panel.ds = ds_ + i * kWidth, panel.stride = kWeightStride;
-        panel.ds_packed = ds_packed_ + i * ds_panel_ + row * kWidth;
-        panel.rows = round_up(rows, C::kDepthAlign);
-        // Row by row the first and last visible query move on by one.
-        const Range one = visible_queries(problem_, s, key, key + 1);
-        panel.first = one.begin - query - i * kWidth;
-        panel.last = one.end - query - i * kWidth;
-        panel.valid = rows;
-        const bool cut = panel.first + rows - 1 > 0 || panel.last < kWidth || panel.rows != rows;
-        if (f.softcap > 0) {
-          panel.factor = static_cast<Acc>(f.scale / f.softcap), panel.cap = static_cast<Acc>(f.softcap * kLog2e);
-          cut ? panel.template run<true, true>() : panel.template run<true, false>();
-        } else {
-          panel.factor = static_cast<Acc>(f.scale * kLog2e), panel.cap = 0;
-          cut ? panel.template run<false, true>() : panel.template run<false, false>();
+        const Panel<C> panel = make_panel(s, query, block, row, rows, i);
+        for (const char* const stop = ahead + slice; ahead < least(stop, ahead_end); ahead += 64)
+          __builtin_prefetch(ahead, 0, 2);
+        for (int from = 0; from < padded; from += kInterleaved) {
+          if (i + 1 < end) products(i + 1, from);
+          panel.run(from, least(padded, from + kInterleaved));
         }
       }
       const int first = begin * kWidth, depth = (end - begin) * kWidth;
@@ -293,8 +314,28 @@ class KeyBlock {
     }
   }
 
-  // dQ^T += K^T dS^T, panels of queries that the same strips contribute to together.
-  void add_dq(int n, const QueryBlock<C>& block) {
+  // Panel i of the queries from `query` on, and `rows` keys from `row` on.
+  Panel<C> make_panel(const Sequence& s, int64_t query, const QueryBlock<C>& block, int row, int rows, int i) const {
+    const FlashAttentionParams& f = problem_.f;
+    Panel<C> panel;
+    panel.scores = scores_ + i % 2 * kRows * kWidth, panel.dp = dp_ + i % 2 * kRows * kWidth;
+    panel.lse = block.lse + i * kWidth, panel.delta = block.delta + i * kWidth;
+    panel.weights = weights_ + i * kWidth, panel.ds = ds_ + i * kWidth, panel.stride = kWeightStride;
+    panel.ds_packed = ds_packed_ + i * ds_panel_ + row * kWidth;
+    panel.softcap = f.softcap > 0;
+    panel.factor = static_cast<Acc>(panel.softcap ? f.scale / f.softcap : f.scale * kLog2e);
+    panel.cap = static_cast<Acc>(f.softcap * kLog2e);
+    // Row by row the first and last visible query move on by one.
+    const Range one = visible_queries(problem_, s, first_key_ + row, first_key_ + row + 1);
+    panel.first = one.begin - query - i * kWidth;
+    panel.last = one.end - query - i * kWidth;
+    panel.valid = rows;
+    panel.cut = panel.first + rows - 1 > 0 || panel.last < kWidth || rows % C::kDepthAlign != 0;
+    return panel;
+  }
+
+  // dQ^T += K^T dS^T, or = for the first, panels of queries that the same strips contribute to together.
+  void add_dq(int n, const QueryBlock<C>& block, bool first_block) {
     const int panels = round_up(n, kWidth) / kWidth, strips = (keys_ + kRows - 1) / kRows;
     const auto contributing = [&](int panel) {
       int begin = 0, end = strips;
@@ -308,10 +349,14 @@ class KeyBlock {
         const PanelRange there = contributing(next);
         if (there.begin != here.begin || there.end != here.end) break;
       }
-      if (here.begin == here.end) continue;
+      if (here.begin == here.end) {
+        for (int d = 0; first_block && d < head_dim_; ++d)
+          __builtin_memset(block.dq + d * row_stride<Acc>(kQ) + first * kWidth, 0, sizeof(Acc) * (next - first) * kWidth);
+        continue;
+      }
       const int key = here.begin * kRows;
       matmul<C>(head_dim_, (next - first) * kWidth, least(here.end * kRows, keys_) - key, {kt_ + key, kt_stride_},
-                {ds_packed_ + first * ds_panel_, ds_panel_, key}, {block.dq + first * kWidth, row_stride<Acc>(kQ)}, true);
+                {ds_packed_ + first * ds_panel_, ds_panel_, key}, {block.dq + first * kWidth, row_stride<Acc>(kQ)}, !first_block);
     }
   }
 
@@ -326,7 +371,7 @@ class KeyBlock {
   Elem *k_, *v_, *kt_;      // K and V by rows, K^T by rows
   Acc *dk_, *dv_;           // [keys, dim]
   Elem* ds_packed_;         // dS^T [keys, kQueries] as a right operand
-  Acc *scores_, *dp_;       // [kStrip, kPanel]
+  Acc *scores_, *dp_;       // [2, kStrip, kPanel] of two panels
   Elem *weights_, *ds_;     // P^T and dS^T [kStrip, kQueries] of a strip, left operands
   struct PanelRange {
     int begin, end;
@@ -346,7 +391,7 @@ class Worker : KeyBlock<ComputeFor<T>> {
   static constexpr int kLane = kLanes<Acc>;
 
  public:
-  Worker(const Problem& problem, int64_t keys, Scratch& scratch) : Base(problem, keys, scratch), size_(keys) {}
+  Worker(const Problem& problem, int64_t keys, Scratch& scratch) : Base(problem, keys, scratch), size_(keys), block_bytes(QueryBlocks<C>(problem.f).bytes()) {}
 
   // Task (unit, block of keys); `blocks` are the unit's packed queries, `turns` whose turn it is to add to each.
   template <class Blocks>
@@ -359,7 +404,7 @@ class Worker : KeyBlock<ComputeFor<T>> {
         if (key_block < range.begin || key_block >= range.end) continue;
         const int n = static_cast<int>(least<int64_t>(kQ, s.tq - i * kQ));
         const QueryBlock<C> block = blocks(g * query_blocks + i);
-        this->add_queries(s, i * kQ, n, block);
+        this->add_queries(s, i * kQ, n, block, reinterpret_cast<const char*>(block.q_columns) + block_bytes, block_bytes);
         int64_t* const turn = turns + g * query_blocks + i;
         for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != key_block; ++spins) {
 #if defined(__x86_64__)
@@ -367,7 +412,7 @@ class Worker : KeyBlock<ComputeFor<T>> {
 #endif
           if (spins > 1000) sched_yield();
         }
-        this->add_dq(n, block);
+        this->add_dq(n, block, key_block == range.begin);
         __atomic_store_n(turn, key_block + 1, __ATOMIC_RELEASE);
         if (key_block + 1 == range.end) write_dq(s, head_k * problem_.group + g, i, n, block.dq);
       }
@@ -418,6 +463,7 @@ class Worker : KeyBlock<ComputeFor<T>> {
   }
 
   const int64_t size_;  // keys of a block
+  const int64_t block_bytes;
 };
 
 // Packs a block of queries of one head; its dQ is zeroed, and written where no key is seen.
@@ -445,7 +491,6 @@ class Packer {
     pack(static_cast<const T*>(f_.q), f_.q_stride, s, head, token, n, f_.head_dim, to.q_columns, to.q_rows);
     pack(static_cast<const T*>(p.dout), p.dout_stride, s, head, token, n, f_.value_dim, to.dout_columns, to.dout_rows);
     pack(static_cast<const T*>(f_.out), f_.out_stride, s, head, token, n, f_.value_dim, out_columns_, nullptr);
-    __builtin_memset(to.dq, 0, static_cast<size_t>(QueryBlocks<C>::dq_bytes(f_)));
     const int64_t row = (s.batch * f_.heads_q + head) * f_.seqlen_q + token;
     dot(to, n);
     for (int i = 0; i < n; ++i) {
