@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.flash_attention import flash_attention, flash_attention_decode
-from .rotary import apply_rotary
+from .rotary import apply_rotary, positions_of
 
 
 @dataclasses.dataclass
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         heads = self.qkv(x).view(batch, tokens, self.heads + 2 * self.key_heads, self.head_dim)
         q, k, v = heads.split((self.heads, self.key_heads, self.key_heads), dim=2)
         if self.rotary_base is not None:
-            positions = _positions(tokens, x.device, state, cu_seqlens)
+            positions = positions_of(x, None if state is None else state.lengths, cu_seqlens)
             q, k = (apply_rotary(y, positions, self.rotary_base) for y in (q, k))
         options = {"causal": self.causal, "window": self.window, "scale": self.scale, "softcap": self.softcap,
                    "backend": self.backend}
@@ -99,15 +99,3 @@ class Attention(nn.Module):
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
         return self(x[:, None], state)[:, 0]
-
-
-def _positions(tokens: int, device: torch.device, state: AttentionState | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Each token's place in its sequence, [T] or [B, T]."""
-    positions = torch.arange(tokens, device=device)
-    if state is not None:
-        return state.lengths[:, None] + positions
-    if cu_seqlens is not None:
-        # Tokens after the last sequence belong to none; they count on from its start.
-        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions.to(cu_seqlens.dtype), right=True)
-        return positions - cu_seqlens[sequence.clamp(max=cu_seqlens.shape[0] - 1)]
-    return positions

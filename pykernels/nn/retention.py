@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..ops.retention import retention, retention_step
-from .rotary import apply_rotary
+from .rotary import apply_rotary, positions_of
 
 
 @dataclasses.dataclass
@@ -27,17 +27,6 @@ def _init_state(weight: Tensor, batch: int, heads: int, key_dim: int, columns: i
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     memory = torch.zeros(batch, heads, key_dim, columns, device=device, dtype=wide)
     return RecurrentState(memory, torch.zeros(batch, device=device, dtype=torch.int32))
-
-
-def _positions(tokens: int, device: torch.device, state: RecurrentState | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Each token's place in its sequence, [T] or [B, T]."""
-    positions = torch.arange(tokens, device=device)
-    if state is not None:
-        return state.lengths[:, None] + positions
-    if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions.to(cu_seqlens.dtype), right=True)
-        return positions - cu_seqlens[sequence.clamp(max=cu_seqlens.shape[0] - 1)]
-    return positions
 
 
 def _theta_shift(x: Tensor, positions: Tensor) -> Tensor:
@@ -145,7 +134,7 @@ class MultiScaleRetention(nn.Module):
         """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences. `cu_seqlens` packs sequences along T."""
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
-        q, k, v = self._project(x, _positions(x.shape[1], x.device, state, cu_seqlens))
+        q, k, v = self._project(x, positions_of(x, None if state is None else state.lengths, cu_seqlens))
         options = {"gamma": self._gamma(), "backend": self.backend}
         if state is None:
             out = retention(q, k, v, cu_seqlens=cu_seqlens, **options)
@@ -157,7 +146,7 @@ class MultiScaleRetention(nn.Module):
 
     def step(self, x: Tensor, state: RecurrentState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
-        q, k, v = (y[:, 0] for y in self._project(x[:, None], _positions(1, x.device, state, None)))
+        q, k, v = (y[:, 0] for y in self._project(x[:, None], positions_of(x[:, None], state.lengths)))
         out = retention_step(q, k, v, state.memory, gamma=self._gamma(), backend=self.backend)
         state.lengths += 1
         return self._gate(x, out)

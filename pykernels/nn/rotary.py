@@ -36,3 +36,18 @@ def apply_rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     cos, sin = angles.cos().to(compute), angles.sin().to(compute)
     first, second = x[..., :half].to(compute), x[..., half:].to(compute)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def positions_of(x: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The place in its sequence of each token of x [B, T, dim], int64 [T] or [B, T].
+
+    `lengths` [B] are the tokens that came before x; `cu_seqlens` [sequences + 1] packs sequences along T.
+    """
+    positions = torch.arange(x.shape[1], device=x.device)
+    if lengths is not None:
+        return lengths[:, None] + positions
+    if cu_seqlens is not None:
+        # Tokens after the last sequence belong to none; they count on from its start.
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions.to(cu_seqlens.dtype), right=True)
+        return positions - cu_seqlens[sequence.clamp(max=cu_seqlens.shape[0] - 1)]
+    return positions
