@@ -522,20 +522,20 @@ def linear_attention_scores_kernel(
 
     # Inside the block, from the last key to the first: the log factor between it and every query grows by one token's.
     o_k = tl.arange(0, BK)
+    if BONUS:
+        b_u = tl.load(bonus + i_h * K + o_k, mask=o_k < K, other=0.0)
     b_s = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     b_l = tl.zeros([BLOCK, BK], dtype=tl.float32)
     for i in range(0, BLOCK):
         j = BLOCK - 1 - i
         at = tl.cast(first + j, tl.int64) * step
-        b_g = load(p_g + (at + step) * stride_gt + o_k, _below(o_k, K, j + 1 < n))
+        b_g = tl.load(p_g + (at + step) * stride_gt + o_k, mask=o_k < tl.where(j + 1 < n, K, 0), other=0.0)
         b_l += tl.where(o_b[:, None] > j + BONUS, b_g[None, :], 0.0)
-        b_k = load(p_k + at * stride_kt + o_k, _below(o_k, K, j < n)).to(tl.float32)
-        b_w = b_qs * b_k[None, :]
-        b_x = tl.sum(b_w * _exp(b_l), 1)
+        b_k = load(p_k + at * stride_kt + o_k, o_k < tl.where(j < n, K, 0)).to(tl.float32)
+        b_w = _exp(b_l)
         if BONUS:
-            b_u = load(bonus + i_h * K + o_k, o_k < K)
-            b_x = tl.where(o_b == j, tl.sum(b_w * b_u[None, :], 1), b_x)
-        b_s = tl.where(o_b[None, :] == j, b_x[:, None], b_s)
+            b_w = tl.where(o_b[:, None] == j, b_u[None, :], b_w)
+        b_s = tl.where(o_b[None, :] == j, tl.sum(b_qs * b_k[None, :] * b_w, 1)[:, None], b_s)
     store(p_s + i_x * BLOCK, b_s, m_q[:, None])
 
 
@@ -678,10 +678,10 @@ def linear_attention_channel_gradients_kernel(
     for i in range(0, BLOCK):
         j = BLOCK - 1 - i
         at = tl.cast(first + j, tl.int64) * step
-        b_g = load(p_g + (at + step) * stride_gt + o_k, _below(o_k, K, j + 1 < n))
+        b_g = tl.load(p_g + (at + step) * stride_gt + o_k, mask=o_k < tl.where(j + 1 < n, K, 0), other=0.0)
         b_l += tl.where(o_b[:, None] > j + BONUS, b_g[None, :], 0.0)
-        b_key = load(p_k + at * stride_kt + o_k, _below(o_k, K, j < n)).to(tl.float32)
-        b_ds = load(dscores + o_row * C + (i_x * BLOCK + j), m_t & (o_b >= j + BONUS))
+        b_key = load(p_k + at * stride_kt + o_k, o_k < tl.where(j < n, K, 0)).to(tl.float32)
+        b_ds = tl.load(dscores + o_row * C + (i_x * BLOCK + j), mask=m_t & (o_b >= j + BONUS), other=0.0)
         b_w = b_ds[:, None] * _exp(b_l)
         b_dq += b_w * b_key[None, :]
         b_w *= b_q
