@@ -783,14 +783,14 @@ class _Config(NamedTuple):
 # sm_80's. Derived, not measured: the state, the scores and a slice of the result must fit registers without spills, two rows
 # of whole heads and their stages shared memory (read off code compiled ahead of time, as in tests/triton_aot).
 _WALK = {
-    "sm_80": {64: _Config(64, 64, 4, 2), 128: _Config(64, 32, 4, 1), 256: _Config(32, 32, 4, 1), 512: _Config(16, 32, 8, 1)},
-    "sm_90": {64: _Config(64, 64, 4, 2), 128: _Config(64, 64, 8, 2), 256: _Config(64, 32, 8, 1), 512: _Config(32, 32, 8, 1)},
-    "gfx942": {64: _Config(64, 32, 4, 1), 128: _Config(64, 32, 4, 1), 256: _Config(32, 32, 4, 1), 512: _Config(16, 32, 8, 1)},
+    "sm_80": {64: _Config(64, 32, 4, 2), 128: _Config(32, 32, 8, 2), 256: _Config(32, 32, 8, 1), 512: _Config(16, 32, 8, 1)},
+    "sm_90": {64: _Config(64, 32, 8, 2), 128: _Config(64, 32, 8, 2), 256: _Config(32, 32, 8, 1), 512: _Config(16, 32, 8, 1)},
+    "gfx942": {64: _Config(64, 32, 4, 1), 128: _Config(32, 32, 8, 1), 256: _Config(16, 32, 8, 1), 512: _Config(16, 32, 8, 1)},
 }
 # float32 runs on the ordinary multipliers, alike on every NVIDIA GPU.
 _WALK_32 = {
-    "sm_80": {64: _Config(32, 32, 4, 1), 128: _Config(32, 32, 8, 1), 256: _Config(16, 16, 8, 1), 512: _Config(16, 16, 8, 1)},
-    "gfx942": {64: _Config(32, 32, 4, 1), 128: _Config(32, 32, 4, 1), 256: _Config(16, 16, 4, 1), 512: _Config(16, 16, 8, 1)},
+    "sm_80": {64: _Config(32, 32, 8, 1), 128: _Config(32, 32, 8, 1), 256: _Config(16, 16, 8, 1), 512: _Config(16, 16, 8, 1)},
+    "gfx942": {64: _Config(32, 32, 4, 1), 128: _Config(32, 32, 8, 1), 256: _Config(16, 16, 8, 1), 512: _Config(16, 16, 8, 1)},
 }
 _INTERPRETED = _Config(64, 32, 4, 1)  # so that small tensors have several slices, and chunks of several blocks
 
