@@ -784,8 +784,8 @@ class _Config(NamedTuple):
 # of whole heads and their stages shared memory (read off code compiled ahead of time, as in tests/triton_aot).
 _WALK = {
     "sm_80": {64: _Config(64, 32, 4, 2), 128: _Config(32, 32, 8, 2), 256: _Config(32, 32, 8, 1), 512: _Config(16, 32, 8, 1)},
-    "sm_90": {64: _Config(64, 32, 8, 2), 128: _Config(64, 32, 8, 2), 256: _Config(32, 32, 8, 1), 512: _Config(16, 32, 8, 1)},
-    "gfx942": {64: _Config(64, 32, 4, 1), 128: _Config(32, 32, 8, 1), 256: _Config(16, 32, 8, 1), 512: _Config(16, 32, 8, 1)},
+    "sm_90": {64: _Config(64, 64, 8, 2), 128: _Config(64, 32, 8, 2), 256: _Config(32, 32, 8, 1), 512: _Config(16, 32, 8, 1)},
+    "gfx942": {64: _Config(64, 32, 4, 1), 128: _Config(32, 32, 4, 1), 256: _Config(16, 32, 8, 1), 512: _Config(16, 32, 8, 1)},
 }
 # float32 runs on the ordinary multipliers, alike on every NVIDIA GPU.
 _WALK_32 = {
