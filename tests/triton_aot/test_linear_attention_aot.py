@@ -18,8 +18,9 @@ def _meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _launches(target: str, part: str, dtype: torch.dtype, key_dim: int, value_dim: int | None = None, decay: str | None = "head",
-              bonus: bool = False, normalize: bool = False, packed: bool = False, reverse: bool = False, tokens: int = 4096):
+def _launches(target: str, part: str, dtype: torch.dtype, key_dim: int, value_dim: int | None = None,
+              decay: str | None = "head", bonus: bool = False, normalize: bool = False, packed: bool = False,
+              reverse: bool = False, tokens: int = 4096):
     """What a call of `part` launches."""
     import aot
 
@@ -43,12 +44,13 @@ def _launches(target: str, part: str, dtype: torch.dtype, key_dim: int, value_di
     else:
         checkpoints = _meta(registration.tiles(v, cu), *state.shape[1:])
         denominator = _meta(batch, tokens if normalize else 0, heads)
-        call = lambda: module.bwd(v, state, q, q, v, g, u, cu, v, checkpoints, denominator, *options, reverse, g is not None)
+        call = lambda: module.bwd(v, state, q, q, v, g, u, cu, v, checkpoints, denominator, *options, reverse,
+                                  g is not None)
     return aot.launches(module, target, call)
 
 
-# Kernels without matrix products, and those that add fp32 to them: float16 states keep their range in TF32, and small sums with
-# weights 0 and 1 are exact in fp32.
+# Kernels without matrix products, and those that add fp32 to them: float16 states keep their range in TF32, and small
+# sums with weights 0 and 1 are exact in fp32.
 _WITHOUT = ("scan", "extra", "step")
 
 
@@ -64,8 +66,8 @@ def _products(name: str, dtype: torch.dtype, target: str) -> set[str]:
     return found
 
 
-def _check(target: str, part: str, dtype: torch.dtype, key_dim: int, *, precision: str | None = None, may_spill: bool = True,
-           **options: object) -> set[str]:
+def _check(target: str, part: str, dtype: torch.dtype, key_dim: int, *, precision: str | None = None,
+           may_spill: bool = True, **options: object) -> set[str]:
     import aot
 
     names = set()
@@ -143,8 +145,8 @@ def test_lengths_do_not_change_what_is_compiled():
     import aot
 
     def compiled_by(tokens: int):
-        found = [launch for part in ("fwd", "bwd") for launch in _launches("sm_90", part, BF16, 64, decay="token", packed=True,
-                                                                           tokens=tokens)]
+        found = [launch for part in ("fwd", "bwd")
+                 for launch in _launches("sm_90", part, BF16, 64, decay="token", packed=True, tokens=tokens)]
         # Strides over batches are not used with one batch, but are arguments like the others.
         return [aot.specialization(launch, ignore=r"stride_\w+b") for launch in found]
 

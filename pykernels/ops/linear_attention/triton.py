@@ -1,9 +1,10 @@
 """Linear attention in Triton: forward, backward, one step. README.md derives the chunked form and the gradients.
 
 Segments of 512 tokens of a sequence run side by side, each with the state (K x V) in registers from chunk to chunk. One
-kernel, the walk, serves both directions, because each result is a linear attention of its own: with rows x and y of a chunk,
+kernel, the walk, makes every result, because each is a linear attention of its own. With rows x and y of a chunk
 
-    result_x = sum over y of w_xy (a_x . b_y) c_y + f_x a_x state        state <- total state + sum over y of f_y b_y c_y^T
+    result_x = sum over y of w_xy (a_x . b_y) c_y + f_x a_x state
+    state <- total state + sum over y of f_y b_y c_y^T
 
     result   a   b   c    time         state
     out      q   k   v    ascending    S
@@ -11,14 +12,15 @@ kernel, the walk, serves both directions, because each result is a linear attent
     dk       v   dO  q    descending   gradient of S^T
     dv       k   q   dO   descending   gradient of S
 
-Where a sequence has several segments, a walk without results leaves what each adds to the state, and a scan over segments
-turns that into the states between them. Programs share nothing, and a sequence is cut alike whatever the batch holds: results
-are bitwise repeatable and the same in every batch.
+Where a sequence has several segments, a walk without results leaves what each adds to the state, and a scan over
+segments turns that into the states between them. Programs share nothing, and a sequence is cut alike whatever the batch
+holds: results are bitwise repeatable and the same in every batch.
 
-Weights are exponentials of sums of log decays <= 0, summed from the key on, never of differences of cumulative sums: nothing
-overflows, and a weak decay keeps its precision beside a strong one. With a decay per channel the weights are part of the
-products. There each chunk is cut into blocks of 16 tokens: for a pair of blocks, queries carry the decay from their block's
-start and keys the decay up to it; pairs inside a block are summed one by one (`scores`, `channel_gradients`).
+Weights are exponentials of sums of log decays <= 0, summed from the key on, never of differences of cumulative sums:
+nothing overflows, and a weak decay keeps its precision beside a strong one. With a decay per channel the weights are
+part of the products. There each chunk is cut into blocks of 16 tokens: for a pair of blocks, queries carry the decay
+from their block's start and keys the decay up to it; pairs inside a block are summed one by one (`scores`,
+`channel_gradients`).
 
 Names: `i_` index, `o_` offset, `m_` mask of rows, `p_` pointer, `b_` block value. Time t of a sequence lies at row
 origin + t, or origin - t when reversed, so that pointers to time 0 and signed strides are all that `reverse` changes.
@@ -33,8 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import (LOG2E, clamped, dot_precision, dot_rows, find_sequence, launch, load, load_tile, store, store_tile,
-                        target)
+from ..._triton import (LOG2E, clamped, dot_precision, dot_rows, find_sequence, launch, load, load_tile, store,
+                        store_tile, target)
 from . import registration
 
 NONE, HEAD, TOKEN, CHANNEL = (tl.constexpr(i) for i in range(4))  # kinds of decay
@@ -91,7 +93,8 @@ def _key_logs(p_g, stride_g, g, first, n, i_d, D: tl.constexpr, BD: tl.constexpr
 
 
 @triton.jit
-def _total_logs(p_g, stride_g, g, first, n, i_d, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr):
+def _total_logs(p_g, stride_g, g, first, n, i_d, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
+                KIND: tl.constexpr):
     """The log factor of all n tokens: a number, with KIND == CHANNEL [BD]."""
     o_c = tl.arange(0, C)
     if KIND == HEAD:
@@ -143,8 +146,8 @@ def _head_log(decay, i_h, KIND: tl.constexpr):
 def _place(i_tile, cu_seqlens, sequences, T, tiles, B: tl.constexpr):
     """-> (sequence, batch entry, its first row, its length, index of the tile in it) of a tile of B tokens.
 
-    Each of `sequences` unpacked sequences has `tiles` tiles. Tiles past their sequence's end, and of rows that belong to no
-    sequence, get length 0 and a positive index.
+    Each of `sequences` unpacked sequences has `tiles` tiles. Tiles past their sequence's end, and of rows that belong
+    to no sequence, get length 0 and a positive index.
     """
     if cu_seqlens is not None:
         i_s, start, length, i_t = find_sequence(i_tile, cu_seqlens, sequences, T, B)
@@ -186,7 +189,7 @@ def _add(p, b_x, m):
 
 @triton.jit
 def _below(o_x, size, exists):
-    """o_x < size, but nowhere unless the scalar `exists` holds (the interpreter's & of a mask and a scalar is no mask)."""
+    """o_x < size, but nowhere unless the scalar `exists` holds. The interpreter can't & a mask and a scalar."""
     return o_x < tl.where(exists, size, 0)
 
 
@@ -196,22 +199,23 @@ def _below(o_x, size, exists):
 @triton.jit(do_not_specialize=_VARYING)
 def linear_attention_walk_kernel(
         a, b, c, d, result, within, scores, decay, bonus, extra, denominator, cu_seqlens, states, edge, last, factors,
-        ddecay, dbonus, chunk_states, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh, stride_cb, stride_ct,
-        stride_ch, stride_db, stride_dt, stride_dh, stride_gb, stride_gt, stride_gh, T, H, tiles, sequences, scale,
-        A: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BA: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+        ddecay, dbonus, chunk_states, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh, stride_cb,
+        stride_ct, stride_ch, stride_db, stride_dt, stride_dh, stride_gb, stride_gt, stride_gh, T, H, tiles, sequences,
+        scale, A: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BA: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
         SEGMENT: tl.constexpr, KIND: tl.constexpr, BONUS: tl.constexpr, NORMALIZE: tl.constexpr, RESULT: tl.constexpr,
         GRADIENT: tl.constexpr, TRANSPOSED: tl.constexpr, DESCENDING: tl.constexpr, EDGE_KEPT: tl.constexpr,
         REVERSE: tl.constexpr, PRECISION: tl.constexpr):
     """Program (segment of a head, slice) walks over the segment's chunks with the state [A, slice of V columns].
 
-    a, b have A columns and c V; the state lies transposed in memory if TRANSPOSED. The first segment in walking order starts
-    from `edge` (None: zero), the others from `states`, as does every one if EDGE_KEPT; the last one leaves its state in `last`.
-    Without RESULT it starts from zero, and its state is left in the slot of the segment after it, its factor in `factors`.
+    a, b have A columns and c V; the state lies transposed in memory if TRANSPOSED. The first segment in walking order
+    starts from `edge` (None: zero), the others from `states`, as does every one if EDGE_KEPT; the last one leaves its
+    state in `last`. Without RESULT it starts from zero, and its state is left in the slot of the segment after it, its
+    factor in `factors`.
 
     GRADIENT: queries are divided by their denominator (normalize). `extra` is one more column of a (ascending) or b
-    (descending), whose partner holds ones: the gradient of the denominator. `within` is the part of the result from inside
-    the chunk, `scores` the weighted scores, where the decay is per channel. ddecay gets what this walk knows of it, from d:
-    q for dq and k for dk; chunk_states carries the states before chunks from the one to the other.
+    (descending), whose partner holds ones: the gradient of the denominator. `within` is the part of the result from
+    inside the chunk, `scores` the weighted scores, where the decay is per channel. ddecay gets what this walk knows of
+    it, from d: q for dq and k for dk; chunk_states carries the states before chunks from the one to the other.
     """
     i_h = (tl.program_id(0) % H).to(tl.int64)
     slot = (tl.program_id(0) // H).to(tl.int64)
@@ -345,8 +349,8 @@ def linear_attention_walk_kernel(
                         b_s *= _pair_weights(p_g, stride_g, g, first, n, C, KIND, BONUS, DESCENDING)
                     if BONUS and not TRANSPOSED:
                         b_u = load(bonus + i_h * A + o_a, o_a < A)
-                        b_s = tl.where(b_d == 0, tl.sum(b_a.to(tl.float32) * b_u[None, :] * b_b.to(tl.float32), 1)[:, None],
-                                       b_s)
+                        b_self = tl.sum(b_a.to(tl.float32) * b_u[None, :] * b_b.to(tl.float32), 1)
+                        b_s = tl.where(b_d == 0, b_self[:, None], b_s)
                     b_q2 = b_q * scale
                 m_s = b_d >= (BONUS if TRANSPOSED else 0)  # a bonus on the diagonal is in the scores, or added below
                 b_s = tl.where(m_s, b_s * (b_q2[None, :] if DESCENDING else b_q2[:, None]), 0.0)
@@ -455,9 +459,10 @@ def linear_attention_walk_kernel(
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def linear_attention_scan_kernel(states, factors, edge, cu_seqlens, T, H, tiles, sequences, K: tl.constexpr, V: tl.constexpr,
-                                 SEGMENT: tl.constexpr, BLOCK_SIZE: tl.constexpr, DESCENDING: tl.constexpr):
-    """Program (sequence and head, elements) turns what segments add to the state into the states between them, in place."""
+def linear_attention_scan_kernel(states, factors, edge, cu_seqlens, T, H, tiles, sequences, K: tl.constexpr,
+                                 V: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+                                 DESCENDING: tl.constexpr):
+    """Program (sequence and head, elements) turns what segments add into the states between them, in place."""
     i_h = (tl.program_id(0) % H).to(tl.int64)
     i_s = (tl.program_id(0) // H).to(tl.int64)
     start = 0
@@ -485,10 +490,13 @@ def linear_attention_scan_kernel(states, factors, edge, cu_seqlens, T, H, tiles,
 
 @triton.jit(do_not_specialize=_VARYING)
 def linear_attention_scores_kernel(
-        q, k, scores, decay, bonus, cu_seqlens, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_gb,
-        stride_gt, stride_gh, T, H, tiles, sequences, scale, K: tl.constexpr, G: tl.constexpr, BK: tl.constexpr,
-        C: tl.constexpr, BONUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
-    """Program (block of queries of a chunk of a head) owns scores[b, rows, h, keys up to its block's end], decay per channel."""
+        q, k, scores, decay, bonus, cu_seqlens, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+        stride_gb, stride_gt, stride_gh, T, H, tiles, sequences, scale, K: tl.constexpr, G: tl.constexpr,
+        BK: tl.constexpr, C: tl.constexpr, BONUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+    """Program (block of queries of a chunk of a head) owns their scores [b, rows, h, keys of the chunk].
+
+    Of a decay per channel, weights included; those with keys of later blocks are not written.
+    """
     BLOCKS: tl.constexpr = C // BLOCK
     i_x = tl.program_id(0) % BLOCKS
     i_h = (tl.program_id(0) // BLOCKS % H).to(tl.int64)
@@ -541,12 +549,12 @@ def linear_attention_scores_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def linear_attention_pairs_kernel(
-        q, k, v, dout, decay, extra, denominator, dscores, ddecay, cu_seqlens, stride_qb, stride_qt, stride_qh, stride_kb,
-        stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
-        T, H, tiles, sequences, scale, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-        C: tl.constexpr, KIND: tl.constexpr, BONUS: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
-        PRECISION: tl.constexpr):
-    """Program (chunk of a head): dscores = scale dO v^T (decay per channel), else adds to ddecay what its pairs give."""
+        q, k, v, dout, decay, extra, denominator, dscores, ddecay, cu_seqlens, stride_qb, stride_qt, stride_qh,
+        stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh, stride_gb,
+        stride_gt, stride_gh, T, H, tiles, sequences, scale, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr,
+        BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, BONUS: tl.constexpr,
+        NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+    """Program (chunk of a head) adds to ddecay what its pairs give; decay per channel: makes dscores = scale dO v^T."""
     i_h = (tl.program_id(0) % H).to(tl.int64)
     i_s, i_b, start, length, i_t = _place(tl.program_id(0) // H, cu_seqlens, sequences, T, tiles, C)
     first = i_t * C
@@ -582,7 +590,8 @@ def linear_attention_pairs_kernel(
         b_s *= dot_rows(b_q, b_k, p_q, o_t * stride_qt, m_t, p_k, o_t * stride_kt, m_t, K, BK, True, True, PRECISION)
         b_s *= _pair_weights(p_g, step * stride_gt, _head_log(decay, i_h, KIND), first, n, C, KIND, BONUS, False)
         b_d = _distance(C, False)
-        # Row t: sum over queries from t on (with a bonus, whose row is the token after: they are after it), then over keys.
+        # For token t, stored in its row (with a bonus, which wants queries after t, a row before): sum over queries
+        # from t on, then over keys.
         b_s = tl.cumsum(tl.where(b_d >= BONUS, b_s, 0.0), 0, reverse=True)
         b_x = tl.sum(tl.where(b_d > BONUS, b_s, 0.0), 1)
         _add(ddecay + o_row - BONUS * step * H, b_x, m_t & (o_c >= BONUS))
@@ -599,9 +608,9 @@ def _keys_before(p_k, stride_k, p_g, stride_g, at, b_between, i_k, m_j, K: tl.co
 
 @triton.jit(do_not_specialize=_VARYING)
 def linear_attention_channel_gradients_kernel(
-        q, k, decay, dscores, dq, dk, ddecay, cu_seqlens, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-        stride_gb, stride_gt, stride_gh, T, H, tiles, sequences, K: tl.constexpr, G: tl.constexpr, BK: tl.constexpr,
-        C: tl.constexpr, BONUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+        q, k, decay, dscores, dq, dk, ddecay, cu_seqlens, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt,
+        stride_kh, stride_gb, stride_gt, stride_gh, T, H, tiles, sequences, K: tl.constexpr, G: tl.constexpr,
+        BK: tl.constexpr, C: tl.constexpr, BONUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
     """Program (block of a chunk of a head, slice of K) owns dq, dk, ddecay of its rows, from pairs inside the chunk."""
     BLOCKS: tl.constexpr = C // BLOCK
     i_x = tl.program_id(0) % BLOCKS
@@ -704,8 +713,8 @@ def linear_attention_channel_gradients_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def linear_attention_extra_kernel(out, dout, extra, stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh, T, H, rows,
-                                  V: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr):
+def linear_attention_extra_kernel(out, dout, extra, stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh,
+                                  T, H, rows, V: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr):
     """One program owns BM rows of extra[b, t, h] = -out . dout: the gradient of the denominator, times it."""
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_m = o_m < rows
@@ -725,10 +734,11 @@ def linear_attention_extra_kernel(out, dout, extra, stride_ob, stride_ot, stride
 
 @triton.jit(do_not_specialize=["slots"])
 def linear_attention_step_kernel(
-        state, q, k, v, out, decay, bonus, state_indices, stride_sb, stride_sh, stride_qb, stride_qh, stride_kb, stride_kh,
-        stride_vb, stride_vh, stride_gb, stride_gh, H, slots, scale, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr,
-        BK: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr, BONUS: tl.constexpr, NORMALIZE: tl.constexpr):
-    """Program (entry and head, slice of V) updates its columns of the state; with NORMALIZE the slice is all of them."""
+        state, q, k, v, out, decay, bonus, state_indices, stride_sb, stride_sh, stride_qb, stride_qh, stride_kb,
+        stride_kh, stride_vb, stride_vh, stride_gb, stride_gh, H, slots, scale, K: tl.constexpr, V: tl.constexpr,
+        G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr, BONUS: tl.constexpr,
+        NORMALIZE: tl.constexpr):
+    """Program (entry and head, slice of V) updates its columns of the state, with NORMALIZE all of them."""
     i_h = (tl.program_id(0) % H).to(tl.int64)
     i_b = (tl.program_id(0) // H).to(tl.int64)
     slot = i_b
@@ -779,18 +789,22 @@ class _Config(NamedTuple):
     num_stages: int
 
 
-# class of targets -> the larger head size -> configuration: the first size that holds it serves; a class without an entry takes
-# sm_80's. Derived, not measured: the state, the scores and a slice of the result must fit registers without spills, two rows
-# of whole heads and their stages shared memory (read off code compiled ahead of time, as in tests/triton_aot).
+# class of targets -> the larger head size -> configuration: the first size that holds it serves; a class without an
+# entry takes sm_80's. Derived, not measured: the state, the scores and a slice of the result must fit registers without
+# spills, two rows of whole heads and their stages shared memory (read off code compiled ahead of time, as in
+# tests/triton_aot).
 _WALK = {
-    "sm_80": {64: _Config(64, 32, 4, 2), 128: _Config(32, 32, 8, 2), 256: _Config(32, 32, 8, 1), 512: _Config(16, 32, 8, 1)},
-    "sm_90": {64: _Config(64, 64, 8, 2), 128: _Config(64, 32, 8, 2), 256: _Config(32, 32, 8, 1), 512: _Config(16, 32, 8, 1)},
-    "gfx942": {64: _Config(64, 32, 4, 1), 128: _Config(32, 32, 4, 1), 256: _Config(16, 32, 8, 1), 512: _Config(16, 32, 8, 1)},
+    "sm_80": {64: _Config(64, 32, 4, 2), 128: _Config(32, 32, 8, 2), 256: _Config(32, 32, 8, 1),
+              512: _Config(16, 32, 8, 1)},
+    "sm_90": {64: _Config(64, 64, 8, 2), 128: _Config(64, 32, 8, 2), 256: _Config(32, 32, 8, 1),
+              512: _Config(16, 32, 8, 1)},
+    "gfx942": {64: _Config(64, 32, 4, 1), 128: _Config(32, 32, 4, 1), 256: _Config(16, 32, 8, 1),
+               512: _Config(16, 32, 8, 1)},
 }
 # float32 runs on the ordinary multipliers, alike on every NVIDIA GPU.
 _WALK_32 = {
-    "sm_80": {64: _Config(32, 32, 8, 1), 128: _Config(32, 32, 8, 1), 256: _Config(16, 16, 8, 1), 512: _Config(16, 16, 8, 1)},
-    "gfx942": {64: _Config(32, 32, 4, 1), 128: _Config(32, 32, 8, 1), 256: _Config(16, 16, 8, 1), 512: _Config(16, 16, 8, 1)},
+    "sm_80": {128: _Config(32, 32, 8, 1), 512: _Config(16, 16, 8, 1)},
+    "gfx942": {64: _Config(32, 32, 4, 1), 128: _Config(32, 32, 8, 1), 512: _Config(16, 16, 8, 1)},
 }
 _INTERPRETED = _Config(64, 32, 4, 1)  # so that small tensors have several slices, and chunks of several blocks
 
@@ -799,16 +813,18 @@ def _class(name: str) -> str:
     """The class of targets that one belongs to, by its matrix instructions and shared memory."""
     if name in ("sm_90", "sm_100", "sm_103"):
         return "sm_90"
-    # What sm_80 runs fits the 99 KB of sm_86, sm_89 and sm_120. Older NVIDIA GPUs have 64 KB as AMD's do; so may unknown GPUs.
+    # What sm_80 runs fits the 99 KB of sm_86, sm_89 and sm_120. Older NVIDIA GPUs have 64 KB as AMD's; so may others.
     return "sm_80" if name.startswith(("sm_8", "sm_11", "sm_12")) else "gfx942"
 
 
-def _config(q: Tensor, v: Tensor) -> _Config:
+def _config(q: Tensor, v: Tensor, kind: int) -> _Config:
     name = target(q.device)
     if name == "interpreter":
         return _INTERPRETED
     classes = _WALK if q.element_size() == 2 else _WALK_32
     sizes = classes.get(_class(name), classes["sm_80"])
+    if kind == CHANNEL.value and sizes is classes.get("sm_90"):
+        sizes = classes["sm_80"]  # factors are as large as the operands, so that chunks of 64 tokens spill
     return next(config for size, config in sizes.items() if size >= max(q.shape[3], v.shape[-1]))
 
 
@@ -837,8 +853,8 @@ def _kind(decay: Tensor | None, tokens: int = 1) -> int:
 class _Call:
     """What the kernels of one call share, and their launches."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, cu_seqlens: Tensor | None,
-                 scale: float, normalize: bool, reverse: bool) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None,
+                 cu_seqlens: Tensor | None, scale: float, normalize: bool, reverse: bool) -> None:
         self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
         self.batch, self.tokens, self.heads, self.value_dim = v.shape
         self.key_dim, self.groups = q.shape[3], v.shape[2] // q.shape[2]
@@ -851,10 +867,10 @@ class _Call:
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.segment = registration.SEGMENT
         self.several = self.tokens > self.segment  # a sequence may have several segments
-        self.config = _config(q, v)
+        self.config = _config(q, v, self.kind)
         self.scale = scale
-        self.places = dict(decay=self.decay, cu_seqlens=cu_seqlens, T=self.tokens, H=self.heads, sequences=self.sequences,
-                           **_strides(g=self.decay))
+        self.places = dict(decay=self.decay, cu_seqlens=cu_seqlens, T=self.tokens, H=self.heads,
+                           sequences=self.sequences, **_strides(g=self.decay))
         self.options = dict(G=self.groups, C=self.config.C, BONUS=int(bonus is not None), REVERSE=reverse,
                             PRECISION=dot_precision(q.dtype))
 
@@ -875,19 +891,19 @@ class _Call:
     def states(self, count: int) -> Tensor:
         return self.empty(count, self.heads, self.key_dim, self.value_dim + self.normalize)
 
-    def walk(self, a: Tensor, b: Tensor, c: Tensor, result: Tensor | None, *, states: Tensor | None, transposed: bool = False,
-             descending: bool = False, gradient: bool = True, edge_kept: bool = False, d: Tensor | None = None,
-             **given: Tensor | None) -> None:
+    def walk(self, a: Tensor, b: Tensor, c: Tensor, result: Tensor | None, *, states: Tensor | None,
+             transposed: bool = False, descending: bool = False, gradient: bool = True, edge_kept: bool = False,
+             d: Tensor | None = None, **given: Tensor | None) -> None:
         config, tiles = self.config, self.tiles(self.segment)
         BV = min(_padded(c.shape[3]), config.columns)
-        optional = dict.fromkeys(("within", "scores", "extra", "denominator", "edge", "last", "factors", "ddecay", "dbonus",
-                                  "chunk_states"))
-        launch(linear_attention_walk_kernel, (tiles[0] * self.heads, triton.cdiv(c.shape[3], BV)), self.q.device, a=a, b=b, c=c,
-               d=d, result=result, states=states, bonus=self.bonus, tiles=tiles[1], scale=self.scale, A=a.shape[3], V=c.shape[3],
-               BA=_padded(a.shape[3]), BV=BV, SEGMENT=self.segment, KIND=self.kind, NORMALIZE=self.normalize,
-               RESULT=result is not None, GRADIENT=gradient, TRANSPOSED=transposed, DESCENDING=descending, EDGE_KEPT=edge_kept,
-               num_warps=config.num_warps, num_stages=config.num_stages, **_strides(a=a, b=b, c=c, d=d), **self.places,
-               **self.options, **{**optional, **given})
+        optional = dict.fromkeys(("within", "scores", "extra", "denominator", "edge", "last", "factors", "ddecay",
+                                  "dbonus", "chunk_states"))
+        launch(linear_attention_walk_kernel, (tiles[0] * self.heads, triton.cdiv(c.shape[3], BV)), self.q.device, a=a,
+               b=b, c=c, d=d, result=result, states=states, bonus=self.bonus, tiles=tiles[1], scale=self.scale,
+               A=a.shape[3], V=c.shape[3], BA=_padded(a.shape[3]), BV=BV, SEGMENT=self.segment, KIND=self.kind,
+               NORMALIZE=self.normalize, RESULT=result is not None, GRADIENT=gradient, TRANSPOSED=transposed,
+               DESCENDING=descending, EDGE_KEPT=edge_kept, num_warps=config.num_warps, num_stages=config.num_stages,
+               **_strides(a=a, b=b, c=c, d=d), **self.places, **self.options, **{**optional, **given})
 
     def between(self, b: Tensor, c: Tensor, edge: Tensor | None, states: Tensor, *, descending: bool = False,
                 gradient: bool = False, **given: Tensor | None) -> None:
@@ -900,27 +916,29 @@ class _Call:
         size, block = self.key_dim * states.shape[3], 1024
         places = {name: x for name, x in self.places.items() if not name.startswith(("stride", "decay"))}
         launch(linear_attention_scan_kernel, (self.sequences * self.heads, triton.cdiv(size, block)), self.q.device,
-               states=states, factors=factors, edge=edge, tiles=self.tiles(self.segment)[1], K=self.key_dim, V=states.shape[3],
-               SEGMENT=self.segment, BLOCK_SIZE=block, DESCENDING=descending, num_warps=4, num_stages=1, **places)
+               states=states, factors=factors, edge=edge, tiles=self.tiles(self.segment)[1], K=self.key_dim,
+               V=states.shape[3], SEGMENT=self.segment, BLOCK_SIZE=block, DESCENDING=descending, num_warps=4,
+               num_stages=1, **places)
 
     def scores(self) -> Tensor | None:
         """Weighted scores of the pairs inside chunks, where the decay is per channel."""
         if self.kind != CHANNEL.value:
             return None
         scores, tiles = self.rows(self.config.C, dtype=self.q.dtype), self.tiles(self.config.C)
-        launch(linear_attention_scores_kernel, (tiles[0] * self.heads * (self.config.C // BLOCK.value),), self.q.device, q=self.q,
-               k=self.k, scores=scores, bonus=self.bonus, tiles=tiles[1], scale=self.scale, K=self.key_dim,
-               BK=_padded(self.key_dim), num_warps=4, num_stages=1, **_strides(q=self.q, k=self.k), **self.places, **self.options)
+        launch(linear_attention_scores_kernel, (tiles[0] * self.heads * (self.config.C // BLOCK.value),),
+               self.q.device, q=self.q, k=self.k, scores=scores, bonus=self.bonus, tiles=tiles[1], scale=self.scale,
+               K=self.key_dim, BK=_padded(self.key_dim), num_warps=4, num_stages=1, **_strides(q=self.q, k=self.k),
+               **self.places, **self.options)
         return scores
 
     def pairs(self, dout: Tensor, extra: Tensor | None, denominator: Tensor, ddecay: Tensor | None) -> Tensor | None:
-        """-> gradients of the scores if the decay is per channel, else adds what the pairs inside chunks give to ddecay."""
+        """-> gradients of the scores if the decay is per channel, else adds what pairs inside chunks give to ddecay."""
         dscores = self.rows(self.config.C) if self.kind == CHANNEL.value else None
         tiles = self.tiles(self.config.C)
-        launch(linear_attention_pairs_kernel, (tiles[0] * self.heads,), self.q.device, q=self.q, k=self.k, v=self.v, dout=dout,
-               extra=extra, denominator=denominator, dscores=dscores, ddecay=ddecay, tiles=tiles[1], scale=self.scale,
-               K=self.key_dim, V=self.value_dim, BK=min(_padded(self.key_dim), 64), BV=min(_padded(self.value_dim), 64),
-               KIND=self.kind, NORMALIZE=self.normalize, num_warps=4, num_stages=1,
+        launch(linear_attention_pairs_kernel, (tiles[0] * self.heads,), self.q.device, q=self.q, k=self.k, v=self.v,
+               dout=dout, extra=extra, denominator=denominator, dscores=dscores, ddecay=ddecay, tiles=tiles[1],
+               scale=self.scale, K=self.key_dim, V=self.value_dim, BK=min(_padded(self.key_dim), 64),
+               BV=min(_padded(self.value_dim), 64), KIND=self.kind, NORMALIZE=self.normalize, num_warps=4, num_stages=1,
                **_strides(q=self.q, k=self.k, v=self.v, o=dout), **self.places, **self.options)
         return dscores
 
@@ -929,9 +947,9 @@ class _Call:
         dq, dk = self.rows(self.key_dim), self.rows(self.key_dim)
         BK, tiles = min(_padded(self.key_dim), 64), self.tiles(self.config.C)
         launch(linear_attention_channel_gradients_kernel,
-               (tiles[0] * self.heads * (self.config.C // BLOCK.value), triton.cdiv(self.key_dim, BK)), self.q.device, q=self.q,
-               k=self.k, dscores=dscores, dq=dq, dk=dk, ddecay=ddecay, tiles=tiles[1], K=self.key_dim, BK=BK, num_warps=4,
-               num_stages=1, **_strides(q=self.q, k=self.k), **self.places, **self.options)
+               (tiles[0] * self.heads * (self.config.C // BLOCK.value), triton.cdiv(self.key_dim, BK)), self.q.device,
+               q=self.q, k=self.k, dscores=dscores, dq=dq, dk=dk, ddecay=ddecay, tiles=tiles[1], K=self.key_dim, BK=BK,
+               num_warps=4, num_stages=1, **_strides(q=self.q, k=self.k), **self.places, **self.options)
         return dq, dk
 
 
@@ -983,10 +1001,12 @@ def bwd(dout, dfinal_state, q, k, v, decay, bonus, cu_seqlens, out, checkpoints,
     dq, dk = call.rows(call.key_dim, dtype=of_k), call.rows(call.key_dim, dtype=of_k)
     dv = call.rows(call.value_dim, dtype=q.dtype)
     dbonus = call.empty(checkpoints.shape[0] if bonus is not None else 0, call.heads, call.key_dim)
-    dinitial_state = q.new_empty(call.sequences, call.heads, call.key_dim, call.value_dim + normalize, dtype=torch.float32)
+    dinitial_state = q.new_empty(call.sequences, call.heads, call.key_dim, call.value_dim + normalize,
+                                 dtype=torch.float32)
     decays = dict(ddecay=ddecay, chunk_states=chunk_states)
     call.walk(dout, v, k, dq, states=checkpoints, transposed=True, edge_kept=True, within=within_q,
-              d=q if decay_gradient or bonus is not None else None, dbonus=None if bonus is None else dbonus, **decays, **rows)
+              d=q if decay_gradient or bonus is not None else None, dbonus=None if bonus is None else dbonus, **decays,
+              **rows)
     call.walk(v, dout, q, dk, states=after, transposed=True, descending=True, edge=dfinal_state, last=dinitial_state,
               within=within_k, d=k if decay_gradient else None, **decays, **rows)
     call.walk(k, q, dout, dv, states=after, descending=True, edge=dfinal_state, scores=call.scores(), **rows)
@@ -1009,9 +1029,12 @@ def step(state, q, k, v, decay, bonus, state_indices, scale, normalize):
     BV = _padded(columns) if normalize else min(_padded(columns), 64)
     BK = min(_padded(key_dim), max(4096 // BV, 8))
     strides = _strides("bh", s=state, q=q, k=k, v=v)
-    strides |= dict(stride_gb=0, stride_gh=0 if decay is None else 1) if kind in (NONE.value, HEAD.value) else _strides("bh", g=decay)
-    launch(linear_attention_step_kernel, (batch * heads, triton.cdiv(value_dim, BV)), q.device, state=state, q=q, k=k, v=v, out=out,
-           decay=decay, bonus=None if bonus is None else bonus.contiguous(), state_indices=state_indices, H=heads,
-           slots=state.shape[0], scale=scale, K=key_dim, V=value_dim, G=heads // q.shape[1], BK=BK, BV=BV, KIND=kind,
-           BONUS=int(bonus is not None), NORMALIZE=normalize, num_warps=4, num_stages=1, **strides)
+    if kind in (NONE.value, HEAD.value):
+        strides |= dict(stride_gb=0, stride_gh=1)
+    else:
+        strides |= _strides("bh", g=decay)
+    launch(linear_attention_step_kernel, (batch * heads, triton.cdiv(value_dim, BV)), q.device, state=state, q=q, k=k,
+           v=v, out=out, decay=decay, bonus=None if bonus is None else bonus.contiguous(), state_indices=state_indices,
+           H=heads, slots=state.shape[0], scale=scale, K=key_dim, V=value_dim, G=heads // q.shape[1], BK=BK, BV=BV,
+           KIND=kind, BONUS=int(bonus is not None), NORMALIZE=normalize, num_warps=4, num_stages=1, **strides)
     return out
