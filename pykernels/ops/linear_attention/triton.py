@@ -635,7 +635,7 @@ def linear_attention_channel_gradients_kernel(
     o_t = first + o_b
     o_row = (i_b * T + origin + o_t.to(tl.int64) * step) * H + i_h
     p_ds = dscores + o_row[:, None] * C + o_b[None, :]  # [query, key] with keys of the chunk's first block
-    row = tl.cast(H, tl.int64) * (BLOCK * step * C)  # from a block of queries to the next
+    row = H * (BLOCK * step * C)  # from a block of queries to the next
 
     b_q = load_tile(p_q, o_t.to(tl.int64) * stride_q, i_k, m_t, K, BK, True)
     b_k = load_tile(p_k, o_t.to(tl.int64) * stride_k, i_k, m_t, K, BK, True)
@@ -822,10 +822,11 @@ def _config(q: Tensor, v: Tensor, kind: int) -> _Config:
     if name == "interpreter":
         return _INTERPRETED
     classes = _WALK if q.element_size() == 2 else _WALK_32
-    sizes = classes.get(_class(name), classes["sm_80"])
-    if kind == CHANNEL.value and sizes is classes.get("sm_90"):
-        sizes = classes["sm_80"]  # factors are as large as the operands, so that chunks of 64 tokens spill
-    return next(config for size, config in sizes.items() if size >= max(q.shape[3], v.shape[-1]))
+    sizes, size = classes.get(_class(name), classes["sm_80"]), max(q.shape[3], v.shape[-1])
+    if kind == CHANNEL.value:
+        # Its factors are as large as the operands, so that chunks of 64 tokens spill.
+        sizes, size = sizes if sizes is not classes.get("sm_90") else classes["sm_80"], max(size, 128)
+    return next(config for limit, config in sizes.items() if limit >= size)
 
 
 def _padded(size: int) -> int:
