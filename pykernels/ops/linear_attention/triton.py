@@ -528,22 +528,21 @@ def linear_attention_scores_kernel(
         store(p_s + (i_x - 1 - i) * BLOCK, b_s, m_q[:, None])
         b_between += _total_logs(p_g, stride_g, 0.0, at, BLOCK, 0, K, BK, BLOCK, CHANNEL)
 
-    # Inside the block, from the last key to the first: the log factor between it and every query grows by one token's.
+    # Inside the block, from the last key to the first: one token's factor more lies between it and every query.
     o_k = tl.arange(0, BK)
     if BONUS:
         b_u = tl.load(bonus + i_h * K + o_k, mask=o_k < K, other=0.0)
     b_s = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
-    b_l = tl.zeros([BLOCK, BK], dtype=tl.float32)
+    b_w = tl.full([BLOCK, BK], 1.0, dtype=tl.float32)
     for i in range(0, BLOCK):
         j = BLOCK - 1 - i
         at = tl.cast(first + j, tl.int64) * step
         b_g = tl.load(p_g + (at + step) * stride_gt + o_k, mask=o_k < tl.where(j + 1 < n, K, 0), other=0.0)
-        b_l += tl.where(o_b[:, None] > j + BONUS, b_g[None, :], 0.0)
-        b_k = load(p_k + at * stride_kt + o_k, o_k < tl.where(j < n, K, 0)).to(tl.float32)
-        b_w = _exp(b_l)
-        if BONUS:
-            b_w = tl.where(o_b[:, None] == j, b_u[None, :], b_w)
-        b_s = tl.where(o_b[None, :] == j, tl.sum(b_qs * b_k[None, :] * b_w, 1)[:, None], b_s)
+        b_w *= tl.where(o_b[:, None] > j + BONUS, _exp(b_g)[None, :], 1.0)
+        b_k = tl.load(p_k + at * stride_kt + o_k, mask=o_k < tl.where(j < n, K, 0), other=0.0).to(tl.float32)
+        b_x = b_qs * b_k[None, :]
+        b_x *= tl.where(o_b[:, None] == j, b_u[None, :], b_w) if BONUS else b_w
+        b_s = tl.where(o_b[None, :] == j, tl.sum(b_x, 1)[:, None], b_s)
     store(p_s + i_x * BLOCK, b_s, m_q[:, None])
 
 
@@ -683,21 +682,21 @@ def linear_attention_channel_gradients_kernel(
 
     # Pairs inside the block, key by key, as in the scores.
     o_k = i_k + tl.arange(0, BK)
-    b_l = tl.zeros([BLOCK, BK], dtype=tl.float32)
+    b_w = tl.full([BLOCK, BK], 1.0, dtype=tl.float32)
     for i in range(0, BLOCK):
         j = BLOCK - 1 - i
         at = tl.cast(first + j, tl.int64) * step
         b_g = tl.load(p_g + (at + step) * stride_gt + o_k, mask=o_k < tl.where(j + 1 < n, K, 0), other=0.0)
-        b_l += tl.where(o_b[:, None] > j + BONUS, b_g[None, :], 0.0)
-        b_key = load(p_k + at * stride_kt + o_k, o_k < tl.where(j < n, K, 0)).to(tl.float32)
+        b_w *= tl.where(o_b[:, None] > j + BONUS, _exp(b_g)[None, :], 1.0)
+        b_key = tl.load(p_k + at * stride_kt + o_k, mask=o_k < tl.where(j < n, K, 0), other=0.0).to(tl.float32)
         b_ds = tl.load(dscores + o_row * C + (i_x * BLOCK + j), mask=m_t & (o_b >= j + BONUS), other=0.0)
-        b_w = b_ds[:, None] * _exp(b_l)
-        b_dq += b_w * b_key[None, :]
-        b_w *= b_q
-        b_dk += tl.where(o_b[:, None] == j, tl.sum(b_w, 0)[None, :], 0.0)
+        b_x = b_ds[:, None] * b_w
+        b_dq += b_x * b_key[None, :]
+        b_x *= b_q
+        b_dk += tl.where(o_b[:, None] == j, tl.sum(b_x, 0)[None, :], 0.0)
         if ddecay is not None:
-            b_w = tl.cumsum(b_w * b_key[None, :], 0, reverse=True)
-            b_from += tl.where(o_b[:, None] > j + BONUS, b_w, 0.0)
+            b_x = tl.cumsum(b_x * b_key[None, :], 0, reverse=True)
+            b_from += tl.where(o_b[:, None] > j + BONUS, b_x, 0.0)
 
     store_tile(dq, o_row * K, i_k, m_t, K, BK, b_dq)
     store_tile(dk, o_row * K, i_k, m_t, K, BK, b_dk)
