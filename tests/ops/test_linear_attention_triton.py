@@ -139,12 +139,12 @@ def test_offsets_pass_32_bits(axis):
         return torch.empty_strided(shape, stride, dtype=FP16).copy_(x)
 
     q, k, v, dout = (torch.randn(shape, dtype=FP16) for _ in range(4))
-    g = -torch.rand(shape[:3])
+    g, state = -torch.rand(shape[:3]), torch.randn(shape[0], shape[2], 16, 16)
     options = 0.25, False, False
     fwd, bwd = torch.ops.pykernels.linear_attention_fwd_triton, torch.ops.pykernels.linear_attention_bwd_triton
 
     def results(q, k, v, dout):
-        out, final, *kept = fwd(q, k, v, g, None, None, None, *options, True)
+        out, final, *kept = fwd(q, k, v, g, None, state, None, *options, True)
         return out, final, *bwd(dout, final, q, k, v, g, None, None, out, *kept, *options, True)
 
     for x, y in zip(results(*map(far, (q, k, v, dout))), results(q, k, v, dout), strict=True):

@@ -288,7 +288,7 @@ def linear_attention_walk_kernel(
             if COLUMN:
                 b_z += load(p_edge + o_z, m_z & _below(o_z, size, i_before == 0))
         if states is not None:
-            inside = (i_before > 0) | EDGE_KEPT
+            inside = length > 0 if EDGE_KEPT else i_before > 0
             b_h += load(p_state + o_h, m_h & _below(o_h, size, inside))
             if COLUMN:
                 b_z += load(p_state + o_z, m_z & _below(o_z, size, inside))
@@ -310,7 +310,7 @@ def linear_attention_walk_kernel(
         b_b = load_tile(p_b, o_t * stride_bt, 0, m_t, A, BA, True)  # [C, BA]
         b_c = load_tile(p_c, o_t * stride_ct, i_v, m_t, V, BV, True)  # [C, BV]
 
-        # The factor of each query, and of rows x and y: one of them are queries.
+        # Factors of the queries, then of rows x and y, of which one are the queries.
         b_q = tl.full([C], 1.0, dtype=tl.float32)
         if GRADIENT and NORMALIZE:
             b_q = 1.0 / tl.load(denominator + o_row, mask=m_t, other=1.0)
@@ -340,7 +340,7 @@ def linear_attention_walk_kernel(
                         b_s = load(scores + (o_row * C)[None, :] + o_c[:, None], m_t[None, :])
                     else:
                         b_s = load(scores + (o_row * C)[:, None] + o_c[None, :], m_t[:, None])
-                    b_q2 = b_q
+                    b_r = b_q
                 else:
                     b_s = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)  # [x, y]
                     if TRANSPOSED and NORMALIZE:
@@ -351,9 +351,9 @@ def linear_attention_walk_kernel(
                         b_u = load(bonus + i_h * A + o_a, o_a < A)
                         b_self = tl.sum(b_a.to(tl.float32) * b_u[None, :] * b_b.to(tl.float32), 1)
                         b_s = tl.where(b_d == 0, b_self[:, None], b_s)
-                    b_q2 = b_q * scale
+                    b_r = b_q * scale
                 m_s = b_d >= (BONUS if TRANSPOSED else 0)  # a bonus on the diagonal is in the scores, or added below
-                b_s = tl.where(m_s, b_s * (b_q2[None, :] if DESCENDING else b_q2[:, None]), 0.0)
+                b_s = tl.where(m_s, b_s * (b_r[None, :] if DESCENDING else b_r[:, None]), 0.0)
                 b_o = tl.dot(b_s.to(b_c.dtype), b_c, input_precision=PRECISION)  # [C, BV]
             if CHANNEL_IN:
                 b_ax = b_a.to(tl.float32) * b_x
@@ -381,24 +381,24 @@ def linear_attention_walk_kernel(
                 b_u = load(bonus + i_h * V + o_v, o_v < V)
                 b_o += b_dp * b_u[None, :]
             if d is not None:
-                b_d2 = load_tile(p_d, o_t * stride_dt, i_v, m_t, V, BV, True).to(tl.float32)
+                b_w = load_tile(p_d, o_t * stride_dt, i_v, m_t, V, BV, True).to(tl.float32)
                 if dbonus is not None:
-                    b_du += tl.sum(b_dp * b_d2, 0)
+                    b_du += tl.sum(b_dp * b_w, 0)
                 if ddecay is not None:
                     i_chunk = slot * tl.cdiv(tl.minimum(T, SEGMENT), C) + i_c
                     p_chunk = chunk_states + (i_chunk * H + i_h) * size
-                    b_d2 *= b_p
+                    b_w *= b_p
                     if KIND == CHANNEL:
                         p_dg = ddecay + (o_row * V)[:, None] + o_v[None, :]
                         stride_dg = step * H * V
                         m_row = m_t[:, None] & (o_v < V)[None, :]
-                        o_c2 = o_c[:, None]
+                        o_i = o_c[:, None]
                     else:
-                        b_d2 = tl.sum(b_d2, 1)
+                        b_w = tl.sum(b_w, 1)
                         p_dg = ddecay + tl.program_id(1) * rows + o_row
                         stride_dg = step * H
                         m_row = m_t
-                        o_c2 = o_c
+                        o_i = o_c
                     if DESCENDING:
                         # Keys before each token, and what crosses the chunk.
                         b_cross = tl.sum(load(p_chunk + o_h, m_h) * b_h, 0)
@@ -406,11 +406,11 @@ def linear_attention_walk_kernel(
                             b_cross += load(p_chunk + o_z, m_z) * b_z
                         b_cross *= _exp(_total_logs(p_g, stride_g, g, first, n, i_d, DECAYS, BD, C, KIND))
                         b_cross = b_cross[None, :] if KIND == CHANNEL else tl.sum(b_cross, 0)
-                        _add(p_dg + stride_dg, tl.cumsum(b_d2, 0) + b_cross, m_row & (o_c2 + 1 < n))
-                        _add(p_dg, b_cross, m_row & (o_c2 == 0))
+                        _add(p_dg + stride_dg, tl.cumsum(b_w, 0) + b_cross, m_row & (o_i + 1 < n))
+                        _add(p_dg, b_cross, m_row & (o_i == 0))
                     else:
                         # Queries from each token on, with a bonus after it.
-                        _add(p_dg - BONUS * stride_dg, tl.cumsum(b_d2, 0, reverse=True), m_row & (o_c2 >= BONUS))
+                        _add(p_dg - BONUS * stride_dg, tl.cumsum(b_w, 0, reverse=True), m_row & (o_i >= BONUS))
                         tl.store(p_chunk + o_h, b_h, mask=m_h)
                         if NORMALIZE:
                             tl.store(p_chunk + o_z, b_z, mask=m_z)
@@ -437,8 +437,8 @@ def linear_attention_walk_kernel(
             b_cy = b_c.to(tl.float32) * (b_y if KIND == CHANNEL else b_y[:, None])
             b_h = tl.dot(tl.trans(b_b), b_cy.to(b_c.dtype), b_h, input_precision=PRECISION)
             if COLUMN:
-                b_r = (b_cy if TRANSPOSED else b_b.to(tl.float32) * b_y[:, None])
-                b_z += tl.sum(b_r * b_e[:, None] if DESCENDING else b_r, 0)
+                b_w = b_cy if TRANSPOSED else b_b.to(tl.float32) * b_y[:, None]
+                b_z += tl.sum(b_w * b_e[:, None] if DESCENDING else b_w, 0)
 
     if RESULT:
         if dbonus is not None:
