@@ -430,8 +430,8 @@ PYKERNELS_INLINE E bonus_score(const T* q, const T* k, const A* bonus, int key_d
 
 // ---- heads of sequences --------------------------------------------------------------------------------------------
 
-// What both passes keep of a head: its rows, its decay, and of the state (backward: of its gradient) the part that comes
-// from the segment at hand, with the factor on what comes from outside it.
+// What both passes keep of a head: its rows, its decay, and of the state (backward: of its gradient) the part that
+// comes from the segment at hand, with the factor on what comes from outside it.
 template <class T, class A, bool Channel>
 struct Chain {
   A* local;  // [kp, vp]
@@ -489,8 +489,8 @@ struct Chain {
   }
 };
 
-// How the work is cut, and the states between segments. Forward walks over segments in time order and carries the state,
-// backward (Engine::kBackward) from the last to the first, with the gradient of the state.
+// How the work is cut, and the states between segments. Forward walks over segments in time order and carries the
+// state, backward (Engine::kBackward) from the last to the first, with the gradient of the state.
 struct Plan {
   const LinearAttentionParams& p;
   const Parallel& parallel;
@@ -513,8 +513,8 @@ struct Plan {
       __builtin_memset(to, 0, sizeof(A) * size);
   }
 
-  // One segment of a chain after the other. `edge`: the states that walks begin with (null: zero), `end`: where they end
-  // up. outputs(engine, slots, first, last, states) runs tokens [first, last) of a group's heads, given their states.
+  // One segment of a chain after the other. `edge`: the states that walks begin with (null: zero), `end`: where they
+  // end up. outputs(engine, slots, first, last, states) runs tokens [first, last) of a group's heads, given their states.
   template <class Engine, class Params, class A, class Outputs>
   void in_turn(const Params& params, const A* edge, A* end, Outputs&& outputs) const {
     const int group = heads_together(p, parallel.threads);
