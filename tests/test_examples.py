@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from pykernels.nn import Attention
+from pykernels.nn import Attention, LinearAttention, MultiScaleRetention
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 SMALL = ["--dim", "64", "--layers", "2", "--context", "64", "--batch", "16", "--device", "cpu"]
@@ -33,6 +33,34 @@ def test_language_model_learns_and_decodes(train_lm: ModuleType, dtype: str, cap
     assert 2.5 < entropy < 4.0
     assert 0.5 < loss < entropy - 0.2
     assert "def parse(self, text):" in out
+
+
+@pytest.mark.parametrize("mixer", ["linear_attention", "retention"])
+def test_recurrent_mixers_learn_and_decode(train_lm: ModuleType, mixer: str, capsys: pytest.CaptureFixture) -> None:
+    assert train_lm.main([*SMALL, "--steps", "60", "--mixer", mixer]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{mixer} model")
+    losses = [float(loss) for loss in re.findall(r"^step .* loss ([\d.]+)", out, re.MULTILINE)]
+    loss, entropy = map(float, re.search(r"held-out loss ([\d.]+) .*unigram entropy ([\d.]+)", out).groups())
+    assert losses[-1] < losses[0] - 0.5
+    assert 0.5 < loss < entropy - 0.1
+    # The sample comes from steps through the states, and agrees with one call on all of it.
+    assert float(re.search(r"token by token \(([\d.e+-]+) from one call", out)[1]) < 1e-4
+
+
+@pytest.mark.parametrize("mixer", ["linear_attention", "retention"])
+def test_a_recurrent_state_that_is_not_carried_on_is_a_failure(train_lm: ModuleType, mixer: str,
+                                                              monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture) -> None:
+    layer = {"linear_attention": LinearAttention, "retention": MultiScaleRetention}[mixer]
+    forward = layer.forward
+
+    def forgetful(self, x, state=None, **options):
+        return forward(self, x, None if state is None else self.init_state(x.shape[0], x.shape[1]), **options)
+
+    monkeypatch.setattr(layer, "forward", forgetful)
+    assert train_lm.main([*SMALL, "--steps", "2", "--mixer", mixer]) == 1
+    assert "FAILED: decoding token by token differs" in capsys.readouterr().err
 
 
 def test_wrong_decoding_is_a_failure(train_lm: ModuleType, monkeypatch: pytest.MonkeyPatch,

@@ -18,6 +18,8 @@ class Backward {
   static constexpr int lanes = kLanes<A>;
 
  public:
+  static constexpr bool kBackward = true;
+
   Backward(const LinearAttentionBackwardParams& params, Scratch& scratch, int group)
       : heads(group), b(params), p(params.forward), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())) {
     kp = padded(key_dim), vp = padded(value_dim);
@@ -27,13 +29,7 @@ class Backward {
     const int64_t chunks = (least<int64_t>(kSegment, p.tokens) + kChunk - 1) / kChunk;
     for (int i = 0; i < heads; ++i) {
       head[i].states = scratch.take<A>(chunks * square);
-      head[i].local = scratch.take<A>(square);
-      head[i].since = scratch.take<A>(kp);
-      // Only a decay per head leaves something in the factors from one chunk to the next.
-      if (i == 0 || p.decay_kind == DecayKind::kHead)
-        head[i].factors.allocate(scratch, kp, p.bonus != nullptr);
-      else
-        head[i].factors = head[0].factors;
+      head[i].allocate(p, scratch, kp, vp, head[0]);
     }
     dstate = scratch.take<A>(square);
     panel = packed_panel<C>(kd + kChunk);
@@ -70,10 +66,7 @@ class Backward {
   // Head `index` of the group becomes head `of` of a sequence.
   void begin(int index, const Sequence& s, int64_t of) {
     Head& h = head[index];
-    const int64_t of_k = of / (p.heads / p.heads_k);
-    h.q = rows_of<const T>(p, p.q, p.q_stride, s, of_k);
-    h.k = rows_of<const T>(p, p.k, p.k_stride, s, of_k);
-    h.v = rows_of<const T>(p, p.v, p.v_stride, s, of);
+    h.begin(p, s, of);
     h.dout = rows_of<const T>(p, b.dout, b.dout_stride, s, of);
     if (p.normalize) {
       h.out = rows_of<const T>(p, p.out, p.out_stride, s, of);
@@ -89,13 +82,6 @@ class Backward {
     }
     h.dv = rows_of<T>(p, b.dv, contiguous_strides(p, p.value_dim), s, of);
     if (b.ddecay) h.ddecay = rows_of<A>(p, b.ddecay, contiguous_strides(p, Channel ? key_dim : 1), s, of);
-    h.bonus = p.bonus ? static_cast<const A*>(p.bonus) + of * key_dim : nullptr;
-    if (p.decay_kind == DecayKind::kNone)
-      h.factors.prepare_constant(nullptr);
-    else if (p.decay_kind == DecayKind::kHead)
-      h.factors.prepare_constant(static_cast<const A*>(p.decay) + of * p.decay_stride.head);
-    else
-      h.decay = rows_of<const A>(p, p.decay, p.decay_stride, s, of);
   }
 
   // Tokens [first, last) of all heads of the group, chunk by chunk, with the state before them (null: zero) and the gradient of
@@ -104,8 +90,7 @@ class Backward {
   // there is a bonus.
   void segment(int64_t first, int64_t last, const A* const* before, const A* const* after, A* const* dbonus, bool outputs) {
     for (int i = 0; i < heads; ++i) {
-      fill<A>(head[i].local, int64_t{kp} * vp, 0);
-      fill<A>(head[i].since, kp, 1);
+      head[i].clear(kp, vp);
       if (dbonus[i]) fill<A>(dbonus[i], key_dim, 0);
     }
     if (outputs) recompute(first, last, before);
@@ -116,6 +101,12 @@ class Backward {
         chunk(head[i], t, n, before[i] || c > 0 ? head[i].states + c * kp * vp : nullptr, after[i], after[i] || t + n < last,
               dbonus[i], outputs);
     }
+  }
+
+  void own_part(int64_t first, int64_t last) {
+    const A* const nothing = nullptr;
+    A* const no_bonus = nullptr;
+    segment(first, last, &nothing, &nothing, &no_bonus, false);
   }
 
   // before = since * after + local: gradients of states.
@@ -129,27 +120,13 @@ class Backward {
   const int heads;  // of the group
 
  private:
-  struct Head {
+  struct Head : Chain<T, A, Channel> {
     A* states;  // before each chunk of the segment, [kp, vp] each
-    A* local;
-    A* since;
-    Factors<A, Channel> factors;
-    Rows<const T> q, k, v, dout, out{};
-    Rows<const A> denominator{}, decay{};
+    Rows<const T> dout, out{};
+    Rows<const A> denominator{};
     Rows<T> dq{}, dk{}, dv;
     Rows<A> dq_wide{}, dk_wide{}, ddecay{};
-    const A* bonus;
   };
-
-  Rows<const T> values(const Head& h, int64_t t, int n) {
-    const Rows<const T> vs = h.v.from(t);
-    if (!p.normalize) return vs;
-    for (int i = 0; i < n; ++i) {
-      __builtin_memcpy(ones + i * value_dim, vs[i], sizeof(T) * (value_dim - 1));
-      ones[i * value_dim + value_dim - 1] = one<T>();
-    }
-    return {ones, value_dim};
-  }
 
   // Gradients of out before its division, without the factor 1 / denominator, which joins row_scale: dout and -dout . out.
   Rows<const T> gradients(const Head& h, int64_t t, int n) {
@@ -165,17 +142,10 @@ class Backward {
         sum = sum + load_upto(ds[i] + c, columns - c) * load_upto(h.out[t + i] + c, columns - c);
       T* const to = extended + i * value_dim;
       __builtin_memcpy(to, ds[i], sizeof(T) * columns);
-      if constexpr (sizeof(T) == sizeof(A))
-        to[columns] = -reduce_add<A>(sum);
-      else
-        to[columns] = from_float<T>(-reduce_add<A>(sum));
+      to[columns] = element<T>(-reduce_add<A>(sum));
       row_scale[i] = static_cast<A>(p.scale) / *h.denominator[t + i];
     }
     return {extended, value_dim};
-  }
-
-  void prepare(Head& h, int64_t t, int n) {
-    h.factors.prepare(h.decay.data ? h.decay.from(t) : h.decay, key_dim, n, row_scale);
   }
 
   // The states before each chunk; `before` is the first's.
@@ -190,10 +160,10 @@ class Backward {
         Head& h = head[i];
         const A* const s = h.states + (t - first) / kChunk * kp * vp;
         A* const next = h.states + ((t - first) / kChunk + 1) * kp * vp;
-        prepare(h, t, kChunk);
+        h.prepare(t, key_dim, kChunk, row_scale);
         for (int row = 0; row < key_dim; ++row)
           for (int c = 0; c < vp; c += lanes) store(next + row * vp + c, load(s + row * vp + c) * h.factors.total[row]);
-        const Rows<const T> vs = values(h, t, kChunk);
+        const Rows<const T> vs = h.values(t, kChunk, value_dim, ones);
         pack_rows<C>(packed, panel, vs.data, vs.stride, kChunk, value_dim);
         scale_rows<C>(scaled_k, kp, h.k.from(t), kChunk, key_dim, [&](int j, int c) { return h.factors.key_at(j, c); });
         copy_columns<C>(transposed, kChunk, scaled_k, kp, key_dim, kChunk);
@@ -205,8 +175,9 @@ class Backward {
   void chunk(Head& h, int64_t t, int n, const A* before, const A* after, bool later, A* dbonus, bool outputs) {
     const Factors<A, Channel>& factors = h.factors;
     A* const local = h.local;
-    const Rows<const T> qs = h.q.from(t), ks = h.k.from(t), vs = values(h, t, n), ds = gradients(h, t, n);
-    prepare(h, t, n);
+    const Rows<const T> qs = h.q.from(t), ks = h.k.from(t);
+    const Rows<const T> vs = h.values(t, n, value_dim, ones), ds = gradients(h, t, n);
+    h.prepare(t, key_dim, n, row_scale);
     scale_rows<C>(scaled_q, kp, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
     pack_rows_at<C>(packed, panel, kd, ds.data, ds.stride, n, value_dim);
     if (outputs) {
@@ -236,17 +207,7 @@ class Backward {
       matmul<C>(count, columns, value_dim, left, {tokens, packed_panel<C>(value_dim)}, {dscores + r * kChunk, kChunk}, false);
     }
     if constexpr (Channel) {
-      leaf_scores(factors, qs, ks, key_dim, n, scores);
-      for (int size = kLeaf; size < n; size *= 2) {
-        level_factors(factors, size, n, side);
-        level_rows<C>(operand, kp, side, kp, qs, ks, key_dim, size, n);
-        for (int first = 0; first + size < n; first += 2 * size) {
-          const int middle = first + size;
-          pack_columns<C>(tokens, packed_panel<C>(key_dim), operand + first * kp, kp, key_dim, size);
-          matmul<C>(least(size, n - middle), size, key_dim, {operand + middle * kp, kp}, {tokens, packed_panel<C>(key_dim)},
-                    {scores + middle * kChunk + first, kChunk}, false);
-        }
-      }
+      channel_scores<C>(factors, qs, ks, key_dim, n, operand, tokens, side, scores);
     } else {
       pack_columns<C>(tokens, packed_panel<C>(key_dim), ks.data, ks.stride, key_dim, n);
       for (int r = 0; r < n; r += kRows) {
@@ -275,18 +236,7 @@ class Backward {
       }
       // Products whose depth is padded read these; what they multiply is zero, so they must not be NaN.
       for (int c = end; c < kChunk; c += lanes) store_element(dweighted + i * kChunk + c, Vec<A>{});
-      if (bonus) {
-        Vec<A> sum{};
-        for (int c = 0; c < key_dim; c += lanes) {
-          const int left = key_dim - c;
-          sum = sum + load_upto(qs[i] + c, left) * load_upto(bonus + c, left) * load_upto(ks[i] + c, left);
-        }
-        const A x = reduce_add<A>(sum) * row_scale[i];
-        if constexpr (sizeof(E) == sizeof(A))
-          weighted[i * kChunk + i] = x;
-        else
-          weighted[i * kChunk + i] = from_float<E>(x);
-      }
+      if (bonus) weighted[i * kChunk + i] = bonus_score<E>(qs[i], ks[i], bonus, key_dim, row_scale[i]);
     }
     copy_columns<C>(weighted_t, kChunk, weighted, kChunk, n, n);
     copy_columns<C>(dweighted_t, kChunk, dweighted, kChunk, n, n);
@@ -588,106 +538,23 @@ void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
   clear_rest<T, A>(b);
   if (dbonus) __builtin_memset(dbonus, 0, sizeof(A) * p.tiles() * p.heads * p.key_dim);  // tiles may have no segment
 
-  int64_t most_segments = 0;
-  for (int64_t s = 0; s < p.state_count(); ++s) most_segments = most(most_segments, sequence(p, s).segments());
-  const int64_t chains = p.state_count() * p.heads;
-  const bool split = chains < parallel.threads && most_segments > 1;
-  const auto slot = [&](int64_t tile, int64_t head) { return tile * p.heads + head; };
-  const auto dbonus_at = [&](int64_t at) { return dbonus ? dbonus + at * p.key_dim : nullptr; };
-
-  const auto copy_or_clear = [&](A* to, const A* from) {
-    if (from)
-      __builtin_memcpy(to, from, sizeof(A) * size);
-    else
-      __builtin_memset(to, 0, sizeof(A) * size);
+  const Plan plan(p, parallel);
+  using Engine = Backward<T, C, Channel>;
+  const auto segment = [&](Engine& backward, const int64_t* slots, int64_t first, int64_t last, const A* const* after) {
+    const A* before[kHeads];
+    A* of_bonus[kHeads];
+    for (int g = 0; g < backward.heads; ++g) {
+      before[g] = checkpoints + slots[g] * size;
+      of_bonus[g] = dbonus ? dbonus + slots[g] * p.key_dim : nullptr;
+    }
+    backward.segment(first, last, before, after, of_bonus, true);
   };
-
-  if (!split) {
-    const int group = heads_together(p, parallel.threads);
-    run_tasks(parallel, chains / group, [&](TaskQueue& queue) {
-      const Tiles tiles;
-      Scratch scratch;
-      Backward<T, C, Channel> backward(b, scratch, group);
-      for (int64_t task; (task = queue.next()) >= 0;) {
-        const int64_t first = task * group;  // of the chains
-        const Sequence s = sequence(p, first / p.heads);
-        const A* before[kHeads];
-        const A* after[kHeads];
-        A* of_bonus[kHeads];
-        for (int g = 0; g < group; ++g) {
-          after[g] = dfinal ? dfinal + (first + g) * size : nullptr;
-          backward.begin(g, s, first % p.heads + g);
-        }
-        for (int64_t i = s.segments() - 1; i >= 0; --i) {
-          for (int g = 0; g < group; ++g) {
-            const int64_t at = slot(s.tile + i, first % p.heads + g);
-            before[g] = checkpoints + at * size;
-            of_bonus[g] = dbonus_at(at);
-          }
-          backward.segment(i * kSegment, least((i + 1) * kSegment, s.length), before, after, of_bonus, true);
-          for (int g = 0; g < group; ++g) {
-            A* const gradient = dinitial + (first + g) * size;
-            backward.finish(g, gradient, after[g]);  // in place from the second segment on: row by row
-            after[g] = gradient;
-          }
-        }
-        if (s.segments() == 0)
-          for (int g = 0; g < group; ++g) copy_or_clear(dinitial + (first + g) * size, after[g]);
-      }
-    });
-    return;
-  }
-
-  // Side by side: every segment's own part of the gradient of the state before it, then the gradients between them.
-  Scratch shared;
-  A* const locals = shared.take<A>(p.tiles() * p.heads * size);
-  A* const since = shared.take<A>(p.tiles() * p.heads * p.key_dim);
-  A* const afters = shared.take<A>(p.tiles() * p.heads * size);
-  for (const bool outputs : {false, true}) {
-    run_tasks(parallel, chains * most_segments, [&](TaskQueue& queue) {
-      const Tiles tiles;
-      Scratch scratch;
-      Backward<T, C, Channel> backward(b, scratch, 1);
-      for (int64_t task; (task = queue.next()) >= 0;) {
-        const int64_t chain = task / most_segments, i = task % most_segments, head = chain % p.heads;
-        const Sequence s = sequence(p, chain / p.heads);
-        if (i >= s.segments()) continue;
-        backward.begin(0, s, head);
-        const int64_t at = slot(s.tile + i, head), last = least((i + 1) * kSegment, s.length);
-        if (outputs) {
-          const A* const before = checkpoints + at * size;
-          const A* const after = i + 1 < s.segments() || dfinal ? afters + at * size : nullptr;
-          A* const of_bonus = dbonus_at(at);
-          backward.segment(i * kSegment, last, &before, &after, &of_bonus, true);
-        } else {
-          const A* const nothing = nullptr;
-          A* const no_bonus = nullptr;
-          backward.segment(i * kSegment, last, &nothing, &nothing, &no_bonus, false);
-          backward.finish(0, locals + at * size, nullptr);
-          __builtin_memcpy(since + at * p.key_dim, backward.since(0), sizeof(A) * p.key_dim);
-        }
-      }
-    });
-    if (outputs) break;
-    run_tasks(parallel, chains, [&](TaskQueue& queue) {
-      const int64_t columns = p.value_dim_state();
-      for (int64_t task; (task = queue.next()) >= 0;) {
-        const Sequence s = sequence(p, task / p.heads);
-        const int64_t head = task % p.heads;
-        const A* after = dfinal ? dfinal + task * size : nullptr;
-        for (int64_t i = s.segments(); i >= 0; --i) {
-          A* const to = i > 0 ? afters + slot(s.tile + i - 1, head) * size : dinitial + task * size;
-          if (i == s.segments()) {
-            copy_or_clear(to, after);
-          } else {
-            const int64_t at = slot(s.tile + i, head);
-            combine_state(to, columns, since + at * p.key_dim, after, columns, locals + at * size, columns,
-                          static_cast<int>(p.key_dim), static_cast<int>(columns));
-          }
-          if (i < s.segments() || after) after = to;
-        }
-      }
-    });
+  if (plan.split()) {
+    Scratch shared;
+    A* const afters = shared.take<A>(p.tiles() * p.heads * size);
+    plan.side_by_side<Engine>(b, dfinal, afters, dinitial, segment);
+  } else {
+    plan.in_turn<Engine>(b, dfinal, dinitial, segment);
   }
 }
 
@@ -703,16 +570,7 @@ void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
 }  // namespace linear
 
 void linear_attention_bwd(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
-  switch (b.forward.dtype) {
-    case DType::kFloat32:
-      return linear::run<float>(b, parallel);
-    case DType::kBFloat16:
-      return linear::run<BFloat16>(b, parallel);
-    case DType::kFloat16:
-      return linear::run<Float16>(b, parallel);
-    case DType::kFloat64:
-      return linear::run<double>(b, parallel);
-  }
+  linear::with_type(b.forward.dtype, [&](auto x) { linear::run<decltype(x)>(b, parallel); });
 }
 
 }  // namespace pykernels::cpu::PYKERNELS_ISA

@@ -110,12 +110,13 @@ PYKERNELS_INLINE A exp_decay_scalar(A x) {
   return exp_decay<A>(splat<A>(x))[0];
 }
 
-template <class T>
-PYKERNELS_INLINE T one() {
-  if constexpr (sizeof(T) == 2)
-    return from_float<T>(1.0f);
+// x, rounded to T.
+template <class T, class A>
+PYKERNELS_INLINE T element(A x) {
+  if constexpr (sizeof(T) == sizeof(A))
+    return x;
   else
-    return T(1);
+    return from_float<T>(x);
 }
 
 template <class A>
@@ -394,6 +395,228 @@ void leaf_scores(const Factors<A, true>& f, Rows<T> q, Rows<T> k, int key_dim, i
         store(to + j, row);
       }
     }
+  }
+}
+
+// Scores of a chunk with channel decay, weights included. Room: `rows` [kChunk, kp] and `keys`, packed [kp, kChunk], of
+// operands, `side` [kChunk, kp].
+template <class C, class T>
+void channel_scores(const Factors<typename C::Acc, true>& f, Rows<T> q, Rows<T> k, int key_dim, int n,
+                    typename C::Elem* rows, typename C::Elem* keys, typename C::Acc* side, typename C::Acc* scores) {
+  const int kp = f.width;
+  leaf_scores(f, q, k, key_dim, n, scores);
+  for (int size = kLeaf; size < n; size *= 2) {
+    level_factors(f, size, n, side);
+    level_rows<C>(rows, kp, side, kp, q, k, key_dim, size, n);
+    for (int first = 0; first + size < n; first += 2 * size) {
+      const int middle = first + size;
+      pack_columns<C>(keys, packed_panel<C>(key_dim), rows + first * kp, kp, key_dim, size);
+      matmul<C>(least(size, n - middle), size, key_dim, {rows + middle * kp, kp}, {keys, packed_panel<C>(key_dim)},
+                {scores + middle * kChunk + first, kChunk}, false);
+    }
+  }
+}
+
+// The score of a token with itself under a bonus: scale * q . (bonus k).
+template <class E, class A, class T>
+PYKERNELS_INLINE E bonus_score(const T* q, const T* k, const A* bonus, int key_dim, A scale) {
+  Vec<A> sum{};
+  for (int c = 0; c < key_dim; c += kLanes<A>) {
+    const int left = key_dim - c;
+    sum = sum + load_upto(q + c, left) * load_upto(bonus + c, left) * load_upto(k + c, left);
+  }
+  return element<E>(reduce_add<A>(sum) * scale);
+}
+
+// ---- heads of sequences --------------------------------------------------------------------------------------------
+
+// What both passes keep of a head: its rows, its decay, and of the state (backward: of its gradient) the part that
+// comes from the segment at hand, with the factor on what comes from outside it.
+template <class T, class A, bool Channel>
+struct Chain {
+  A* local;  // [kp, vp]
+  A* since;  // [kp]
+  Factors<A, Channel> factors;
+  Rows<const T> q, k, v;
+  Rows<const A> decay{};
+  const A* bonus;
+
+  // `first`: of the group's chains.
+  void allocate(const LinearAttentionParams& p, Scratch& scratch, int kp, int vp, const Chain& first) {
+    local = scratch.take<A>(int64_t{kp} * vp);
+    since = scratch.take<A>(kp);
+    // Only a decay per head leaves something in the factors from one chunk to the next.
+    if (this == &first || p.decay_kind == DecayKind::kHead)
+      factors.allocate(scratch, kp, p.bonus != nullptr);
+    else
+      factors = first.factors;
+  }
+
+  // Becomes head `of` of a sequence.
+  void begin(const LinearAttentionParams& p, const Sequence& s, int64_t of) {
+    const int64_t of_k = of / (p.heads / p.heads_k);
+    q = rows_of<const T>(p, p.q, p.q_stride, s, of_k);
+    k = rows_of<const T>(p, p.k, p.k_stride, s, of_k);
+    v = rows_of<const T>(p, p.v, p.v_stride, s, of);
+    bonus = p.bonus ? static_cast<const A*>(p.bonus) + of * p.key_dim : nullptr;
+    if (p.decay_kind == DecayKind::kNone)
+      factors.prepare_constant(nullptr);
+    else if (p.decay_kind == DecayKind::kHead)
+      factors.prepare_constant(static_cast<const A*>(p.decay) + of * p.decay_stride.head);
+    else
+      decay = rows_of<const A>(p, p.decay, p.decay_stride, s, of);
+  }
+
+  void clear(int kp, int vp) {
+    fill<A>(local, int64_t{kp} * vp, 0);
+    fill<A>(since, kp, 1);
+  }
+
+  // The factors of n tokens from t on.
+  void prepare(int64_t t, int key_dim, int n, const A* row_scale) {
+    factors.prepare(decay.data ? decay.from(t) : decay, key_dim, n, row_scale);
+  }
+
+  // Values of n tokens from t on; with `ones` [kChunk, value_dim], copied there with a last column of ones.
+  Rows<const T> values(int64_t t, int n, int value_dim, T* ones) const {
+    const Rows<const T> rows = v.from(t);
+    if (!ones) return rows;
+    for (int i = 0; i < n; ++i) {
+      __builtin_memcpy(ones + i * value_dim, rows[i], sizeof(T) * (value_dim - 1));
+      ones[i * value_dim + value_dim - 1] = element<T>(A(1));
+    }
+    return {ones, value_dim};
+  }
+};
+
+// How the work is cut, and the states between segments. Forward walks over segments in time order and carries the
+// state, backward (Engine::kBackward) from the last to the first, with the gradient of the state.
+struct Plan {
+  const LinearAttentionParams& p;
+  const Parallel& parallel;
+  int64_t size, chains, most_segments = 0;
+
+  Plan(const LinearAttentionParams& params, const Parallel& run)
+      : p(params), parallel(run), size(p.key_dim * p.value_dim_state()), chains(p.state_count() * p.heads) {
+    for (int64_t s = 0; s < p.state_count(); ++s) most_segments = most(most_segments, sequence(p, s).segments());
+  }
+
+  bool split() const { return chains < parallel.threads && most_segments > 1; }
+  int64_t slot(int64_t tile, int64_t head) const { return tile * p.heads + head; }
+
+  // A state, or zero for null.
+  template <class A>
+  void copy(A* to, const A* from) const {
+    if (from)
+      __builtin_memcpy(to, from, sizeof(A) * size);
+    else
+      __builtin_memset(to, 0, sizeof(A) * size);
+  }
+
+  // One segment of a chain after the other. `edge`: the states that walks begin with (null: zero), `end`: where they
+  // end up. outputs(engine, slots, first, last, states) runs tokens [first, last) of a group's heads, given their states.
+  template <class Engine, class Params, class A, class Outputs>
+  void in_turn(const Params& params, const A* edge, A* end, Outputs&& outputs) const {
+    const int group = heads_together(p, parallel.threads);
+    run_tasks(parallel, chains / group, [&](TaskQueue& queue) {
+      const Tiles tiles;
+      Scratch scratch;
+      Engine engine(params, scratch, group);
+      for (int64_t task; (task = queue.next()) >= 0;) {
+        const int64_t chain = task * group, head = chain % p.heads;
+        const Sequence s = sequence(p, chain / p.heads);
+        const A* state[kHeads];
+        int64_t slots[kHeads];
+        for (int g = 0; g < group; ++g) {
+          state[g] = edge ? edge + (chain + g) * size : nullptr;
+          engine.begin(g, s, head + g);
+        }
+        for (int64_t j = 0; j < s.segments(); ++j) {
+          const int64_t i = Engine::kBackward ? s.segments() - 1 - j : j;
+          for (int g = 0; g < group; ++g) slots[g] = slot(s.tile + i, head + g);
+          outputs(engine, slots, i * kSegment, least((i + 1) * kSegment, s.length), state);
+          for (int g = 0; g < group; ++g) {
+            A* const next = end + (chain + g) * size;
+            engine.finish(g, next, state[g]);  // in place from the second segment on: row by row
+            state[g] = next;
+          }
+        }
+        if (s.segments() == 0)
+          for (int g = 0; g < group; ++g) copy(end + (chain + g) * size, state[g]);
+      }
+    });
+  }
+
+  // Side by side: every segment's own part of the state, then the states between them, into states [tiles, H, K, Ve],
+  // then the outputs. The sums are those of in_turn.
+  template <class Engine, class Params, class A, class Outputs>
+  void side_by_side(const Params& params, const A* edge, A* states, A* end, Outputs&& outputs) const {
+    Scratch shared;
+    A* const locals = shared.take<A>(p.tiles() * p.heads * size);
+    A* const since = shared.take<A>(p.tiles() * p.heads * p.key_dim);
+    for (const bool own : {true, false}) {
+      run_tasks(parallel, chains * most_segments, [&](TaskQueue& queue) {
+        const Tiles tiles;
+        Scratch scratch;
+        Engine engine(params, scratch, 1);
+        for (int64_t task; (task = queue.next()) >= 0;) {
+          const int64_t chain = task / most_segments, i = task % most_segments, head = chain % p.heads;
+          const Sequence s = sequence(p, chain / p.heads);
+          if (i >= s.segments()) continue;
+          engine.begin(0, s, head);
+          const int64_t at = slot(s.tile + i, head), first = i * kSegment, last = least(first + kSegment, s.length);
+          if (own) {
+            engine.own_part(first, last);
+            engine.finish(0, locals + at * size, nullptr);
+            __builtin_memcpy(since + at * p.key_dim, engine.since(0), sizeof(A) * p.key_dim);
+          } else {
+            const bool begins = Engine::kBackward ? i + 1 == s.segments() : i == 0;
+            const A* const state = begins && !edge ? nullptr : states + at * size;
+            outputs(engine, &at, first, last, &state);
+          }
+        }
+      });
+      if (own) between<Engine::kBackward>(edge, states, end, locals, since);
+    }
+  }
+
+ private:
+  template <bool Backward, class A>
+  void between(const A* edge, A* states, A* end, const A* locals, const A* since) const {
+    run_tasks(parallel, chains, [&](TaskQueue& queue) {
+      const int64_t columns = p.value_dim_state();
+      for (int64_t task; (task = queue.next()) >= 0;) {
+        const Sequence s = sequence(p, task / p.heads);
+        const A* state = edge ? edge + task * size : nullptr;
+        int64_t before = 0;  // slot of the segment before, in walking order
+        for (int64_t j = 0; j <= s.segments(); ++j) {
+          const int64_t at = slot(s.tile + (Backward ? s.segments() - 1 - j : j), task % p.heads);
+          A* const to = j < s.segments() ? states + at * size : end + task * size;
+          if (j == 0)
+            copy(to, state);
+          else
+            combine_state(to, columns, since + before * p.key_dim, state, columns, locals + before * size, columns,
+                          static_cast<int>(p.key_dim), static_cast<int>(columns));
+          if (j > 0 || state) state = to;
+          before = at;
+        }
+      }
+    });
+  }
+};
+
+// Calls run(T{}) for the params' type T.
+template <class Run>
+void with_type(DType dtype, Run&& run) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return run(float{});
+    case DType::kBFloat16:
+      return run(BFloat16{});
+    case DType::kFloat16:
+      return run(Float16{});
+    case DType::kFloat64:
+      return run(double{});
   }
 }
 

@@ -14,19 +14,13 @@ class Forward {
   using E = typename C::Elem;
 
  public:
+  static constexpr bool kBackward = false;
+
   Forward(const LinearAttentionParams& params, Scratch& scratch, int group)
       : heads(group), p(params), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())) {
     kp = padded(key_dim), vp = padded(value_dim);
     kd = round_up(key_dim, C::kDepthAlign);
-    for (int i = 0; i < heads; ++i) {
-      head[i].local = scratch.take<A>(kp * vp);
-      head[i].since = scratch.take<A>(kp);
-      // Only a decay per head leaves something in the factors from one chunk to the next.
-      if (i == 0 || p.decay_kind == DecayKind::kHead)
-        head[i].factors.allocate(scratch, kp, p.bonus != nullptr);
-      else
-        head[i].factors = head[0].factors;
-    }
+    for (int i = 0; i < heads; ++i) head[i].allocate(p, scratch, kp, vp, head[0]);
     lda = kp + kChunk;
     a = scratch.take<E>(kChunk * lda);
     panel = packed_panel<C>(kd + kChunk);
@@ -44,32 +38,24 @@ class Forward {
   // Head `index` of the group becomes head `of` of a sequence.
   void begin(int index, const Sequence& s, int64_t of) {
     Head& h = head[index];
-    const int64_t of_k = of / (p.heads / p.heads_k);
-    h.q = rows_of<const T>(p, p.q, p.q_stride, s, of_k);
-    h.k = rows_of<const T>(p, p.k, p.k_stride, s, of_k);
-    h.v = rows_of<const T>(p, p.v, p.v_stride, s, of);
+    h.begin(p, s, of);
     h.o = rows_of<T>(p, p.out, p.out_stride, s, of);
     if (p.normalize) h.denominator = rows_of<A>(p, p.denominator, contiguous_strides(p, 1), s, of);
-    h.bonus = p.bonus ? static_cast<const A*>(p.bonus) + of * key_dim : nullptr;
-    if (p.decay_kind == DecayKind::kNone)
-      h.factors.prepare_constant(nullptr);
-    else if (p.decay_kind == DecayKind::kHead)
-      h.factors.prepare_constant(static_cast<const A*>(p.decay) + of * p.decay_stride.head);
-    else
-      h.decay = rows_of<const A>(p, p.decay, p.decay_stride, s, of);
   }
 
   // Tokens [first, last) of all heads of the group, chunk by chunk: their rows are neighbours in memory. Leaves the part of the
   // state that comes from them in local, and in since what they leave of before [K, value_dim] (null: zero), the state before
   // them. Without `outputs` nothing else.
   void segment(int64_t first, int64_t last, const A* const* before, bool outputs) {
-    for (int i = 0; i < heads; ++i) {
-      fill<A>(head[i].local, int64_t{kp} * vp, 0);
-      fill<A>(head[i].since, kp, 1);
-    }
+    for (int i = 0; i < heads; ++i) head[i].clear(kp, vp);
     for (int64_t t = first; t < last; t += kChunk)
       for (int i = 0; i < heads; ++i)
         chunk(head[i], t, static_cast<int>(least<int64_t>(kChunk, last - t)), before[i], before[i] || t > first, outputs);
+  }
+
+  void own_part(int64_t first, int64_t last) {
+    const A* const nothing = nullptr;
+    segment(first, last, &nothing, false);
   }
 
   // after = since * before + local.
@@ -83,30 +69,17 @@ class Forward {
   const int heads;  // of the group
 
  private:
-  struct Head {
-    A* local;
-    A* since;
-    Factors<A, Channel> factors;
-    Rows<const T> q, k, v;
+  struct Head : Chain<T, A, Channel> {
     Rows<T> o;
     Rows<A> denominator;
-    Rows<const A> decay{};
-    const A* bonus;
   };
 
   void chunk(Head& h, int64_t t, int n, const A* before, bool has_state, bool outputs) {
     Factors<A, Channel>& factors = h.factors;
     A* const local = h.local;
     const Rows<const T> qs = h.q.from(t), ks = h.k.from(t);
-    Rows<const T> vs = h.v.from(t);
-    if (p.normalize) {
-      for (int i = 0; i < n; ++i) {
-        __builtin_memcpy(ones + i * value_dim, vs[i], sizeof(T) * (value_dim - 1));
-        ones[i * value_dim + value_dim - 1] = one<T>();
-      }
-      vs = {ones, value_dim};
-    }
-    factors.prepare(h.decay.data ? h.decay.from(t) : h.decay, key_dim, n, row_scale);
+    const Rows<const T> vs = h.values(t, n, value_dim, ones);
+    h.prepare(t, key_dim, n, row_scale);
     pack_rows_at<C>(b, panel, kd, vs.data, vs.stride, n, value_dim);
 
     if (outputs) {
@@ -116,7 +89,7 @@ class Forward {
         scale_rows<C>(a, lda, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
       }
       if constexpr (Channel)
-        channel_scores(factors, qs, ks, n);
+        channel_scores<C>(factors, qs, ks, key_dim, n, rows, keys, side, scores);
       else
         pack_columns<C>(keys, packed_panel<C>(key_dim), ks.data, ks.stride, key_dim, n);
       for (int r = 0; r < n; r += kRows) {
@@ -140,28 +113,10 @@ class Forward {
     for (int c = 0; c < kp; ++c) h.since[c] *= factors.total[c];
   }
 
-  // Scores of channel decay, weights included.
-  void channel_scores(const Factors<A, Channel>& factors, Rows<const T> qs, Rows<const T> ks, int n) {
-    if constexpr (Channel) {
-      leaf_scores(factors, qs, ks, key_dim, n, scores);
-      for (int size = kLeaf; size < n; size *= 2) {
-        level_factors(factors, size, n, side);
-        level_rows<C>(rows, kp, side, kp, qs, ks, key_dim, size, n);
-        for (int first = 0; first + size < n; first += 2 * size) {
-          const int middle = first + size;
-          pack_columns<C>(keys, packed_panel<C>(key_dim), rows + first * kp, kp, key_dim, size);
-          matmul<C>(least(size, n - middle), size, key_dim, {rows + middle * kp, kp}, {keys, packed_panel<C>(key_dim)},
-                    {scores + middle * kChunk + first, kChunk}, false);
-        }
-      }
-    }
-  }
-
   // a[i][kd + j] = scale * weight * score for rows [r, r + count) and the columns that are multiplied.
   void weigh(const Head& h, Rows<const T> qs, Rows<const T> ks, int r, int count, int columns) {
     constexpr int lanes = kLanes<A>;
     const Factors<A, Channel>& factors = h.factors;
-    const A* const bonus = h.bonus;
     const Vec<A> index = iota<A>();
     const int end = round_up(columns, most(lanes, C::kDepthAlign));
     for (int i = r; i < r + count; ++i) {
@@ -173,18 +128,7 @@ class Forward {
         if (c + lanes - 1 > last) x = index <= static_cast<A>(last - c) ? x : Vec<A>{};
         store_element(to + c, x);
       }
-      if (bonus) {
-        Vec<A> sum{};
-        for (int c = 0; c < key_dim; c += lanes) {
-          const int left = key_dim - c;
-          sum = sum + load_upto(qs[i] + c, left) * load_upto(bonus + c, left) * load_upto(ks[i] + c, left);
-        }
-        const A x = reduce_add<A>(sum) * row_scale[i];
-        if constexpr (sizeof(E) == sizeof(A))
-          to[i] = x;
-        else
-          to[i] = from_float<E>(x);
-      }
+      if (h.bonus) to[i] = bonus_score<E>(qs[i], ks[i], h.bonus, key_dim, row_scale[i]);
     }
   }
 
@@ -246,100 +190,21 @@ void run(const LinearAttentionParams& p, const Parallel& parallel) {
   if (p.cu_seqlens && p.checkpoints)  // some tiles have no segment
     __builtin_memset(p.checkpoints, 0, sizeof(A) * p.tiles() * p.heads * size);
 
-  int64_t most_segments = 0;
-  for (int64_t s = 0; s < p.state_count(); ++s) most_segments = most(most_segments, sequence(p, s).segments());
-  const int64_t chains = p.state_count() * p.heads;
-  Scratch shared;
-  A* checkpoints = static_cast<A*>(p.checkpoints);
-  const bool split = chains < parallel.threads && most_segments > 1;
-  const auto slot = [&](int64_t tile, int64_t head) { return (tile * p.heads + head) * size; };
-
-  const auto copy_or_clear = [&](A* to, const A* from) {
-    if (from)
-      __builtin_memcpy(to, from, sizeof(A) * size);
-    else
-      __builtin_memset(to, 0, sizeof(A) * size);
+  const Plan plan(p, parallel);
+  using Engine = Forward<T, C, Channel>;
+  A* const checkpoints = static_cast<A*>(p.checkpoints);
+  const bool split = plan.split();  // then the states between segments are in the checkpoints already
+  const auto segment = [&](Engine& forward, const int64_t* slots, int64_t first, int64_t last, const A* const* before) {
+    if (checkpoints && !split)
+      for (int g = 0; g < forward.heads; ++g) plan.copy(checkpoints + slots[g] * size, before[g]);
+    forward.segment(first, last, before, true);
   };
-
-  if (!split) {
-    const int group = heads_together(p, parallel.threads);
-    run_tasks(parallel, chains / group, [&](TaskQueue& queue) {
-      const Tiles tiles;
-      Scratch scratch;
-      Forward<T, C, Channel> forward(p, scratch, group);
-      for (int64_t task; (task = queue.next()) >= 0;) {
-        const int64_t first = task * group;  // of the chains
-        const Sequence s = sequence(p, first / p.heads);
-        const A* before[kHeads];
-        for (int g = 0; g < group; ++g) {
-          before[g] = initial ? initial + (first + g) * size : nullptr;
-          forward.begin(g, s, first % p.heads + g);
-        }
-        for (int64_t i = 0; i < s.segments(); ++i) {
-          if (checkpoints)
-            for (int g = 0; g < group; ++g) copy_or_clear(checkpoints + slot(s.tile + i, first % p.heads + g), before[g]);
-          forward.segment(i * kSegment, least((i + 1) * kSegment, s.length), before, true);
-          for (int g = 0; g < group; ++g) {
-            A* const after = final_state + (first + g) * size;
-            forward.finish(g, after, before[g]);  // in place from the second segment on: row by row
-            before[g] = after;
-          }
-        }
-        if (s.segments() == 0)
-          for (int g = 0; g < group; ++g) copy_or_clear(final_state + (first + g) * size, before[g]);
-      }
-    });
-    return;
-  }
-
-  // Side by side: every segment's own part, then the states between them, then the outputs.
-  if (!checkpoints) checkpoints = shared.take<A>(p.tiles() * p.heads * size);
-  A* const locals = shared.take<A>(p.tiles() * p.heads * size);
-  A* const since = shared.take<A>(p.tiles() * p.heads * p.key_dim);
-  const int64_t tasks = chains * most_segments;
-  for (const bool outputs : {false, true}) {
-    run_tasks(parallel, tasks, [&](TaskQueue& queue) {
-      const Tiles tiles;
-      Scratch scratch;
-      Forward<T, C, Channel> forward(p, scratch, 1);
-      for (int64_t task; (task = queue.next()) >= 0;) {
-        const int64_t chain = task / most_segments, i = task % most_segments, head = chain % p.heads;
-        const Sequence s = sequence(p, chain / p.heads);
-        if (i >= s.segments()) continue;
-        forward.begin(0, s, head);
-        const int64_t at = slot(s.tile + i, head), last = least((i + 1) * kSegment, s.length);
-        if (outputs) {
-          const A* const before = i > 0 || initial ? checkpoints + at : nullptr;
-          forward.segment(i * kSegment, last, &before, true);
-        } else {
-          const A* const nothing = nullptr;
-          forward.segment(i * kSegment, last, &nothing, false);
-          forward.finish(0, locals + at, nullptr);
-          __builtin_memcpy(since + at / size * p.key_dim, forward.since(0), sizeof(A) * p.key_dim);
-        }
-      }
-    });
-    if (outputs) break;
-    run_tasks(parallel, chains, [&](TaskQueue& queue) {
-      const int64_t columns = p.value_dim_state();
-      for (int64_t task; (task = queue.next()) >= 0;) {
-        const Sequence s = sequence(p, task / p.heads);
-        const int64_t head = task % p.heads;
-        const A* before = initial ? initial + task * size : nullptr;
-        A* const end = final_state + task * size;
-        for (int64_t i = 0; i <= s.segments(); ++i) {
-          A* const to = i < s.segments() ? checkpoints + slot(s.tile + i, head) : end;
-          if (i == 0) {
-            copy_or_clear(to, before);
-          } else {
-            const int64_t last = slot(s.tile + i - 1, head);
-            combine_state(to, columns, since + last / size * p.key_dim, before, columns, locals + last, columns,
-                          static_cast<int>(p.key_dim), static_cast<int>(columns));
-          }
-          if (i > 0 || before) before = to;
-        }
-      }
-    });
+  if (split) {
+    Scratch shared;
+    A* const states = checkpoints ? checkpoints : shared.take<A>(p.tiles() * p.heads * size);
+    plan.side_by_side<Engine>(p, initial, states, final_state, segment);
+  } else {
+    plan.in_turn<Engine>(p, initial, final_state, segment);
   }
 }
 
@@ -355,16 +220,7 @@ void run(const LinearAttentionParams& p, const Parallel& parallel) {
 }  // namespace linear
 
 void linear_attention_fwd(const LinearAttentionParams& p, const Parallel& parallel) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return linear::run<float>(p, parallel);
-    case DType::kBFloat16:
-      return linear::run<BFloat16>(p, parallel);
-    case DType::kFloat16:
-      return linear::run<Float16>(p, parallel);
-    case DType::kFloat64:
-      return linear::run<double>(p, parallel);
-  }
+  linear::with_type(p.dtype, [&](auto x) { linear::run<decltype(x)>(p, parallel); });
 }
 
 }  // namespace pykernels::cpu::PYKERNELS_ISA

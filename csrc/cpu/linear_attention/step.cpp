@@ -85,16 +85,7 @@ void run(const LinearAttentionStepParams& s, const Parallel& parallel) {
 }  // namespace linear
 
 void linear_attention_step(const LinearAttentionStepParams& s, const Parallel& parallel) {
-  switch (s.forward.dtype) {
-    case DType::kFloat32:
-      return linear::run<float>(s, parallel);
-    case DType::kBFloat16:
-      return linear::run<BFloat16>(s, parallel);
-    case DType::kFloat16:
-      return linear::run<Float16>(s, parallel);
-    case DType::kFloat64:
-      return linear::run<double>(s, parallel);
-  }
+  linear::with_type(s.forward.dtype, [&](auto x) { linear::run<decltype(x)>(s, parallel); });
 }
 
 }  // namespace pykernels::cpu::PYKERNELS_ISA

@@ -26,11 +26,17 @@ def _sizes(query: Query) -> str | None:
     return None
 
 
+def _triton(query: Query) -> str | None:
+    if query.dtype == torch.float64:
+        return "Triton's matrix instructions have no float64"
+    return _sizes(query)
+
+
 def _reference(query: Query) -> str | None:
     return None
 
 
-OP = Op("linear_attention", {"cpu": _sizes, "reference": _reference})
+OP = Op("linear_attention", {"triton": _triton, "cpu": _sizes, "reference": _reference})
 
 
 def _check_qkv(q: object, k: object, v: object, axes: str) -> None:

@@ -71,11 +71,22 @@ def _fake_step(state, q, k, v, decay, bonus, state_indices, scale, normalize):
 
 _FAKES = {"fwd": _fake_fwd, "bwd": _fake_bwd, "step": _fake_step}
 
+
+def _triton(part: str):
+    def run(*args):
+        from . import triton  # at the first call: importing Triton takes a second, and it may not be installed
+
+        return getattr(triton, part)(*args)
+
+    return run
+
+
 for _part, _fake in _FAKES.items():
+    _dispatch.define(f"linear_attention_{_part}_triton", SCHEMAS[_part], _triton(_part), _fake)
     if _library.error() is None:
         _dispatch.register_fake(f"linear_attention_{_part}_cpu", _fake)
-if _library.error() is None:
-    _dispatch.bump_versions("linear_attention_step_cpu", (0,))
+for _backend in ("triton", "cpu") if _library.error() is None else ("triton",):
+    _dispatch.bump_versions(f"linear_attention_step_{_backend}", (0,))
 
 
 def run(part: str, backend: str, *args):
