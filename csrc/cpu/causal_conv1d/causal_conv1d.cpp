@@ -41,7 +41,7 @@ struct Input {
     return segment.batch * p.x_stride.batch + channel * p.x_stride.channel + (segment.start + t) * p.x_stride.token;
   }
 
-  // dst[r * ld + i] = e at token from + i of the sequence, for from + i < to; zeros past its end, to a whole vector and more.
+  // dst[r * ld + i] = e at token from + i of the sequence, for from + i < to; zeros past its end and for a vector or more after.
   void stage(S* dst, int64_t ld, int64_t from, int64_t to) const {
     const int64_t state = p.width - 1, end = least(to, segment.length), filled = most(end - from, int64_t{0});
     if (from < 0) {
@@ -54,7 +54,8 @@ struct Input {
     const int64_t first = most<int64_t>(from, 0);
     if (first < end)
       load_tile(dst + (first - from), ld, p.dtype, p.x, x_offset(first), p.x_stride.channel, p.x_stride.token, rows, end - first);
-    for (int64_t r = 0; r < rows; ++r) clear(dst + r * ld, most(filled, from < 0 ? least(-from, to - from) : int64_t{0}), ld);
+    const int64_t zeros = most(filled, from < 0 ? least(-from, to - from) : int64_t{0});
+    for (int64_t r = 0; r < rows; ++r) clear(dst + r * ld, zeros, least(ld, round_up(to - from, kLanes<S>) + kLanes<S>));
   }
 
   static void clear(S* row, int64_t from, int64_t to) {
@@ -62,32 +63,50 @@ struct Input {
   }
 };
 
-// Width is a compile-time W for the common ones, 0 for any.
+// Width is a compile-time W for the common ones, whose taps then stay in registers; 0 for any.
 template <class S, int W>
 struct Convolution {
   static constexpr int lanes = kLanes<S>;
   int width;
   const S* weight;  // of one channel
-  S bias;
+  Vec<S> bias, taps[W != 0 ? W : 1];
 
   Convolution(const CausalConv1dParams& p, int64_t channel)
       : width(W != 0 ? W : static_cast<int>(p.width)),
         weight(static_cast<const S*>(p.weight) + channel * p.width),
-        bias(p.bias != nullptr ? static_cast<const S*>(p.bias)[channel] : 0) {}
+        bias(splat(p.bias != nullptr ? static_cast<const S*>(p.bias)[channel] : S{0})) {
+    for (int w = 0; w < W; ++w) taps[w] = splat(weight[w]);
+  }
+  PYKERNELS_INLINE Vec<S> tap(int w) const {
+    if constexpr (W != 0)
+      return taps[w];
+    else
+      return splat(weight[w]);
+  }
 
   // bias + sum_w weight[w] e[i + w], for the vector at e
   PYKERNELS_INLINE Vec<S> at(const S* e) const {
-    Vec<S> sum = splat(bias);
+    Vec<S> sum = bias;
 #pragma GCC unroll 8
-    for (int w = 0; w < (W != 0 ? W : width); ++w) sum = sum + load(e + w) * splat(weight[w]);
+    for (int w = 0; w < (W != 0 ? W : width); ++w) sum = sum + load(e + w) * tap(w);
     return sum;
   }
-  // result[i] = act(convolution at e + i), i < count; e is read to the next whole vector.
-  template <bool Silu>
-  void run(S* result, const S* e, int64_t count) const {
-    int64_t i = 0;
-    for (; i + lanes <= count; i += lanes) store(result + i, activate<Silu>(at(e + i)));
-    if (i < count) store(result + i, activate<Silu>(at(e + i)), static_cast<int>(count - i));
+  // result[i] = act(convolution at e + i), i < count; e is read to the next whole vector. Backwards: forwards, loads would reach
+  // into the vector stored just before where both arrays lie alike within their pages, and processors wait for the store then.
+  template <bool Silu, class T>
+  void run(T* result, const S* e, int64_t count) const {
+    const Convolution self = *this;  // not in memory that `result` might be
+    int64_t i = count / lanes * lanes;
+    if (i < count) store_exact_upto(result + i, activate<Silu>(self.at(e + i)), count - i);
+    for (i -= lanes; i >= 0; i -= lanes) store_exact_upto(result + i, activate<Silu>(self.at(e + i)), lanes);
+  }
+  // The same into a row of `dtype`.
+  void run(bool silu, DType dtype, void* result, int64_t offset, const S* e, int64_t count) const {
+    const auto into = [&](auto* row) { silu ? run<true>(row + offset, e, count) : run<false>(row + offset, e, count); };
+    if (sizeof(S) == 8 || dtype == DType::kFloat32)
+      into(static_cast<S*>(result));
+    else if constexpr (sizeof(S) == 4)
+      dtype == DType::kBFloat16 ? into(static_cast<BFloat16*>(result)) : into(static_cast<Float16*>(result));
   }
   template <bool Silu>
   static PYKERNELS_INLINE Vec<S> activate(Vec<S> y) {
@@ -98,7 +117,7 @@ struct Convolution {
   PYKERNELS_INLINE Vec<S> transposed_at(const S* dpre) const {
     Vec<S> sum{};
 #pragma GCC unroll 8
-    for (int w = 0; w < (W != 0 ? W : width); ++w) sum = sum + load(dpre + (width - 1 - w)) * splat(weight[w]);
+    for (int w = 0; w < (W != 0 ? W : width); ++w) sum = sum + load(dpre + (width - 1 - w)) * tap(w);
     return sum;
   }
 };
@@ -110,7 +129,8 @@ void forward(const CausalConv1dParams& p, const Parallel& parallel) {
   const Tiling tiling(p.x_stride);
   const int64_t tasks = (p.channels + tiling.channels - 1) / tiling.channels, state = p.width - 1;
   const int64_t ld = round_up(tiling.block + state, lanes) + lanes;
-  const bool wide = sizeof(S) == 8 || p.dtype == DType::kFloat32;  // tensors are in the compute type
+  constexpr DType kWide = sizeof(S) == 8 ? DType::kFloat64 : DType::kFloat32;
+  const bool wide = p.dtype == kWide, rows_out = p.out_stride.token == 1;
   run_tasks(parallel, segments.count() * tasks, [&](TaskQueue& queue) {
     Scratch scratch;
     S* const e = scratch.take<S>(tiling.rows * ld);
@@ -122,30 +142,28 @@ void forward(const CausalConv1dParams& p, const Parallel& parallel) {
       const int64_t end_channel = least(first_channel + tiling.channels, p.channels);
       for (int64_t channel = first_channel; channel < end_channel; channel += tiling.rows) {
         const Input<S> input{p, segment, channel, least(tiling.rows, end_channel - channel)};
-        for (int64_t t = segment.first; t < segment.last; t += tiling.block) {
-          const int64_t count = least(tiling.block, segment.last - t);
+        for (int64_t t = segment.first, count; t < segment.last; t += count) {
+          count = least(tiling.block, segment.last - t);
+          // Rows of the compute type are read in place: all but the first tokens, which see the state, and a ragged end.
+          const bool staged = !wide || p.x_stride.token != 1 || t < state || count < lanes;
+          if (!staged)
+            count = count / lanes * lanes;
+          else if (wide && p.x_stride.token == 1 && t < state)
+            count = least(count, round_up(state, lanes));
           const int64_t offset = segment.batch * p.out_stride.batch + channel * p.out_stride.channel +
                                  (segment.start + t) * p.out_stride.token;
-          // In place where no state, no end and no conversion intervene.
-          const bool direct_in =
-              wide && p.x_stride.token == 1 && t >= state && t + round_up(count, lanes) <= segment.length;
-          const bool direct_out = wide && p.out_stride.token == 1;
-          if (inside && !direct_in) input.stage(e, ld, t - state, t + count);
+          if (inside && staged) input.stage(e, ld, t - state, t + count);
           for (int64_t r = 0; r < input.rows; ++r) {
-            const Convolution<S, W> convolution(p, channel + r);
             const S* const row =
-                direct_in ? static_cast<const S*>(p.x) + input.x_offset(t - state) + r * p.x_stride.channel : e + r * ld;
-            S* const result =
-                direct_out ? static_cast<S*>(p.out) + offset + r * p.out_stride.channel : out + r * tiling.block;
-            if (!inside) {
-              for (int64_t i = 0; i < count; ++i) result[i] = 0;
-            } else if (p.silu) {
-              convolution.template run<true>(result, row, count);
-            } else {
-              convolution.template run<false>(result, row, count);
-            }
+                staged ? e + r * ld : static_cast<const S*>(p.x) + input.x_offset(t - state) + r * p.x_stride.channel;
+            if (!inside)
+              Input<S>::clear(out + r * tiling.block, 0, count);
+            else if (rows_out)
+              Convolution<S, W>(p, channel + r).run(p.silu, p.dtype, p.out, offset + r * p.out_stride.channel, row, count);
+            else
+              Convolution<S, W>(p, channel + r).run(p.silu, kWide, out + r * tiling.block, 0, row, count);
           }
-          if (!direct_out)
+          if (!inside || !rows_out)
             store_tile(p.dtype, p.out, offset, p.out_stride.channel, p.out_stride.token, out, tiling.block, input.rows, count);
         }
         // The task of a sequence's first segment writes its final state.

@@ -5,30 +5,11 @@
 namespace pykernels::cpu::PYKERNELS_ISA {
 namespace {
 
-// One scalar of a dtype known at run time.
-template <class S>
-PYKERNELS_INLINE S load_scalar(DType dtype, const void* p, int64_t i) {
-  if constexpr (sizeof(S) == 8) return static_cast<const double*>(p)[i];
-  if (dtype == DType::kFloat32) return static_cast<const float*>(p)[i];
-  if (dtype == DType::kBFloat16) return static_cast<S>(to_float(static_cast<const BFloat16*>(p)[i]));
-  return static_cast<S>(to_float(static_cast<const Float16*>(p)[i]));
-}
-template <class S>
-PYKERNELS_INLINE void store_scalar(DType dtype, void* p, int64_t i, S x) {
-  if constexpr (sizeof(S) == 8) {
-    static_cast<double*>(p)[i] = x;
-  } else if (dtype == DType::kFloat32) {
-    static_cast<float*>(p)[i] = x;
-  } else if (dtype == DType::kBFloat16) {
-    static_cast<BFloat16*>(p)[i] = from_float<BFloat16>(x);
-  } else {
-    static_cast<Float16*>(p)[i] = from_float<Float16>(x);
-  }
-}
-
 using Strides = SelectiveScanStepParams::Strides;
 
 constexpr int64_t kRun = 64;  // channels of a task
+// Fewer states than this are not worth waking another thread for.
+constexpr int64_t kStatesPerThread = 1 << 16;
 
 // dst[part][n] of the row of states at src; parts are `padded` apart.
 template <class S, int P>
@@ -42,7 +23,10 @@ void step(const SelectiveScanStepParams& p, const Parallel& parallel) {
   constexpr DType wide = sizeof(S) == 8 ? DType::kFloat64 : DType::kFloat32;
   const int64_t runs = (p.channels + kRun - 1) / kRun, padded = round_up(p.state, lanes);
   const bool in_place = P == 1 && p.states_stride.state == 1, a_in_place = P == 1 && p.A_stride.state == 1;
-  run_tasks(parallel, p.batch * p.heads * runs, [&](TaskQueue& queue) {
+  Parallel worthwhile = parallel;
+  worthwhile.threads = static_cast<int>(
+      least<int64_t>(parallel.threads, 1 + p.batch * p.heads * p.channels * p.state * P / kStatesPerThread));
+  run_tasks(worthwhile, p.batch * p.heads * runs, [&](TaskQueue& queue) {
     Scratch scratch;
     S* const b = scratch.take<S>(P * padded);
     S* const c = scratch.take<S>(P * padded);
@@ -52,29 +36,32 @@ void step(const SelectiveScanStepParams& p, const Parallel& parallel) {
     S* const x = scratch.take<S>(kRun);
     S* const y = scratch.take<S>(kRun);
     S* const gate = scratch.take<S>(kRun);
+    S* const parameter = scratch.take<S>(kRun);
+    S* const sums = scratch.take<S>(kRun * lanes);  // C . h of each channel, over lanes
+    fill(sums, kRun * lanes);
     for (int64_t task; (task = queue.next()) >= 0;) {
       const int64_t batch = task / (p.heads * runs), head = task / runs % p.heads, first = task % runs * kRun;
       const int64_t count = least(kRun, p.channels - first), group = head / (p.heads / p.groups);
       const int64_t slot = p.state_indices != nullptr ? p.state_indices[batch] : batch;
       const auto offset = [&](const Strides& s) { return batch * s.batch + head * s.head + first * s.channel; };
+      const auto put = [&] { store_tile(p.dtype, p.out, offset(p.out_stride), 0, p.out_stride.channel, y, kRun, 1, count); };
       if (slot < 0 || slot >= p.slots) {
-        for (int64_t i = 0; i < count; ++i) store_scalar<S>(p.dtype, p.out, offset(p.out_stride) + i * p.out_stride.channel, 0);
+        fill(y, kRun);
+        put();
         continue;
       }
       load_row<S, P>(b, padded, p.B_dtype, p.B, batch * p.B_stride.batch + group * p.B_stride.head, p.B_stride.state, p.state);
       load_row<S, P>(c, padded, p.C_dtype, p.C, batch * p.C_stride.batch + group * p.C_stride.head, p.C_stride.state, p.state);
-      fill(dt, kRun), fill(x, kRun), fill(gate, kRun);
       const auto gather = [&](S* dst, DType dtype, const void* src, const Strides& s) {
-        for (int64_t i = 0; i < count; ++i) dst[i] = load_scalar<S>(dtype, src, offset(s) + i * s.channel);
+        load_tile(dst, kRun, dtype, src, offset(s), 0, s.channel, 1, count);
       };
       gather(dt, p.delta_dtype, p.delta, p.delta_stride);
       gather(x, p.dtype, p.x, p.x_stride);
       if (p.z != nullptr) gather(gate, p.dtype, p.z, p.z_stride);
-      const auto parameter = [&](const void* src, const Strides& s, int64_t i) {
-        return static_cast<const S*>(src)[head * s.head + (first + i) * s.channel];
-      };
-      if (p.delta_bias != nullptr)
-        for (int64_t i = 0; i < count; ++i) dt[i] += parameter(p.delta_bias, p.delta_bias_stride, i);
+      if (p.delta_bias != nullptr) {
+        gather(parameter, wide, p.delta_bias, p.delta_bias_stride);
+        for (int64_t i = 0; i < count; i += lanes) store(dt + i, load(dt + i) + load(parameter + i));
+      }
       if (p.delta_softplus)
         for (int64_t i = 0; i < count; i += lanes) store(dt + i, softplus<S>(load(dt + i), exact_exp<S>(-abs<S>(load(dt + i)))));
 
@@ -104,12 +91,19 @@ void step(const SelectiveScanStepParams& p, const Parallel& parallel) {
         if (!in_place)
           for (int part = 0; part < P; ++part)
             for (int64_t n = 0; n < p.state; ++n) states[n * p.states_stride.state + part] = h[part * padded + n];
-        y[i] = reduce_add<S>(sum) * static_cast<S>(P);
-        if (p.D != nullptr) y[i] += parameter(p.D, p.D_stride, i) * x[i];
+        store(sums + i * lanes, sum);
       }
-      if (p.z != nullptr)
-        for (int64_t i = 0; i < count; i += lanes) store(y + i, load(y + i) * (load(gate + i) * sigmoid<S>(load(gate + i))));
-      for (int64_t i = 0; i < count; ++i) store_scalar<S>(p.dtype, p.out, offset(p.out_stride) + i * p.out_stride.channel, y[i]);
+      if (p.D != nullptr) gather(parameter, wide, p.D, p.D_stride);
+      for (int64_t i = 0; i < count; i += lanes) {
+        Vec<S> rows[lanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < lanes; ++j) rows[j] = load(sums + (i + j) * lanes);
+        Vec<S> result = reduce_add_each(rows) * static_cast<S>(P);
+        if (p.D != nullptr) result = result + load(parameter + i) * load(x + i);
+        if (p.z != nullptr) result = result * (load(gate + i) * sigmoid<S>(load(gate + i)));
+        store(y + i, result);
+      }
+      put();
     }
   });
 }

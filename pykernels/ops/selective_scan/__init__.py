@@ -64,6 +64,13 @@ def _projection(x: Tensor, u: Tensor, state: torch.dtype) -> Tensor:
     return x[:, None] if x.dim() == 3 else x
 
 
+def _split(x: Tensor | None, axis: int, groups: int) -> Tensor | None:
+    """The channels on `axis` as [groups, channels of a group]."""
+    if x is None:
+        return None
+    return x.unsqueeze(axis) if groups == 1 else x.unflatten(axis, (groups, x.shape[axis] // groups))
+
+
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor | None = None, z: Tensor | None = None,
                    delta_bias: Tensor | None = None, delta_softplus: bool = False, initial_state: Tensor | None = None,
                    return_final_state: bool = False, cu_seqlens: Tensor | None = None,
@@ -263,10 +270,8 @@ def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: T
     D, delta_bias = _to_compute(D, compute), _to_compute(delta_bias, compute)
     heads = x
     if x.dim() == 2:  # a head per group
-        split = groups, x.shape[1] // groups
-        heads, delta, z = (None if y is None else y.unflatten(1, split) for y in (x, delta, z))
-        state = state.unflatten(1, split)
-        A, D, delta_bias = (None if y is None else y.unflatten(0, split) for y in (A, D, delta_bias))
+        heads, state, delta, z = (_split(y, 1, groups) for y in (x, state, delta, z))
+        A, D, delta_bias = (_split(y, 0, groups) for y in (A, D, delta_bias))
     arguments = heads, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus
     if chosen == "reference":
         out = reference.selective_scan_step(*arguments)
