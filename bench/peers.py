@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import conv1d, scaled_dot_product_attention, silu
 
+from pykernels.testing import CAUSAL_CONV1D_STEP, SELECTIVE_SCAN_STEP, Sample
 from pykernels.testing.linear_attention import chunkwise
+from pykernels.testing.selective_scan import composed, parallel_scan, sequential_scan
 
 from .kit import Call, Case, Peer, step
 
@@ -243,3 +246,83 @@ def _in_place(q: Tensor, k: Tensor, v: Tensor, state: Tensor, decay: Tensor) -> 
 
 PEERS += [Peer("torch in place", "linear_attention_step", lambda case: None,
                lambda problem, case: {"eager": problem.call(_in_place)})]
+
+# ---- selective_scan ------------------------------------------------------------------------------------------------
+
+_STATES_LIMIT = 1 << 30  # bytes: both scans in PyTorch keep the states of all tokens, several times over
+
+
+def _states_too_large(case: Case) -> str | None:
+    size = 4 * math.prod(int(word[1:]) for word in case.shape.split())
+    return f"its states of all tokens take {size / 2**30:.0f} GiB, several times over" if size > _STATES_LIMIT else None
+
+
+def _on_gpu(module: str) -> Callable[[Case], str | None]:
+    def missing(case: Case) -> str | None:
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+        return None if case.device == "cuda" else "runs on NVIDIA GPUs only"
+
+    return missing
+
+
+def _mamba_scan(problem, case: Case) -> Mapping[str, Call]:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return {"selective_scan_fn": problem.call(functools.partial(selective_scan_fn, delta_softplus=True))}
+
+
+PEERS += [
+    Peer("torch pscan", "selective_scan", _states_too_large,
+         lambda problem, case: {"eager": problem.call(functools.partial(composed, parallel_scan))}),
+    Peer("torch loop", "selective_scan", _states_too_large,
+         lambda problem, case: {"eager": problem.call(functools.partial(composed, sequential_scan))}),
+    Peer("mamba_ssm", "selective_scan", _on_gpu("mamba_ssm"), _mamba_scan),
+]
+
+
+def _mamba_step(problem, case: Case) -> Mapping[str, Call]:
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    def call(x: Tensor, state: Tensor, delta: Tensor, delta_bias: Tensor, **others: Tensor) -> Tensor:
+        return selective_state_update(state, x, delta, dt_bias=delta_bias, dt_softplus=True, **others)
+
+    return {"selective_state_update": problem.call(call)}
+
+
+PEERS += [
+    Peer("torch in place", "selective_scan_step", lambda case: None, lambda problem, case: {
+        "eager": problem.call(SELECTIVE_SCAN_STEP.peer(Sample({**problem.first, "delta_softplus": True})))}),
+    Peer("mamba_ssm", "selective_scan_step", _on_gpu("mamba_ssm"), _mamba_step),
+]
+
+# ---- causal_conv1d -------------------------------------------------------------------------------------------------
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return silu(conv1d(x, weight[:, None], bias, padding=weight.shape[1] - 1, groups=x.shape[1])[..., :x.shape[2]])
+
+
+def _causal_conv1d(problem, case: Case) -> Mapping[str, Call]:
+    from causal_conv1d import causal_conv1d_fn
+
+    return {"causal_conv1d_fn": problem.call(lambda x, weight, bias: causal_conv1d_fn(x, weight, bias, activation="silu"))}
+
+
+def _causal_conv1d_update(problem, case: Case) -> Mapping[str, Call]:
+    from causal_conv1d import causal_conv1d_update
+
+    return {"causal_conv1d_update": problem.call(functools.partial(_updated, causal_conv1d_update))}
+
+
+def _updated(update: Callable[..., Tensor], x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return update(x, state, weight, bias, "silu")
+
+
+PEERS += [
+    Peer("torch conv1d", "causal_conv1d", lambda case: None, lambda problem, case: {"depthwise": problem.call(_depthwise)}),
+    Peer("causal-conv1d", "causal_conv1d", _on_gpu("causal_conv1d"), _causal_conv1d),
+    Peer("torch in place", "causal_conv1d_step", lambda case: None, lambda problem, case: {
+        "eager": problem.call(CAUSAL_CONV1D_STEP.peer(Sample({**problem.first, "activation": "silu"})))}),
+    Peer("causal-conv1d", "causal_conv1d_step", _on_gpu("causal_conv1d"), _causal_conv1d_update),
+]

@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pykernels.nn import Attention, LinearAttention, MultiScaleRetention
+from pykernels.nn import Attention, LinearAttention, Mamba, MultiScaleRetention
 
 # How to make each sequence mixer: (dim, backend) -> a layer with the interface of pykernels.nn.
 MIXERS: dict[str, Callable[[int, str], nn.Module]] = {
     "attention": lambda dim, backend: Attention(dim, heads=dim // 32, key_heads=dim // 64, rotary_base=10000.0,
                                                 backend=backend),
     "linear_attention": lambda dim, backend: LinearAttention(dim, heads=dim // 32, backend=backend),
+    "mamba": lambda dim, backend: Mamba(dim, backend=backend),
     "retention": lambda dim, backend: MultiScaleRetention(dim, heads=dim // 64, backend=backend),
 }
 BYTES = 256

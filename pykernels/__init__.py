@@ -5,13 +5,17 @@ from __future__ import annotations
 from ._library import release_scratch
 from ._version import __version__
 from .backends import BackendUnavailable, use_backend
+from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from .ops.flash_attention import flash_attention, flash_attention_decode
 from .ops.linear_attention import linear_attention, linear_attention_step
 from .ops.retention import retention, retention_step
+from .ops.selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
     "BackendUnavailable",
     "__version__",
+    "causal_conv1d",
+    "causal_conv1d_step",
     "flash_attention",
     "flash_attention_decode",
     "linear_attention",
@@ -19,5 +23,7 @@ __all__ = [
     "release_scratch",
     "retention",
     "retention_step",
+    "selective_scan",
+    "selective_scan_step",
     "use_backend",
 ]

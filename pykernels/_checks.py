@@ -101,3 +101,44 @@ def cu_seqlens(name: str, x: object, total: int, device: torch.device) -> Tensor
         if values[-1] > total:
             raise ValueError(f"{name} must end within the {total} packed tokens, got {values[-1]}")
     return x.to(torch.int32).contiguous()
+
+
+def parameter(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Checks for what parameters, gates and states may be: the main dtype or float32, on the same device."""
+    if x.dtype not in (reference.dtype, torch.float32):
+        allowed = {str(reference.dtype), "torch.float32"}
+        raise TypeError(f"{name} must be {' or '.join(sorted(allowed))} beside {reference_name}'s {reference.dtype}, got {x.dtype}")
+    same_device(name, x, reference_name, reference)
+
+
+def state_indices(name: str, x: object, batch: int, slots: int, device: torch.device) -> Tensor:
+    """Checks the state slots [B] of a step, -1 for padding, each other at most once; returns them as int32."""
+    tensor(name, x, "B")
+    integer(name, x)
+    if x.device != device:
+        raise ValueError(f"{name} must be on the tensors' device {device}, got {x.device}")
+    shape(name, x, {"B": batch})
+    if values_checked(device):
+        seen: set[int] = set()
+        for b, slot in enumerate(x.tolist()):
+            if not -1 <= slot < slots:
+                raise ValueError(f"{name} must hold slots below {slots}, or -1 for padding, got {slot} for batch entry {b}")
+            if slot >= 0 and slot in seen:
+                raise ValueError(f"{name} must name each slot once, got {slot} again for batch entry {b}")
+            seen.add(slot)
+    return x.to(torch.int32).contiguous()
+
+
+def inference(function: str, alternative: str, **tensors: Tensor | None) -> None:
+    """Raises when autograd would follow an in-place function."""
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if x is not None and x.requires_grad:
+                raise RuntimeError(f"{name} requires grad, but {function} is for inference (it overwrites its state): call it "
+                                   f"under torch.no_grad(), or use {alternative}")
+
+
+def writable(name: str, x: Tensor) -> None:
+    """Checks that no two elements of `x` share memory, as those of an expanded tensor do."""
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride())):
+        raise ValueError(f"{name} is overwritten, so its elements must not share memory, got strides {tuple(x.stride())}")

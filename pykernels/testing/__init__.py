@@ -8,15 +8,22 @@ reports the error of every output and gradient beside its budget. A new op adds 
 
 from __future__ import annotations
 
+from .causal_conv1d import CAUSAL_CONV1D, CAUSAL_CONV1D_STEP
 from .flash_attention import FLASH_ATTENTION, FLASH_ATTENTION_DECODE
 from .kit import BadInput, Case, Description, Error, Sample, check, compare, cotangents, expected, run
 from .linear_attention import LINEAR_ATTENTION, LINEAR_ATTENTION_STEP
 from .retention import RETENTION, RETENTION_STEP
+from .selective_scan import SELECTIVE_SCAN, SELECTIVE_SCAN_STEP
 from .targets import DTYPES, Target, choice, dtypes, poisoned_memory, targets, use_isa, use_threads
 
-OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE, LINEAR_ATTENTION, LINEAR_ATTENTION_STEP, RETENTION, RETENTION_STEP)
+OPS = (
+    FLASH_ATTENTION, FLASH_ATTENTION_DECODE, LINEAR_ATTENTION, LINEAR_ATTENTION_STEP, RETENTION, RETENTION_STEP,
+    CAUSAL_CONV1D, CAUSAL_CONV1D_STEP, SELECTIVE_SCAN, SELECTIVE_SCAN_STEP,
+)
 
 __all__ = [
+    "CAUSAL_CONV1D",
+    "CAUSAL_CONV1D_STEP",
     "DTYPES",
     "FLASH_ATTENTION",
     "FLASH_ATTENTION_DECODE",
@@ -25,6 +32,8 @@ __all__ = [
     "OPS",
     "RETENTION",
     "RETENTION_STEP",
+    "SELECTIVE_SCAN",
+    "SELECTIVE_SCAN_STEP",
     "BadInput",
     "Case",
     "Description",

@@ -1,0 +1,404 @@
+// Causal depthwise convolution, forward, backward and step. See causal_conv1d.h for the maths and the layout.
+//
+// A task is some channels of one segment of tokens. It works through tiles staged in first-level cache as rows of one channel
+// each, in the compute type, whatever the tensor's layout: vectors then run along tokens, and the taps are unaligned loads.
+// Rows that lie in memory just so are used in place. Segments of one sequence are independent but for W - 1 tokens of overlap,
+// which are read again.
+//
+// The gradients of weight and bias are summed per lane within a segment, over lanes at its end, then over segments in order:
+// the result does not depend on the number of threads.
+#include "../../include/pykernels/causal_conv1d.h"
+
+#include "../common/scratch.h"
+#include "../common/tile.h"
+
+namespace pykernels::cpu::PYKERNELS_ISA {
+namespace {
+
+constexpr int64_t kSegment = 4096;
+
+// A task has `channels` channels, a tile `rows` of them and `block` tokens. Token-first tensors are transposed in tiles wide
+// enough for whole cache lines; channel-first ones go row by row. Both tiles of the forward pass fit 32 KiB.
+struct Tiling {
+  int64_t channels, rows, block;
+  explicit Tiling(const ChannelStrides& x) {
+    if (x.token == 1)
+      channels = 8, rows = 1, block = 2048;
+    else
+      channels = 64, rows = 64, block = 48;
+  }
+};
+
+// What forward and backward share: where e, the state followed by x, is read from.
+template <class S>
+struct Input {
+  const CausalConv1dParams& p;
+  Segment segment;
+  int64_t channel, rows;  // the task's first channel, and how many
+
+  int64_t state_offset() const { return (segment.sequence * p.channels + channel) * (p.width - 1); }
+  int64_t x_offset(int64_t t) const {
+    return segment.batch * p.x_stride.batch + channel * p.x_stride.channel + (segment.start + t) * p.x_stride.token;
+  }
+
+  // dst[r * ld + i] = e at token from + i of the sequence, for from + i < to; zeros past its end and for a vector or more after.
+  void stage(S* dst, int64_t ld, int64_t from, int64_t to) const {
+    const int64_t state = p.width - 1, end = least(to, segment.length), filled = most(end - from, int64_t{0});
+    if (from < 0) {
+      const int64_t count = least(-from, to - from);
+      if (p.initial_state != nullptr)
+        load_tile(dst, ld, p.dtype, p.initial_state, state_offset() + state + from, state, 1, rows, count);
+      else
+        for (int64_t r = 0; r < rows; ++r) clear(dst + r * ld, 0, count);
+    }
+    const int64_t first = most<int64_t>(from, 0);
+    if (first < end)
+      load_tile(dst + (first - from), ld, p.dtype, p.x, x_offset(first), p.x_stride.channel, p.x_stride.token, rows, end - first);
+    const int64_t zeros = most(filled, from < 0 ? least(-from, to - from) : int64_t{0});
+    for (int64_t r = 0; r < rows; ++r) clear(dst + r * ld, zeros, least(ld, round_up(to - from, kLanes<S>) + kLanes<S>));
+  }
+
+  static void clear(S* row, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) row[i] = 0;
+  }
+};
+
+// Width is a compile-time W for the common ones, whose taps then stay in registers; 0 for any.
+template <class S, int W>
+struct Convolution {
+  static constexpr int lanes = kLanes<S>;
+  int width;
+  const S* weight;  // of one channel
+  Vec<S> bias, taps[W != 0 ? W : 1];
+
+  Convolution(const CausalConv1dParams& p, int64_t channel)
+      : width(W != 0 ? W : static_cast<int>(p.width)),
+        weight(static_cast<const S*>(p.weight) + channel * p.width),
+        bias(splat(p.bias != nullptr ? static_cast<const S*>(p.bias)[channel] : S{0})) {
+    for (int w = 0; w < W; ++w) taps[w] = splat(weight[w]);
+  }
+  PYKERNELS_INLINE Vec<S> tap(int w) const {
+    if constexpr (W != 0)
+      return taps[w];
+    else
+      return splat(weight[w]);
+  }
+
+  // bias + sum_w weight[w] e[i + w], for the vector at e
+  PYKERNELS_INLINE Vec<S> at(const S* e) const {
+    Vec<S> sum = bias;
+#pragma GCC unroll 8
+    for (int w = 0; w < (W != 0 ? W : width); ++w) sum = sum + load(e + w) * tap(w);
+    return sum;
+  }
+  // result[i] = act(convolution at e + i), i < count; e is read to the next whole vector. Backwards: forwards, loads would reach
+  // into the vector stored just before where both arrays lie alike within their pages, and processors wait for the store then.
+  template <bool Silu, class T>
+  void run(T* result, const S* e, int64_t count) const {
+    const Convolution self = *this;  // not in memory that `result` might be
+    int64_t i = count / lanes * lanes;
+    if (i < count) store_exact_upto(result + i, activate<Silu>(self.at(e + i)), count - i);
+    for (i -= lanes; i >= 0; i -= lanes) store_exact_upto(result + i, activate<Silu>(self.at(e + i)), lanes);
+  }
+  // The same into a row of `dtype`.
+  void run(bool silu, DType dtype, void* result, int64_t offset, const S* e, int64_t count) const {
+    const auto into = [&](auto* row) { silu ? run<true>(row + offset, e, count) : run<false>(row + offset, e, count); };
+    if (sizeof(S) == 8 || dtype == DType::kFloat32)
+      into(static_cast<S*>(result));
+    else if constexpr (sizeof(S) == 4)
+      dtype == DType::kBFloat16 ? into(static_cast<BFloat16*>(result)) : into(static_cast<Float16*>(result));
+  }
+  template <bool Silu>
+  static PYKERNELS_INLINE Vec<S> activate(Vec<S> y) {
+    if constexpr (Silu) return y * sigmoid<S>(y);
+    return y;
+  }
+  // sum_w weight[w] dpre[i + width - 1 - w]
+  PYKERNELS_INLINE Vec<S> transposed_at(const S* dpre) const {
+    Vec<S> sum{};
+#pragma GCC unroll 8
+    for (int w = 0; w < (W != 0 ? W : width); ++w) sum = sum + load(dpre + (width - 1 - w)) * tap(w);
+    return sum;
+  }
+};
+
+template <class S, int W>
+void forward(const CausalConv1dParams& p, const Parallel& parallel) {
+  constexpr int lanes = kLanes<S>;
+  const Segments segments(p.batch, p.length, p.cu_seqlens, p.sequences, kSegment);
+  const Tiling tiling(p.x_stride);
+  const int64_t tasks = (p.channels + tiling.channels - 1) / tiling.channels, state = p.width - 1;
+  const int64_t ld = round_up(tiling.block + state, lanes) + lanes;
+  constexpr DType kWide = sizeof(S) == 8 ? DType::kFloat64 : DType::kFloat32;
+  const bool wide = p.dtype == kWide, rows_out = p.out_stride.token == 1;
+  run_tasks(parallel, segments.count() * tasks, [&](TaskQueue& queue) {
+    Scratch scratch;
+    S* const e = scratch.take<S>(tiling.rows * ld);
+    S* const out = scratch.take<S>(tiling.rows * tiling.block);
+    for (int64_t task; (task = queue.next()) >= 0;) {
+      const Segment segment = segments[task / tasks];
+      const bool inside = segments.belongs(segment);
+      const int64_t first_channel = task % tasks * tiling.channels;
+      const int64_t end_channel = least(first_channel + tiling.channels, p.channels);
+      for (int64_t channel = first_channel; channel < end_channel; channel += tiling.rows) {
+        const Input<S> input{p, segment, channel, least(tiling.rows, end_channel - channel)};
+        for (int64_t t = segment.first, count; t < segment.last; t += count) {
+          count = least(tiling.block, segment.last - t);
+          // Rows of the compute type are read in place: all but the first tokens, which see the state, and a ragged end.
+          const bool staged = !wide || p.x_stride.token != 1 || t < state || count < lanes;
+          if (!staged)
+            count = count / lanes * lanes;
+          else if (wide && p.x_stride.token == 1 && t < state)
+            count = least(count, round_up(state, lanes));
+          const int64_t offset = segment.batch * p.out_stride.batch + channel * p.out_stride.channel +
+                                 (segment.start + t) * p.out_stride.token;
+          if (inside && staged) input.stage(e, ld, t - state, t + count);
+          for (int64_t r = 0; r < input.rows; ++r) {
+            const S* const row =
+                staged ? e + r * ld : static_cast<const S*>(p.x) + input.x_offset(t - state) + r * p.x_stride.channel;
+            if (!inside)
+              Input<S>::clear(out + r * tiling.block, 0, count);
+            else if (rows_out)
+              Convolution<S, W>(p, channel + r).run(p.silu, p.dtype, p.out, offset + r * p.out_stride.channel, row, count);
+            else
+              Convolution<S, W>(p, channel + r).run(p.silu, kWide, out + r * tiling.block, 0, row, count);
+          }
+          if (!inside || !rows_out)
+            store_tile(p.dtype, p.out, offset, p.out_stride.channel, p.out_stride.token, out, tiling.block, input.rows, count);
+        }
+        // The task of a sequence's first segment writes its final state.
+        if (inside && segment.first == 0) {
+          for (int64_t j = 0; j < state; j += tiling.block) {
+            const int64_t count = least(tiling.block, state - j), from = segment.length - state + j;
+            input.stage(e, ld, from, from + count);
+            store_tile(p.dtype, p.final_state, input.state_offset() + j, state, 1, e, ld, input.rows, count);
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class S, int W>
+void backward(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
+  constexpr int lanes = kLanes<S>;
+  const CausalConv1dParams& f = p.forward;
+  const Segments segments(f.batch, f.length, f.cu_seqlens, f.sequences, kSegment);
+  const Tiling tiling(f.x_stride);
+  const int64_t block = tiling.block, state = f.width - 1, sums = f.width + 1;
+  const int64_t tasks = (f.channels + tiling.channels - 1) / tiling.channels;
+  const int64_t ld_dpre = round_up(block + state, lanes) + lanes, ld_e = ld_dpre + round_up(state, lanes);
+  Scratch shared;
+  S* const partial = shared.take<S>(segments.count() * f.channels * sums);  // of dweight, then dbias
+  run_tasks(parallel, segments.count() * tasks, [&](TaskQueue& queue) {
+    Scratch scratch;
+    S* const e = scratch.take<S>(tiling.rows * ld_e);
+    S* const dpre = scratch.take<S>(tiling.rows * ld_dpre);
+    S* const dx = scratch.take<S>(tiling.rows * block);
+    S* const sum = scratch.take<S>(tiling.rows * sums * lanes);
+    S* const dstate = scratch.take<S>(tiling.rows * round_up(state, lanes));
+    for (int64_t task; (task = queue.next()) >= 0;) {
+      const int64_t index = task / tasks, first_channel = task % tasks * tiling.channels;
+      const Segment segment = segments[index];
+      const bool inside = segments.belongs(segment);
+      const int64_t end_channel = least(first_channel + tiling.channels, f.channels);
+      for (int64_t channel = first_channel; channel < end_channel; channel += tiling.rows) {
+        const Input<S> input{f, segment, channel, least(tiling.rows, end_channel - channel)};
+        const int64_t rows = input.rows, length = segment.length;
+        for (int64_t i = 0; i < rows * sums * lanes; ++i) sum[i] = 0;
+        const auto strides_offset = [&](const ChannelStrides& s, int64_t t) {
+          return segment.batch * s.batch + channel * s.channel + (segment.start + t) * s.token;
+        };
+        // dpre[r, i] = gradient of the convolution's result at token t + i, for i < count; zero past the sequence's end.
+        const auto stage_dpre = [&](int64_t t, int64_t count) {
+          const int64_t valid = most<int64_t>(least(count, length - t), 0);
+          if (valid > 0)
+            load_tile(dpre, ld_dpre, f.dtype, p.dout, strides_offset(p.dout_stride, t), p.dout_stride.channel, p.dout_stride.token,
+                      rows, valid);
+          for (int64_t r = 0; r < rows; ++r) Input<S>::clear(dpre + r * ld_dpre, valid, ld_dpre);
+          if (!f.silu) return;
+          for (int64_t r = 0; r < rows; ++r) {
+            const Convolution<S, W> convolution(f, channel + r);
+            for (int64_t i = 0; i < valid; i += lanes) {
+              const Vec<S> y = convolution.at(e + r * ld_e + i);
+              S* const g = dpre + r * ld_dpre + i;
+              store(g, load(g) * silu_slope<S>(y, sigmoid<S>(y)));
+            }
+          }
+        };
+        for (int64_t t = segment.first; t < segment.last; t += block) {
+          const int64_t count = least(block, segment.last - t);
+          if (inside) {
+            input.stage(e, ld_e, t - state, t + count + state);
+            stage_dpre(t, count + state);
+          }
+          for (int64_t r = 0; r < rows; ++r) {
+            S* const result = dx + r * block;
+            if (!inside) {
+              Input<S>::clear(result, 0, block);
+              continue;
+            }
+            const Convolution<S, W> convolution(f, channel + r);
+            const S *const g = dpre + r * ld_dpre, *const x = e + r * ld_e;
+            S* const total = sum + r * sums * lanes;
+            for (int64_t i = 0; i < count; i += lanes) store(result + i, convolution.transposed_at(g + i));
+            if constexpr (W != 0) {
+              Vec<S> dweight[W] = {}, dbias{};
+              for (int64_t i = 0; i < count; i += lanes) {
+                const Vec<S> v = count - i >= lanes ? load(g + i) : load(g + i, static_cast<int>(count - i));
+                dbias = dbias + v;
+#pragma GCC unroll 8
+                for (int w = 0; w < W; ++w) dweight[w] = dweight[w] + v * load(x + i + w);
+              }
+#pragma GCC unroll 8
+              for (int w = 0; w < W; ++w) store(total + w * lanes, load(total + w * lanes) + dweight[w]);
+              store(total + W * lanes, load(total + W * lanes) + dbias);
+            } else {
+              for (int w = 0; w < sums; ++w) {
+                Vec<S> part{};
+                for (int64_t i = 0; i < count; i += lanes) {
+                  const Vec<S> v = count - i >= lanes ? load(g + i) : load(g + i, static_cast<int>(count - i));
+                  part = part + (w < f.width ? v * load(x + i + w) : v);
+                }
+                store(total + w * lanes, load(total + w * lanes) + part);
+              }
+            }
+            // Tokens that the final state holds.
+            if (p.dfinal_state != nullptr && state > 0 && t + count > length - state) {
+              const int64_t first = most(t, length - state);
+              load_tile(dstate, round_up(state, lanes), f.dtype, p.dfinal_state, input.state_offset() + r * state, state, 1, 1, state);
+              for (int64_t i = first; i < t + count; ++i) result[i - t] += dstate[i - (length - state)];
+            }
+          }
+          store_tile(f.dtype, p.dx, strides_offset(p.dx_stride, t), p.dx_stride.channel, p.dx_stride.token, dx, block, rows, count);
+        }
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t w = 0; w < sums; ++w)
+            partial[(index * f.channels + channel + r) * sums + w] = reduce_add<S>(load(sum + (r * sums + w) * lanes));
+
+        // The task of a sequence's first segment writes the initial state's gradient: e's entries before the first token.
+        if (inside && segment.first == 0 && state > 0 && p.dinitial_state != nullptr) {
+          const int64_t ld = round_up(state, lanes);
+          if (p.dfinal_state != nullptr)
+            load_tile(dstate, ld, f.dtype, p.dfinal_state, input.state_offset(), state, 1, rows, state);
+          for (int64_t r = 0; r < rows; ++r) {
+            S* const d = dstate + r * ld;
+            // Entry j of the final state is entry length + j of e.
+            for (int64_t j = state - 1; j >= 0; --j) d[j] = p.dfinal_state != nullptr && j >= length ? d[j - length] : S{0};
+          }
+          for (int64_t t = 0; t < state; t += block) {
+            const int64_t count = least(block, state - t);
+            input.stage(e, ld_e, t - state, t + count);
+            stage_dpre(t, count);
+            for (int64_t r = 0; r < rows; ++r) {
+              const S* const weight = static_cast<const S*>(f.weight) + (channel + r) * f.width;
+              for (int64_t j = t; j < state; ++j)
+                for (int64_t i = t; i < t + count && i <= j; ++i) dstate[r * ld + j] += weight[j - i] * dpre[r * ld_dpre + i - t];
+            }
+          }
+          store_tile(f.dtype, p.dinitial_state, input.state_offset(), state, 1, dstate, ld, rows, state);
+        }
+      }
+    }
+  });
+  run_tasks(parallel, tasks, [&](TaskQueue& queue) {
+    for (int64_t task; (task = queue.next()) >= 0;)
+      for (int64_t d = task * tiling.channels; d < least(f.channels, (task + 1) * tiling.channels); ++d)
+        for (int64_t w = 0; w < sums; ++w) {
+          S total = 0;
+          for (int64_t i = 0; i < segments.count(); ++i) total += partial[(i * f.channels + d) * sums + w];
+          if (w < f.width)
+            static_cast<S*>(p.dweight)[d * f.width + w] = total;
+          else
+            static_cast<S*>(p.dbias)[d] = total;
+        }
+  });
+}
+
+// Lanes are channels here: a step has few tokens. Tokens are taken one by one, each shifting the taps kept in scratch.
+template <class S>
+void step(const CausalConv1dStepParams& p, const Parallel& parallel) {
+  constexpr int lanes = kLanes<S>;
+  constexpr int64_t block = 64;  // channels of a task
+  const int64_t tiles = (p.channels + block - 1) / block, state = p.width - 1;
+  run_tasks(parallel, p.batch * tiles, [&](TaskQueue& queue) {
+    Scratch scratch;
+    // Row j of e is token j: the state, then the new ones.
+    S* const e = scratch.take<S>((state + p.tokens) * block);
+    S* const weight = scratch.take<S>(p.width * block);
+    S* const bias = scratch.take<S>(block);
+    S* const out = scratch.take<S>(p.tokens * block);
+    for (int64_t task; (task = queue.next()) >= 0;) {
+      const int64_t b = task / tiles, channel = task % tiles * block, count = least(block, p.channels - channel);
+      const int64_t slot = p.state_indices != nullptr ? p.state_indices[b] : b;
+      const bool valid = slot >= 0 && slot < p.slots;
+      const int64_t state_offset = slot * p.state_stride.batch + channel * p.state_stride.channel;
+      if (valid) {
+        load_tile(e, block, p.dtype, p.state, state_offset, p.state_stride.token, p.state_stride.channel, state, count);
+        load_tile(e + state * block, block, p.dtype, p.x, b * p.x_stride.batch + channel * p.x_stride.channel, p.x_stride.token,
+                  p.x_stride.channel, p.tokens, count);
+        load_tile(weight, block, static_cast<const S*>(p.weight) + channel * p.width, 1, p.width, p.width, count);
+        if (p.bias != nullptr)
+          load_tile(bias, block, static_cast<const S*>(p.bias) + channel, 0, 1, 1, count);
+        else
+          for (int64_t i = 0; i < block; ++i) bias[i] = 0;
+      }
+      for (int64_t t = 0; t < p.tokens; ++t)
+        for (int64_t i = 0; i < count; i += lanes) {
+          Vec<S> y{};
+          if (valid) {
+            y = load(bias + i);
+            for (int64_t w = 0; w < p.width; ++w) y = y + load(e + (t + w) * block + i) * load(weight + w * block + i);
+            if (p.silu) y = y * sigmoid<S>(y);
+          }
+          store(out + t * block + i, y);
+        }
+      store_tile(p.dtype, p.out, b * p.out_stride.batch + channel * p.out_stride.channel, p.out_stride.token,
+                 p.out_stride.channel, out, block, p.tokens, count);
+      if (valid)
+        store_tile(p.dtype, p.state, state_offset, p.state_stride.token, p.state_stride.channel, e + p.tokens * block, block, state,
+                   count);
+    }
+  });
+}
+
+template <class S>
+void forward_any(const CausalConv1dParams& p, const Parallel& parallel) {
+  switch (p.width) {
+    case 2:
+      return forward<S, 2>(p, parallel);
+    case 3:
+      return forward<S, 3>(p, parallel);
+    case 4:
+      return forward<S, 4>(p, parallel);
+    default:
+      return forward<S, 0>(p, parallel);
+  }
+}
+template <class S>
+void backward_any(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
+  switch (p.forward.width) {
+    case 2:
+      return backward<S, 2>(p, parallel);
+    case 3:
+      return backward<S, 3>(p, parallel);
+    case 4:
+      return backward<S, 4>(p, parallel);
+    default:
+      return backward<S, 0>(p, parallel);
+  }
+}
+
+}  // namespace
+
+void causal_conv1d_fwd(const CausalConv1dParams& p, const Parallel& parallel) {
+  p.dtype == DType::kFloat64 ? forward_any<double>(p, parallel) : forward_any<float>(p, parallel);
+}
+void causal_conv1d_bwd(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
+  p.forward.dtype == DType::kFloat64 ? backward_any<double>(p, parallel) : backward_any<float>(p, parallel);
+}
+void causal_conv1d_step(const CausalConv1dStepParams& p, const Parallel& parallel) {
+  p.dtype == DType::kFloat64 ? step<double>(p, parallel) : step<float>(p, parallel);
+}
+
+}  // namespace pykernels::cpu::PYKERNELS_ISA

@@ -1,0 +1,7 @@
+#include "../common/dispatch.h"
+
+#include "../../include/pykernels/causal_conv1d.h"
+
+PYKERNELS_DISPATCH(causal_conv1d_fwd, CausalConv1dParams)
+PYKERNELS_DISPATCH(causal_conv1d_bwd, CausalConv1dBackwardParams)
+PYKERNELS_DISPATCH(causal_conv1d_step, CausalConv1dStepParams)

@@ -1,0 +1,7 @@
+#include "../common/dispatch.h"
+
+#include "../../include/pykernels/selective_scan.h"
+
+PYKERNELS_DISPATCH(selective_scan_fwd, SelectiveScanParams)
+PYKERNELS_DISPATCH(selective_scan_bwd, SelectiveScanBackwardParams)
+PYKERNELS_DISPATCH(selective_scan_step, SelectiveScanStepParams)
