@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import flash_attention, linear_attention
+from . import fft_conv, flash_attention, linear_attention
 
-OPS = [flash_attention.OP, flash_attention.DECODE_OP, linear_attention.OP]
+OPS = [flash_attention.OP, flash_attention.DECODE_OP, linear_attention.OP, fft_conv.OP]

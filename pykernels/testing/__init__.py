@@ -8,16 +8,18 @@ reports the error of every output and gradient beside its budget. A new op adds 
 
 from __future__ import annotations
 
+from .fft_conv import FFT_CONV
 from .flash_attention import FLASH_ATTENTION, FLASH_ATTENTION_DECODE
 from .kit import BadInput, Case, Description, Error, Sample, check, compare, cotangents, expected, run
 from .linear_attention import LINEAR_ATTENTION, LINEAR_ATTENTION_STEP
 from .retention import RETENTION, RETENTION_STEP
 from .targets import DTYPES, Target, choice, dtypes, poisoned_memory, targets, use_isa, use_threads
 
-OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE, LINEAR_ATTENTION, LINEAR_ATTENTION_STEP, RETENTION, RETENTION_STEP)
+OPS = (FLASH_ATTENTION, FLASH_ATTENTION_DECODE, LINEAR_ATTENTION, LINEAR_ATTENTION_STEP, RETENTION, RETENTION_STEP, FFT_CONV)
 
 __all__ = [
     "DTYPES",
+    "FFT_CONV",
     "FLASH_ATTENTION",
     "FLASH_ATTENTION_DECODE",
     "LINEAR_ATTENTION",
