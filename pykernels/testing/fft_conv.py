@@ -86,7 +86,7 @@ CASES = (
     conv_case("short-two-sided", length=1100, taps=9, taps_rev=14, **_ALL),
     conv_case("short-lag-0", batch=2, length=90, taps=3, taps_rev=8, lag=0),
     conv_case("short-circular", batch=2, length=1200, taps=12, mode="circular", **_ALL),
-    conv_case("short-circular-two-sided", length=45, taps=5, taps_rev=6, lag=0, mode="circular", **_ALL),
+    conv_case("short-circular-two-sided", channels=4, length=45, taps=5, taps_rev=6, lag=0, mode="circular", **_ALL),
     conv_case("short-circular-beyond", length=10, taps=37, taps_rev=4, mode="circular"),
     # Kernels as long as the sequence: exact and ragged lengths, both factors of the transform.
     conv_case("long", batch=2, length=256, **_ALL),
@@ -106,9 +106,9 @@ CASES = (
     conv_case("long-circular-beyond", length=300, taps=777, taps_rev=310, mode="circular", **_ALL),
     conv_case("long-circular-two-sided", length=1000, taps=300, taps_rev=200, lag=0, mode="circular", post=True),
     # In between: several windows.
-    conv_case("windows", length=5000, taps=150, channels=1, **_ALL),
-    conv_case("windows-two-sided", length=4500, taps=100, taps_rev=130, channels=1, **_ALL),
-    conv_case("windows-circular", length=4200, taps=170, taps_rev=60, channels=1, mode="circular", **_ALL),
+    conv_case("windows", length=5000, taps=150, channels=4, **_ALL),
+    conv_case("windows-two-sided", length=4500, taps=100, taps_rev=130, channels=4, **_ALL),
+    conv_case("windows-circular", length=4200, taps=170, taps_rev=60, channels=4, mode="circular", **_ALL),
     # Kernels shared by groups of channels; dtypes; layouts.
     conv_case("groups", batch=2, channels=6, groups=2, length=300, **_ALL),
     conv_case("groups-short", batch=2, channels=6, groups=3, length=60, taps=7, taps_rev=3, **_ALL),

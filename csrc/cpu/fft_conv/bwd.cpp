@@ -151,22 +151,18 @@ void run(const FFTConvBackwardParams& b, const Parallel& parallel) {
         // What follows from A^T dc at positions [first, last), given from there on.
         const auto finish = [&](const S* transposed, int64_t first, int64_t last) {
           for (int64_t tile = first; tile < last; tile += kTile) {
-            // Summed by eights of vectors, then by tiles: short chains of roundings.
-            Vec<S> skip_sum{}, of_eight{};
+            Vec<double> skip_sum{}, skip_rest{};
             for (int64_t n = tile; n < least(tile + kTile, last); n += lanes) {
               const int64_t left = last - n;
               const Vec<S> d = dc.part(n, left);
-              if (dskip) {
-                of_eight = of_eight + d * x.part(n, left);
-                if ((n - tile) / lanes % 8 == 7) skip_sum = skip_sum + of_eight, of_eight = Vec<S>{};
-              }
+              if (dskip) add_products(skip_sum, skip_rest, d, x.part(n, left));
               if (!of_x) continue;
               Vec<S> dx = load(transposed + n - first);
               if (p.skip) dx = dx + skip * d;
               if (dpre) store_upto(dpre + n, dx * load_upto(x.values + n, left), left);
               if (du) store_upto(du + n, x.gate ? dx * load_upto(x.gate + n, left) : dx, left);
             }
-            if (dskip) *dskip += static_cast<double>(reduce_add<S>(skip_sum + of_eight));
+            if (dskip) *dskip += reduce_add<double>(skip_sum + skip_rest);
           }
         };
 

@@ -189,6 +189,21 @@ PYKERNELS_INLINE void synthesise(bool half, const Plan<S>& plan, const S* work, 
     synthesise<false, S>(plan, work, write);
 }
 
+// sum x y, with the products of floats exact: what a gradient summed over a whole batch may cancel to is far smaller than its terms.
+PYKERNELS_INLINE void add_products(Vec<double>& sum, Vec<double>&, Vec<float> x, Vec<float> y) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half a[2], b[2];
+  __builtin_memcpy(a, &x, sizeof(x));
+  __builtin_memcpy(b, &y, sizeof(y));
+  for (int i = 0; i < 2; ++i) sum = sum + __builtin_convertvector(a[i], Vec<double>) * __builtin_convertvector(b[i], Vec<double>);
+}
+// Of doubles, what the additions round off is kept in `rest`.
+PYKERNELS_INLINE void add_products(Vec<double>& sum, Vec<double>& rest, Vec<double> x, Vec<double> y) {
+  const Vec<double> product = x * y, next = sum + product, rounded = next - sum;
+  rest = rest + ((sum - (next - rounded)) + (product - rounded));
+  sum = next;
+}
+
 // ---- directly -----------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kTile = 1024;  // outputs at a time: all buffers stay in the first-level cache

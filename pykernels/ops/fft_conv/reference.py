@@ -9,21 +9,24 @@ import torch
 from torch import Tensor
 
 
-def kernel_over_period(k: Tensor, k_rev: Tensor | None, k_rev_lag: int, length: int, circular: bool) -> Tensor:
-    """The taps [G, K] and [G, R] by lag modulo the period -> [G, period].
+def _by_lag(k: Tensor, k_rev: Tensor | None, k_rev_lag: int, length: int, circular: bool, period: int) -> Tensor:
+    """The taps [G, K] and [G, R] -> [G, period], that of lag l at l modulo the period.
 
-    The period is `length` when circular, else 2 `length`: of those lags only -(length - 1) .. length - 1 can have an effect, and
-    taps beyond are left out.
+    Causal: taps at lags beyond +-(length - 1) are left out. Circular: lags are taken modulo the length.
     """
-    period = length if circular else 2 * length
+    result = k.new_zeros(k.shape[0], period)
     lags = torch.arange(k.shape[1], device=k.device)
+    sides = [(k, lags)]
     if k_rev is not None:
-        lags = torch.cat((lags, -k_rev_lag - torch.arange(k_rev.shape[1], device=k.device)))
-        k = torch.cat((k, k_rev), 1)
-    if not circular:
-        effective = lags.abs() < length
-        lags, k = lags[effective], k[:, effective]
-    return k.new_zeros(k.shape[0], period).index_add(1, lags % period, k)
+        sides.append((k_rev, -k_rev_lag - torch.arange(k_rev.shape[1], device=k.device)))
+    for taps, lags in sides:
+        if circular:
+            lags = lags % length
+        else:
+            effective = lags.abs() < length
+            taps, lags = taps[:, effective], lags[effective] % period
+        result = result.index_add(1, lags, taps)
+    return result
 
 
 def fft_conv(u: Tensor, k: Tensor, k_rev: Tensor | None, D: Tensor | None, pre_gate: Tensor | None, post_gate: Tensor | None,
@@ -40,10 +43,11 @@ def fft_conv(u: Tensor, k: Tensor, k_rev: Tensor | None, D: Tensor | None, pre_g
         x = x * pre_gate.to(wide)
     k, k_rev, D = (None if w is None else w.to(wide) for w in (k, k_rev, D))
     if x.numel():
-        kernel = kernel_over_period(k, k_rev, k_rev_lag, length, circular)
-        period = kernel.shape[1]
-        spectrum = torch.fft.rfft(kernel).repeat_interleave(u.shape[1] // k.shape[0], dim=0)
-        out = torch.fft.irfft(torch.fft.rfft(x, n=period) * spectrum, n=period)[..., :length]
+        period = 1 << (2 * length - 1).bit_length()  # so that nothing wraps; of a power of two, whose transform is the most exact
+        spectrum = torch.fft.rfft(_by_lag(k, k_rev, k_rev_lag, length, circular, period))
+        spectrum = spectrum.repeat_interleave(u.shape[1] // k.shape[0], dim=0)
+        out = torch.fft.irfft(torch.fft.rfft(x, n=period) * spectrum, n=period)
+        out = out[..., :length] + out[..., length:2 * length] if circular else out[..., :length]
     else:  # no transform of nothing; the result still depends on all inputs
         out = x * (k.sum() + (0 if k_rev is None else k_rev.sum()))
     if D is not None:
