@@ -38,17 +38,18 @@ struct PostGradient {
   }
 };
 
-// Adds vectors to a row, where they fall into [low, high); positions wrap.
+// Adds vectors to a row, where they fall into [low, high); positions wrap. `fresh`: the row is written for the first time.
 template <class S>
 struct Adder {
   S* row;
   int64_t length, origin, low, high;
+  bool fresh;
 
   PYKERNELS_INLINE void operator()(int64_t i, Vec<S> v) const {
     constexpr int lanes = kLanes<S>;
     const int64_t n = origin + i;
     if (n >= most<int64_t>(low, 0) && n + lanes <= least(high, length))
-      store(row + n, load(row + n) + v);
+      store(row + n, fresh ? v : load(row + n) + v);
     else if (n < high && n + lanes > low)
       edge(n, v);
   }
@@ -59,7 +60,7 @@ struct Adder {
       if (m < low || m >= high) continue;
       if (m < 0) m += length;
       if (m >= length) m -= length;
-      row[m] += v[l];
+      row[m] = fresh ? v[l] : row[m] + v[l];
     }
   }
 };
@@ -73,9 +74,11 @@ void run(const FFTConvBackwardParams& b, const Parallel& parallel) {
   const bool of_x = b.du || b.dpre_gate, of_kernel = b.dk;
   const auto put_taps = [&](const Taps& taps, int64_t group, const auto* dw) {
     S* const dk = static_cast<S*>(b.dk) + group * p.taps;
-    for (int64_t i = 0; i < p.taps; ++i) {
-      const int64_t at = taps.index(i);
-      dk[i] = at < 0 ? 0 : static_cast<S>(dw[at]);
+    if (taps.folded) {
+      for (int64_t i = 0; i < p.taps; ++i) dk[i] = static_cast<S>(dw[taps.index(i)]);
+    } else {
+      for (int64_t i = 0; i <= taps.forward; ++i) dk[i] = static_cast<S>(dw[taps.reverse + i]);
+      for (int64_t i = taps.forward + 1; i < p.taps; ++i) dk[i] = 0;
     }
     if (!p.k_rev) return;
     S* const dk_rev = static_cast<S*>(b.dk_rev) + group * p.taps_rev;
@@ -148,12 +151,18 @@ void run(const FFTConvBackwardParams& b, const Parallel& parallel) {
         T* const dpre = to(b.dpre_gate);
         double* const dskip = b.dskip ? chunk_skip + channel * chunks + chunk : nullptr;
 
+        const int64_t after = row + 1, next = group * per_group + after / p.batch;
+        const T* const next_u = p.length <= kLongestAhead && after < (chunk + 1) * rows / chunks
+                                    ? static_cast<const T*>(p.u) + after % p.batch * p.u_stride.batch + next * p.u_stride.channel
+                                    : nullptr;
+
         // What follows from A^T dc at positions [first, last), given from there on.
         const auto finish = [&](const S* transposed, int64_t first, int64_t last) {
           for (int64_t tile = first; tile < last; tile += kTile) {
             Vec<double> skip_sum{}, skip_rest{};
             for (int64_t n = tile; n < least(tile + kTile, last); n += lanes) {
               const int64_t left = last - n;
+              if (next_u) __builtin_prefetch(next_u + n);
               const Vec<S> d = dc.part(n, left);
               if (dskip) add_products(skip_sum, skip_rest, d, x.part(n, left));
               if (!of_x) continue;
@@ -190,8 +199,9 @@ void run(const FFTConvBackwardParams& b, const Parallel& parallel) {
 
         const Plan<S>& plan = *transform_plan;
         if (p.circular) x.low = -taps.forward, x.high = p.length + taps.reverse;
-        if (of_x)
-          for (int64_t i = 0; i < p.length; ++i) row_sum[i] = 0;
+        const bool fresh = way.blocks == 1 && !p.circular;  // one window, and nothing of it wraps into the row
+        if (of_x && !fresh) __builtin_memset(row_sum, 0, sizeof(S) * p.length);
+        if (p.length <= kLongestAhead) x.ahead = dc.values, dc.ahead = du;
         for (int64_t block = 0; block < way.blocks; ++block) {
           const int64_t first = block * way.step, last = least(first + way.step, p.length), origin = first - way.before;
           if (of_kernel || post.dpost) {
@@ -217,7 +227,7 @@ void run(const FFTConvBackwardParams& b, const Parallel& parallel) {
           else
             transform(plan, work, Correlate<S, true, false>{spectrum, kept, sum});
           const int64_t low = p.circular ? -taps.forward : 0, high = p.circular ? p.length + taps.reverse : p.length;
-          synthesise(high <= origin + plan.points, plan, work, Adder<S>{row_sum, p.length, origin, low, high});
+          synthesise(high <= origin + plan.points, plan, work, Adder<S>{row_sum, p.length, origin, low, high, fresh});
         }
         finish(row_sum, 0, p.length);
       }

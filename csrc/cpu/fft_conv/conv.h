@@ -39,10 +39,14 @@ struct Taps {
 
 template <class S>
 void gather_taps(const FFTConvParams& p, const Taps& taps, int64_t group, S* w) {
-  for (int64_t i = 0; i < taps.count(); ++i) w[i] = 0;
   const S* const k = static_cast<const S*>(p.k) + group * p.taps;
-  for (int64_t i = 0; i < p.taps; ++i)
-    if (const int64_t at = taps.index(i); at >= 0) w[at] += k[i];
+  if (taps.folded) {
+    __builtin_memset(w, 0, sizeof(S) * taps.count());
+    for (int64_t i = 0; i < p.taps; ++i) w[taps.index(i)] += k[i];
+  } else {
+    __builtin_memset(w, 0, sizeof(S) * taps.reverse);
+    __builtin_memcpy(w + taps.reverse, k, sizeof(S) * (taps.forward + 1));
+  }
   if (!p.k_rev) return;
   const S* const k_rev = static_cast<const S*>(p.k_rev) + group * p.taps_rev;
   for (int64_t i = 0; i < p.taps_rev; ++i)
@@ -99,10 +103,12 @@ struct Reader {
   const T* gate;  // or null
   int64_t length, origin, low, high;
   bool wraps;
+  const T* ahead = nullptr;  // a row that is needed next, fetched along
 
   PYKERNELS_INLINE Vec<S> operator()(int64_t i) const {
     constexpr int lanes = kLanes<S>;
     const int64_t n = origin + i;
+    if (ahead) __builtin_prefetch(ahead + n);
     if (n >= most<int64_t>(low, 0) && n + lanes <= least(high, length)) return whole(n);
     if (n >= high || n + lanes <= low) return Vec<S>{};
     return edge(n);
@@ -135,6 +141,10 @@ struct Reader {
     return load(x);
   }
 };
+
+// Rows are read and written in places too far apart for the processor to see a pattern. Up to this length the next one stays in the
+// second-level cache until it is needed.
+constexpr int64_t kLongestAhead = 32768;
 
 // The lanes of v that fall into [low, high) when the first is at n, moved to the front.
 template <class S>

@@ -1,4 +1,4 @@
-// The transforms of plan.h on one work array, in place: analysis (samples -> lanes), the passes in each lane, synthesis.
+// The transforms of plan.h on one work array: analysis (samples -> lanes and their first pass), the passes in each lane, synthesis.
 //
 // The passes go depth first: a block is split, its parts go all the way to the leaves and back while they are in cache, then the
 // block is put together. Leaves do what is done with the spectrum (a Mode), in the order in which the passes leave it: nothing is
@@ -156,111 +156,93 @@ PYKERNELS_INLINE Complex<S> first_factor(const S* at) {
     return of_b * load_complex(at + (kInner<S> + K1 / kInner<S> - 1) * kStep<S>);
 }
 
-// read(i) gives the vector of samples i, i + 1, ...; Half: those from N on are zero.
+// The lanes of j, j + 1, ... , as many vectors as there are lanes, from read(i), which gives the vector of samples i, i + 1, ...
+// Half: the samples from N on are zero.
 template <bool Half, class S, class Read>
-void analyse(const Plan<S>& plan, const Read& read, S* work) {
+PYKERNELS_INLINE void analyse_block(const Plan<S>& plan, const Read& read, int64_t j, S* to) {
   constexpr int lanes = kLanes<S>;
-  const int64_t part = plan.length / plan.radix[0];
-  const S* factors = plan.first;
-  int64_t at = 0, left = part;  // until the next part of the work array
-  for (int64_t j = 0; j < plan.length; j += lanes) {
-    Complex<S> x[lanes];
-    PYKERNELS_REPEAT(lanes, l, {
-      const Vec<S> re = read(l * plan.length + j);
-      if constexpr (Half) {
-        // Times e^{2 pi i l / 4V}, of real numbers.
-        constexpr S c = static_cast<S>(kCosine[16 / lanes * l]);
-        constexpr S s = static_cast<S>(kCosine[16 - 16 / lanes * l]);
-        x[l] = {re * c, re * s};
-      } else {
-        x[l] = rotate<l, 4 * lanes, true, S>({re, read(plan.points + l * plan.length + j)});
-      }
-    });
-    dft<lanes, false, S>(x);
-    Vec<S> re[lanes];
-    Vec<S> im[lanes];
-    PYKERNELS_REPEAT(lanes, k, {
-      const Complex<S> y = x[k] * first_factor<k, S>(factors);
-      re[k] = y.re, im[k] = y.im;
-    });
-    transpose(re);
-    transpose(im);
-    // A part ends within these vectors only where it is shorter than `lanes`, and then parts are not set apart.
-    S* const to = work + at * kStep<S>;
-    PYKERNELS_REPEAT(lanes, i, { store_complex<S>(to + i * kStep<S>, {re[i], im[i]}); });
-    factors += (kInner<S> + kOuter<S> - 1) * kStep<S>;
-    at += lanes, left -= lanes;
-    if (left == 0) at += plan.stride - part, left = part;
-  }
+  const S* const factors = plan.first + j / lanes * (kInner<S> + kOuter<S> - 1) * kStep<S>;
+  Complex<S> x[lanes];
+  PYKERNELS_REPEAT(lanes, l, {
+    const Vec<S> re = read(l * plan.length + j);
+    if constexpr (Half) {
+      // Times e^{2 pi i l / 4V}, of real numbers.
+      constexpr S c = static_cast<S>(kCosine[16 / lanes * l]);
+      constexpr S s = static_cast<S>(kCosine[16 - 16 / lanes * l]);
+      x[l] = {re * c, re * s};
+    } else {
+      x[l] = rotate<l, 4 * lanes, true, S>({re, read(plan.points + l * plan.length + j)});
+    }
+  });
+  dft<lanes, false, S>(x);
+  Vec<S> re[lanes];
+  Vec<S> im[lanes];
+  PYKERNELS_REPEAT(lanes, k, {
+    const Complex<S> y = x[k] * first_factor<k, S>(factors);
+    re[k] = y.re, im[k] = y.im;
+  });
+  transpose(re);
+  transpose(im);
+  PYKERNELS_REPEAT(lanes, i, { store_complex<S>(to + i * kStep<S>, {re[i], im[i]}); });
 }
 
-// write(i, vector) takes the samples i, i + 1, ..., N times too large; Half: those from N on are not needed.
+// The reverse: write(i, vector) takes the samples i, i + 1, ..., N times too large; Half: those from N on are not needed.
 template <bool Half, class S, class Write>
-void synthesise(const Plan<S>& plan, const S* work, Write&& write) {
+PYKERNELS_INLINE void synthesise_block(const Plan<S>& plan, const S* from, int64_t j, const Write& write) {
   constexpr int lanes = kLanes<S>;
-  const int64_t part = plan.length / plan.radix[0];
-  const S* factors = plan.first;
-  int64_t at = 0, left = part;
-  for (int64_t j = 0; j < plan.length; j += lanes) {
-    Vec<S> re[lanes];
-    Vec<S> im[lanes];
-    const S* const from = work + at * kStep<S>;
-    PYKERNELS_REPEAT(lanes, i, {
-      re[i] = load(from + i * kStep<S>);
-      im[i] = load(from + i * kStep<S> + lanes);
-    });
-    transpose(re);
-    transpose(im);
-    Complex<S> x[lanes];
-    PYKERNELS_REPEAT(lanes, k, { x[k] = times_conj<S>({re[k], im[k]}, first_factor<k, S>(factors)); });
-    dft<lanes, true, S>(x);
-    PYKERNELS_REPEAT(lanes, l, {
-      if constexpr (Half) {
-        constexpr S c = static_cast<S>(kCosine[16 / lanes * l]);
-        constexpr S s = static_cast<S>(kCosine[16 - 16 / lanes * l]);
-        write(l * plan.length + j, x[l].re * c + x[l].im * s);
-      } else {
-        const Complex<S> y = rotate<l, 4 * lanes, false, S>(x[l]);
-        write(l * plan.length + j, y.re);
-        write(plan.points + l * plan.length + j, y.im);
-      }
-    });
-    factors += (kInner<S> + kOuter<S> - 1) * kStep<S>;
-    at += lanes, left -= lanes;
-    if (left == 0) at += plan.stride - part, left = part;
-  }
+  const S* const factors = plan.first + j / lanes * (kInner<S> + kOuter<S> - 1) * kStep<S>;
+  Vec<S> re[lanes];
+  Vec<S> im[lanes];
+  PYKERNELS_REPEAT(lanes, i, {
+    re[i] = load(from + i * kStep<S>);
+    im[i] = load(from + i * kStep<S> + lanes);
+  });
+  transpose(re);
+  transpose(im);
+  Complex<S> x[lanes];
+  PYKERNELS_REPEAT(lanes, k, { x[k] = times_conj<S>({re[k], im[k]}, first_factor<k, S>(factors)); });
+  dft<lanes, true, S>(x);
+  PYKERNELS_REPEAT(lanes, l, {
+    if constexpr (Half) {
+      constexpr S c = static_cast<S>(kCosine[16 / lanes * l]);
+      constexpr S s = static_cast<S>(kCosine[16 - 16 / lanes * l]);
+      write(l * plan.length + j, x[l].re * c + x[l].im * s);
+    } else {
+      const Complex<S> y = rotate<l, 4 * lanes, false, S>(x[l]);
+      write(l * plan.length + j, y.re);
+      write(plan.points + l * plan.length + j, y.im);
+    }
+  });
 }
 
 // ---- in each lane -------------------------------------------------------------------------------------------------------
 
-// Splits a block of R * size vectors, the parts `stride` apart; Back: puts it together.
+// Splits R parts of `size` vectors, part r at from + r * from_apart, into as many; Back: puts them together.
 template <int R, bool Back, class S>
-__attribute__((noinline)) void pass(S* work, int64_t size, int64_t stride, const S* twiddle) {
-  const int64_t apart = stride * kStep<S>;
-  for (int64_t j = 0; j < size; ++j, work += kStep<S>, twiddle += 2 * (R - 1)) {
+PYKERNELS_INLINE void butterflies(const S* from, int64_t from_apart, S* to, int64_t to_apart, int64_t size, const S* twiddle) {
+  for (int64_t j = 0; j < size; ++j, from += kStep<S>, to += kStep<S>, twiddle += 2 * (R - 1)) {
     Complex<S> x[R];
     PYKERNELS_REPEAT(R, r, {
-      x[r] = load_complex(work + r * apart);
+      x[r] = load_complex(from + r * from_apart);
       if constexpr (Back && r > 0) x[r] = times_conj<S>(x[r], splat_complex(twiddle + 2 * (r - 1)));
     });
     dft<R, Back, S>(x);
     PYKERNELS_REPEAT(R, r, {
       if constexpr (!Back && r > 0) x[r] = x[r] * splat_complex(twiddle + 2 * (r - 1));
-      store_complex<S>(work + r * apart, x[r]);
+      store_complex<S>(to + r * to_apart, x[r]);
     });
   }
 }
-
+template <int R, bool Back, class S>
+__attribute__((noinline)) void pass(S* work, int64_t size, int64_t stride, const S* twiddle) {
+  butterflies<R, Back, S>(work, stride * kStep<S>, work, stride * kStep<S>, size, twiddle);
+}
 template <bool Back, class S>
 PYKERNELS_INLINE void pass(int radix, S* work, int64_t size, int64_t stride, const S* twiddle) {
-  switch (radix) {
-    case 3:
-      return pass<3, Back, S>(work, size, stride, twiddle);
-    case 4:
-      return pass<4, Back, S>(work, size, stride, twiddle);
-    default:
-      return pass<16, Back, S>(work, size, stride, twiddle);
-  }
+  if (radix == 4)
+    pass<4, Back, S>(work, size, stride, twiddle);
+  else
+    pass<16, Back, S>(work, size, stride, twiddle);
 }
 
 // What happens to the spectrum. Arrays beside the work array have its layout; `at` is the place in all of them.
@@ -325,24 +307,94 @@ __attribute__((noinline)) void leaves(S* work, int64_t at, int64_t count, const 
 }
 
 template <class S, class Mode>
-void descend(const Plan<S>& plan, int level, int64_t size, int64_t stride, S* work, int64_t at, const Mode& mode) {
+void descend(const Plan<S>& plan, int level, int64_t size, S* work, int64_t at, const Mode& mode) {
+  if (level == plan.levels) {
+    if (plan.leaf == 4)
+      leaves<4, S>(work, at, size / 4, mode);
+    else
+      leaves<8, S>(work, at, size / 8, mode);
+    return;
+  }
   const int radix = plan.radix[level];
   const int64_t part = size / radix;
-  if constexpr (Mode::kIn) pass<false, S>(radix, work + at, part, stride, plan.twiddle[level]);
-  if (level + 1 < plan.levels) {
-    for (int r = 0; r < radix; ++r) descend(plan, level + 1, part, part / plan.radix[level + 1], work, at + r * stride * kStep<S>, mode);
-  } else if (plan.leaf == 4) {
-    leaves<4, S>(work, at, radix, mode);
-  } else {
-    leaves<8, S>(work, at, radix, mode);
-  }
-  if constexpr (Mode::kOut) pass<true, S>(radix, work + at, part, stride, plan.twiddle[level]);
+  if constexpr (Mode::kIn) pass<false, S>(radix, work + at, part, part, plan.twiddle[level]);
+  if (level + 1 < plan.levels)
+    for (int r = 0; r < radix; ++r) descend(plan, level + 1, part, work, at + r * part * kStep<S>, mode);
+  else
+    descend(plan, level + 1, size, work, at, mode);  // the leaves of all parts at once
+  if constexpr (Mode::kOut) pass<true, S>(radix, work + at, part, part, plan.twiddle[level]);
 }
 
-// The whole of it between analysis and synthesis.
+// What is between analysis and synthesis.
 template <class S, class Mode>
 PYKERNELS_INLINE void transform(const Plan<S>& plan, S* work, const Mode& mode) {
-  descend(plan, 0, plan.length, plan.stride, work, 0, mode);
+  const int radix = plan.radix[0];
+  const int64_t part = plan.length / radix;
+  if (Mode::kIn && !plan.fused) pass<false, S>(radix, work, part, plan.stride, plan.twiddle[0]);
+  for (int r = 0; r < radix; ++r) descend(plan, 1, part, work, r * plan.stride * kStep<S>, mode);
+  if (Mode::kOut && !plan.fused) pass<true, S>(radix, work, part, plan.stride, plan.twiddle[0]);
+}
+
+// Samples to lanes. R: with the first pass, of that radix, which takes the blocks of all parts while they are in the nearest cache;
+// 1: without.
+template <int R, bool Half, class S, class Read>
+__attribute__((noinline)) void analyse(const Plan<S>& plan, const Read& read, S* work) {
+  constexpr int lanes = kLanes<S>;
+  const int64_t part = plan.length / plan.radix[0];
+  if constexpr (R == 1) {
+    for (int r = 0; r < plan.radix[0]; ++r)
+      for (int64_t j = 0; j < part; j += lanes)
+        analyse_block<Half, S>(plan, read, r * part + j, work + (r * plan.stride + j) * kStep<S>);
+  } else {
+    alignas(64) S tile[R * lanes * kStep<S>];
+    for (int64_t j = 0; j < part; j += lanes) {
+      const int64_t here = least<int64_t>(part - j, lanes);
+      // Parts shorter than a vector are neighbours in one block.
+      for (int r = 0; r < R; ++r)
+        if (r * part % lanes == 0) analyse_block<Half, S>(plan, read, r * part + j, tile + r * here * kStep<S>);
+      butterflies<R, false, S>(tile, here * kStep<S>, work + j * kStep<S>, plan.stride * kStep<S>, here,
+                               plan.twiddle[0] + j * 2 * (R - 1));
+    }
+  }
+}
+template <int R, bool Half, class S, class Write>
+__attribute__((noinline)) void synthesise(const Plan<S>& plan, const S* work, const Write& write_) {
+  constexpr int lanes = kLanes<S>;
+  const Write write = write_;
+  const int64_t part = plan.length / plan.radix[0];
+  if constexpr (R == 1) {
+    for (int r = 0; r < plan.radix[0]; ++r)
+      for (int64_t j = 0; j < part; j += lanes)
+        synthesise_block<Half, S>(plan, work + (r * plan.stride + j) * kStep<S>, r * part + j, write);
+  } else {
+    alignas(64) S tile[R * lanes * kStep<S>];
+    for (int64_t j = 0; j < part; j += lanes) {
+      const int64_t here = least<int64_t>(part - j, lanes);
+      butterflies<R, true, S>(work + j * kStep<S>, plan.stride * kStep<S>, tile, here * kStep<S>, here,
+                              plan.twiddle[0] + j * 2 * (R - 1));
+      for (int r = 0; r < R; ++r)
+        if (r * part % lanes == 0) synthesise_block<Half, S>(plan, tile + r * here * kStep<S>, r * part + j, write);
+    }
+  }
+}
+
+template <bool Half, class S, class Read>
+PYKERNELS_INLINE void analyse(const Plan<S>& plan, const Read& read, S* work) {
+  if (!plan.fused)
+    analyse<1, Half, S>(plan, read, work);
+  else if (plan.radix[0] == 3)
+    analyse<3, Half, S>(plan, read, work);
+  else
+    analyse<4, Half, S>(plan, read, work);
+}
+template <bool Half, class S, class Write>
+PYKERNELS_INLINE void synthesise(const Plan<S>& plan, const S* work, const Write& write) {
+  if (!plan.fused)
+    synthesise<1, Half, S>(plan, work, write);
+  else if (plan.radix[0] == 3)
+    synthesise<3, Half, S>(plan, work, write);
+  else
+    synthesise<4, Half, S>(plan, work, write);
 }
 
 }  // namespace fft

@@ -14,10 +14,12 @@ struct Output {
   Vec<S> skip;
   bool skips;
   int64_t origin, low, high;  // the outputs wanted
+  const T* ahead;             // a row that is needed next, fetched along; or null
 
   PYKERNELS_INLINE void operator()(int64_t i, Vec<S> c) const {
     constexpr int lanes = kLanes<S>;
     const int64_t n = origin + i;
+    if (ahead) __builtin_prefetch(ahead + n);
     if (n >= low && n + lanes <= high) {
       if (skips) c = c + skip * x->whole(n);
       if (gate) c = c * load(gate + n);
@@ -66,7 +68,13 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
         Reader<T> x{at(p.u, p.u_stride), at(p.pre_gate, p.pre_stride), p.length, 0, 0, p.length, p.circular};
         if (p.circular) x.low = -taps.forward, x.high = p.length + taps.reverse;
         Output<T> out{static_cast<T*>(p.out) + b * p.out_stride.batch + channel * p.out_stride.channel,
-                      at(p.post_gate, p.post_stride), &x, Vec<S>{}, p.skip != nullptr, 0, 0, 0};
+                      at(p.post_gate, p.post_stride), &x, Vec<S>{}, p.skip != nullptr, 0, 0, 0, nullptr};
+        if (p.length <= kLongestAhead && !way.direct) {
+          const int64_t after = row + 1, next = group * (p.channels / p.groups) + after / p.batch;
+          x.ahead = out.out;
+          if (after < (chunk + 1) * rows / chunks)
+            out.ahead = static_cast<const T*>(p.u) + after % p.batch * p.u_stride.batch + next * p.u_stride.channel;
+        }
         if (p.skip) out.skip = splat(static_cast<const S*>(p.skip)[channel]);
         if (way.direct) {
           S* const c = work + kTile + taps.count() + lanes;

@@ -9,6 +9,9 @@ namespace {
 // A pass of 16 in place of two of 4 moves the data half as often, which pays where a block is beyond this many bytes (half of
 // a second-level cache); inside the caches its registers spill.
 constexpr int64_t kBytesOfWidePass = int64_t{1} << 20;
+// The first pass is done together with the analysis up to here. Beyond, it would read more rows of the same cache set at once (their
+// distance is a power of two) than the cache has ways.
+constexpr int64_t kBytesOfFusedPass = int64_t{1} << 19;
 
 struct Root {
   double re, im;
@@ -62,8 +65,10 @@ Plan<S>* make(int64_t points) {
     total += size / radix * (radix - 1) * 2;
     size /= radix;
   };
+  const auto bytes = [&] { return size * kStep<S> * static_cast<int64_t>(sizeof(S)); };
+  plan->fused = size % 3 == 0 || bytes() <= kBytesOfFusedPass;
   if (size % 3 == 0) split(3);
-  while (size > 8) split(size % 128 == 0 && size * kStep<S> * static_cast<int64_t>(sizeof(S)) > kBytesOfWidePass ? 16 : 4);
+  while (size > 8) split(size % 128 == 0 && bytes() > kBytesOfWidePass ? 16 : 4);
   plan->leaf = static_cast<int>(size);
   S* next = allocate<S>(total + 1);
   size = length;

@@ -38,6 +38,7 @@ struct Plan {
   int radix[kMostLevels];
   const S* twiddle[kMostLevels];  // [size / radix][radix - 1][2]: e^{-2 pi i j r / size}
   int leaf;                       // 4 or 8 vectors
+  bool fused;                     // the first pass is part of the analysis and synthesis
   int64_t stride;                 // vectors between the parts of the first pass, in the work array
   const S* first;  // [S / V][kInner + kOuter - 1][2][V]: the factors for b = 0, 1, ..., then those for a = 1, 2, ...
 
