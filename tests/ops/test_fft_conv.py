@@ -21,6 +21,7 @@ F64 = torch.float64
 
 def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     """In relative L2."""
+    actual, expected = actual.detach(), expected.detach()
     assert actual.shape == expected.shape and expected.norm() > 0
     assert float((actual - expected).norm() / expected.norm()) < tolerance
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ... import _checks
 from ...backends import Op, Query, resolve
-from . import reference, registration
+from . import decode, reference, registration
+from .decode import FFTConvState
 
-__all__ = ["OP", "fft_conv"]
+__all__ = ["OP", "FFTConvState", "fft_conv", "fft_conv_init", "fft_conv_step"]
 
 
 def _serves(query: Query) -> str | None:
@@ -61,6 +62,10 @@ def _check_kernels(k: object, k_rev: object, k_rev_lag: object, D: object, u: Te
 def _check_gate(name: str, gate: object, u: Tensor) -> Tensor:
     _checks.tensor(name, gate, "B D L")
     _checks.shape(name, gate, dict(zip("BDL", u.shape)))
+    return _check_gate_type(name, gate, u)
+
+
+def _check_gate_type(name: str, gate: Tensor, u: Tensor) -> Tensor:
     if gate.dtype not in (u.dtype, torch.float32) or u.dtype == torch.float64 != gate.dtype:
         raise TypeError(f"{name} must have u's dtype {u.dtype} or, for 16-bit u, float32, got {gate.dtype}")
     _checks.same_device(name, gate, "u", u)
@@ -128,3 +133,110 @@ def fft_conv(u: Tensor, k: Tensor, *, k_rev: Tensor | None = None, k_rev_lag: in
     else:
         out = registration.run("fwd", chosen, *tensors, *settings)
     return out.to(dtype)
+
+
+def _check_no_gradient(function: str, tensors: dict[str, object]) -> None:
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise RuntimeError(f"{name} requires grad, but {function} is for inference (states are written in place): call it "
+                                   "under torch.no_grad(), or use fft_conv")
+
+
+def fft_conv_init(k: Tensor, u_prefix: Tensor | None = None, *, D: Tensor | None = None, pre_gate: Tensor | None = None,
+                  batch: int | None = None, channels: int | None = None, dtype: torch.dtype | None = None,
+                  backend: str = "auto") -> FFTConvState:
+    """The state from which `fft_conv_step` continues a causal `fft_conv` token by token.
+
+    Args:
+        k: kernel [D, K] or [G, K], as in `fft_conv`.
+        u_prefix: the samples before the first step [B, D, T], or None: there are none.
+        D: skip connection [D], or None.
+        pre_gate: factor on u_prefix [B, D, T], or None.
+        batch: B, where there is no prefix (None: 1).
+        channels: D, where there is no prefix (None: k's rows).
+        dtype: of the samples to come, where there is no prefix (None: k's).
+        backend: "auto", "cpu" or "reference" (see pykernels.backends), here and in the steps.
+
+    Returns:
+        The state. It keeps O(B D K) numbers however many tokens follow.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
+        RuntimeError: grad mode is on and an input requires grad.
+        BackendUnavailable: the backend asked for can't serve this call.
+
+    Source: Oncescu et al., Flash Inference (arXiv:2410.12982).
+    """
+    _check_no_gradient("fft_conv_init", {"k": k, "u_prefix": u_prefix, "D": D, "pre_gate": pre_gate})
+    if u_prefix is None:
+        if pre_gate is not None:
+            raise ValueError("pre_gate must be None without u_prefix, whose factor it is")
+        _checks.tensor("k", k, "G K")
+        for name, size in (("batch", batch), ("channels", channels)):
+            if size is not None and (type(size) is not int or size < 0):
+                raise ValueError(f"{name} must be None or an integer >= 0, got {size!r}")
+        shape = 1 if batch is None else batch, k.shape[0] if channels is None else channels, 0
+        u = k.new_empty(shape, dtype=k.dtype if dtype is None else dtype)
+    else:
+        for name, x in (("batch", batch), ("channels", channels), ("dtype", dtype)):
+            if x is not None:
+                raise ValueError(f"{name} must be None when u_prefix, which has one, is given, got {x!r}")
+        u = u_prefix
+    _checks.tensor("u_prefix", u, "B D L")
+    _checks.main_dtype("u_prefix", u)
+    k, _, D = _check_kernels(k, None, 1, D, u)
+    x = u.to(k.dtype)
+    if pre_gate is not None:
+        x = x * _check_gate("pre_gate", pre_gate, u)
+    resolve(OP, _step_query(u, k), backend)
+    with torch.no_grad():
+        return decode.start(_convolution(backend), x, k, D, u.dtype, backend)
+
+
+def _step_query(u: Tensor, k: Tensor) -> Query:
+    return Query(u.device.type, k.dtype, {"length": 2 * decode.capacity(k.shape[1]), "taps": k.shape[1]}, frozenset({"causal"}))
+
+
+def _convolution(backend: str):
+    return lambda x, k: fft_conv(x, k, backend=backend)
+
+
+def fft_conv_step(u_t: Tensor, state: FFTConvState, *, pre_gate: Tensor | None = None, post_gate: Tensor | None = None) -> Tensor:
+    """One token of a causal `fft_conv`: the same output as of the whole sequence so far, in O(log^2 K) per token on average.
+
+    Most steps cost a sum over at most 64 taps. Every 64th token adds a convolution of 64 tokens or more, every K-th one of K.
+
+    Args:
+        u_t: [B, D], the dtype of the prefix.
+        state: of `fft_conv_init`. Changed in place.
+        pre_gate: factor on u_t [B, D], or None; u_t's dtype, or float32 for 16-bit u_t.
+        post_gate: factor on the result [B, D], or None; as pre_gate.
+
+    Returns:
+        out [B, D] in u_t's dtype.
+
+    Raises:
+        TypeError, ValueError: as in `fft_conv`; nothing is changed then.
+        RuntimeError: grad mode is on and an input requires grad.
+    """
+    if not isinstance(state, FFTConvState):
+        raise TypeError(f"state must be an FFTConvState, which fft_conv_init makes, got {type(state).__name__}")
+    _checks.tensor("u_t", u_t, "B D")
+    _checks.shape("u_t", u_t, dict(zip("BD", state.inputs.shape[:2])))
+    if u_t.dtype != state.dtype:
+        raise TypeError(f"u_t must have the state's dtype {state.dtype}, got {u_t.dtype}")
+    _checks.same_device("u_t", u_t, "state", state.inputs)
+    gates = {"pre_gate": pre_gate, "post_gate": post_gate}
+    for name, gate in gates.items():
+        if gate is not None:
+            _checks.tensor(name, gate, "B D")
+            _checks.shape(name, gate, dict(zip("BD", u_t.shape)))
+            _check_gate_type(name, gate, u_t)
+    _check_no_gradient("fft_conv_step", {"u_t": u_t, **gates})
+    with torch.no_grad():
+        x = u_t.to(state.inputs.dtype)
+        if pre_gate is not None:
+            x = x * pre_gate
+        out = decode.step(_convolution(state.backend), x, state)
+        return (out if post_gate is None else out * post_gate).to(u_t.dtype)
