@@ -1,7 +1,7 @@
 """What every `bench_<op>.py` uses: a case, its candidates, and `measure`, which checks them and times them in turn.
 
 A benchmark file describes its op by a `Problem` (inputs, our call on a backend, the float64 reference) and a list of
-`Case`s; peers are in peers.py. A measurement is a plain dictionary, stored as pytest-benchmark's extra information and
+`Case`s; peers are in peers/. A measurement is a plain dictionary, stored as pytest-benchmark's extra information and
 read by report.py.
 """
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import causal_conv1d, flash_attention, linear_attention, selective_scan
+from . import causal_conv1d, fft_conv, flash_attention, linear_attention, selective_scan
 
-OPS = [flash_attention.OP, flash_attention.DECODE_OP, linear_attention.OP, causal_conv1d.OP, selective_scan.OP]
+OPS = [flash_attention.OP, flash_attention.DECODE_OP, linear_attention.OP, causal_conv1d.OP, selective_scan.OP, fft_conv.OP]

@@ -9,6 +9,7 @@ reports the error of every output and gradient beside its budget. A new op adds 
 from __future__ import annotations
 
 from .causal_conv1d import CAUSAL_CONV1D, CAUSAL_CONV1D_STEP
+from .fft_conv import FFT_CONV
 from .flash_attention import FLASH_ATTENTION, FLASH_ATTENTION_DECODE
 from .kit import BadInput, Case, Description, Error, Sample, check, compare, cotangents, expected, run
 from .linear_attention import LINEAR_ATTENTION, LINEAR_ATTENTION_STEP
@@ -18,13 +19,14 @@ from .targets import DTYPES, Target, choice, dtypes, poisoned_memory, targets, u
 
 OPS = (
     FLASH_ATTENTION, FLASH_ATTENTION_DECODE, LINEAR_ATTENTION, LINEAR_ATTENTION_STEP, RETENTION, RETENTION_STEP,
-    CAUSAL_CONV1D, CAUSAL_CONV1D_STEP, SELECTIVE_SCAN, SELECTIVE_SCAN_STEP,
+    CAUSAL_CONV1D, CAUSAL_CONV1D_STEP, SELECTIVE_SCAN, SELECTIVE_SCAN_STEP, FFT_CONV,
 )
 
 __all__ = [
     "CAUSAL_CONV1D",
     "CAUSAL_CONV1D_STEP",
     "DTYPES",
+    "FFT_CONV",
     "FLASH_ATTENTION",
     "FLASH_ATTENTION_DECODE",
     "LINEAR_ATTENTION",

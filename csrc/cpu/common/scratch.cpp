@@ -3,6 +3,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace pykernels::cpu {
 namespace {
@@ -12,6 +15,16 @@ constexpr size_t kLeastBytes = size_t{4} << 20;
 // Longer blocks are given back at once, and so is what would bring the idle ones above the sum.
 constexpr size_t kMostBytesKept = size_t{64} << 20, kMostBytesKeptInAll = size_t{512} << 20;
 constexpr int kMostBlocksKept = 256;
+
+// From this size on a block asks for huge pages: a transform that strides through it would miss the translation buffer everywhere.
+constexpr size_t kHugePageBytes = size_t{2} << 20;
+
+void* want_huge_pages(void* block, size_t bytes) {
+#if defined(__linux__)
+  if (bytes >= kHugePageBytes) madvise(block, bytes / kHugePageBytes * kHugePageBytes, MADV_HUGEPAGE);  // a hint: may fail
+#endif
+  return block;
+}
 
 struct Pool {
   std::mutex mutex;
@@ -42,16 +55,16 @@ void* scratch_acquire(size_t bytes, size_t* granted) {
       p.bytes_in_all -= *granted;
       for (int j = i + 1; j < p.count; ++j) p.idle[j - 1] = p.idle[j];
       --p.count;
-      return block;
+      return want_huge_pages(block, bytes);
     }
   }
-  *granted = bytes <= kLeastBytes ? kLeastBytes : (bytes + 4095) / 4096 * 4096;
-  void* const block = std::aligned_alloc(4096, *granted);
+  *granted = bytes <= kLeastBytes ? kLeastBytes : (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  void* const block = std::aligned_alloc(kHugePageBytes, *granted);
   if (!block) {
     std::fprintf(stderr, "pykernels: out of memory: no %zu bytes of scratch\n", *granted);
     std::abort();
   }
-  return block;
+  return want_huge_pages(block, bytes);
 }
 
 void scratch_release(void* block, size_t granted) {

@@ -1,0 +1,49 @@
+"""Alternatives to fft_conv."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+from torch.nn.functional import conv1d
+
+from pykernels.testing.fft_conv import torch_fft
+
+from ..kit import Call, Case, Peer
+
+
+def _long(tuned: bool) -> Callable[[Case], str | None]:
+    """Torch's transforms lose most of their time to the page faults of fresh memory, unless glibc is told to keep it: both are
+    measured, each in a process of its own."""
+
+    def missing(case: Case) -> str | None:
+        if case.options == "plain":
+            return "measured with long kernels"
+        keeps = all(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"))
+        if case.device == "cpu" and keeps != tuned:
+            return f"needs MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ {'set' if tuned else 'unset'} in the environment"
+        return "is for CPUs" if tuned and case.device != "cpu" else None
+
+    return missing
+
+
+def _rfft(problem, case: Case) -> Mapping[str, Call]:
+    return {"rfft": problem.call(torch_fft)}
+
+
+def _depthwise(problem, case: Case) -> Mapping[str, Call]:
+    length, (channels, taps) = problem.args["u"].shape[2], problem.args["k"].shape
+
+    def call(u: Tensor, k: Tensor) -> Tensor:
+        weight = k.flip(-1)[:, None].to(u.dtype)
+        return conv1d(u, weight, padding=taps - 1, groups=channels)[..., :length]
+
+    return {"groups": problem.call(call)}
+
+
+PEERS = [
+    Peer("torch rfft", "fft_conv", _long(False), _rfft),
+    Peer("torch rfft, allocator tuned", "fft_conv", _long(True), _rfft),
+    Peer("torch conv1d", "fft_conv", lambda case: None if case.options == "plain" else "measured with short kernels", _depthwise),
+]

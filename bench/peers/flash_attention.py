@@ -1,0 +1,155 @@
+"""Alternatives to flash_attention and flash_attention_decode."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..kit import Call, Case, Peer
+from .common import heads_first, needs, time_first
+
+_SCORES_LIMIT = 1 << 28  # bytes: torch's MATH keeps all scores, and is never the fastest where they are larger
+
+
+def _sdpa_backends(problem, case: Case) -> dict[str, SDPBackend | None]:
+    """torch's own choice, and the backends behind it."""
+    batch, time, heads, _ = problem.q.shape
+    found: dict[str, SDPBackend | None] = {"default": None}
+    if batch * heads * time * problem.k.shape[1] * 4 <= _SCORES_LIMIT:
+        found["math"] = SDPBackend.MATH
+    if case.device == "cuda":
+        found |= {"efficient": SDPBackend.EFFICIENT_ATTENTION}
+        if case.dtype != "fp32":
+            found |= {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    return found
+
+
+def _sdpa_call(backend: SDPBackend | None, **options) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
+            return scaled_dot_product_attention(q, k, v, **options)
+
+    return call
+
+
+def _sdpa(problem, case: Case) -> Mapping[str, Call]:
+    calls = {name: heads_first(problem, _sdpa_call(backend, is_causal=problem.causal))
+             for name, backend in _sdpa_backends(problem, case).items()}
+    if case.device == "cuda":  # which of them serve depends on the GPU
+        calls = {name: call for name, call in calls.items() if _runs(call)}
+    return calls
+
+
+def _runs(call: Call) -> bool:
+    try:
+        call.run()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _flex(problem, case: Case) -> Mapping[str, Call]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = None
+    if problem.causal:
+        lengths = problem.q.shape[1], problem.k.shape[1]
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, *lengths, device=case.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return {"compiled": heads_first(problem, lambda q, k, v: compiled(q, k, v, block_mask=mask))}
+
+
+def _flash_attn_2(problem, case: Case) -> Mapping[str, Call]:
+    from flash_attn import flash_attn_func
+
+    return {"2": time_first(problem, lambda q, k, v: flash_attn_func(q, k, v, causal=problem.causal))}
+
+
+def _flash_attn_3(problem, case: Case) -> Mapping[str, Call]:
+    from flash_attn_interface import flash_attn_func
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = flash_attn_func(q, k, v, causal=problem.causal)
+        return result[0] if isinstance(result, tuple) else result  # older versions also return the LSE
+
+    return {"3": time_first(problem, call)}
+
+
+def _flash_attn_4(problem, case: Case) -> Mapping[str, Call]:
+    from flash_attn.cute import flash_attn_func
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = flash_attn_func(q, k, v, causal=problem.causal)
+        return result[0] if isinstance(result, tuple) else result
+
+    return {"4": time_first(problem, call)}
+
+
+def _fla(problem, case: Case) -> Mapping[str, Call]:
+    from fla.ops.attn.parallel import parallel_attn
+
+    return {"parallel_attn": time_first(problem, parallel_attn)}
+
+
+def _no_flex(case: Case) -> str | None:
+    return "has no backward on CPUs" if case.device == "cpu" and case.backward else None
+
+
+PEERS = [
+    Peer("torch SDPA", "flash_attention", lambda case: None, _sdpa),
+    Peer("FlexAttention", "flash_attention", _no_flex, _flex, slow=True),
+    Peer("flash-attn 2", "flash_attention", needs("flash_attn.flash_attn_interface"), _flash_attn_2),
+    Peer("flash-attn 3", "flash_attention", needs("flash_attn_interface"), _flash_attn_3),
+    Peer("flash-attn 4", "flash_attention", needs("flash_attn.cute"), _flash_attn_4),
+    Peer("fla", "flash_attention", needs("fla", causal_only=True), _fla),
+]
+
+# ---- flash_attention_decode ----------------------------------------------------------------------------------------
+
+
+def _decode(problem, function: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, caches: list,
+            view: Callable[[Tensor], Tensor]) -> Call:
+    turns = problem.in_turn(caches)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return function(q, *next(turns))
+
+    return Call(run, lambda result: {"out": view(result)})
+
+
+def _sdpa_decode(problem, case: Case) -> Mapping[str, Call]:
+    q = problem.q.transpose(1, 2).contiguous()  # [B, H, 1, K]
+    batch, heads, _, size = q.shape
+    caches = [tuple(x.transpose(1, 2).contiguous() for x in cache) for cache in problem.caches]  # [B, Hk, T, K]
+    # The other way to say it: the query heads of a key head as its queries, so that nothing is repeated.
+    grouped = q.view(batch, caches[0][0].shape[1], -1, size)
+
+    def ungroup(x: Tensor) -> Tensor:
+        return x.reshape(batch, 1, heads, size)
+
+    return {
+        "enable_gqa": _decode(problem, _sdpa_call(None, enable_gqa=True), q, caches, lambda x: x.transpose(1, 2)),
+        "grouped": _decode(problem, _sdpa_call(None), grouped, caches, ungroup),
+        "grouped math": _decode(problem, _sdpa_call(SDPBackend.MATH), grouped, caches, ungroup),
+    }
+
+
+def _flash_attn_2_decode(problem, case: Case) -> Mapping[str, Call]:
+    from flash_attn import flash_attn_with_kvcache
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn_with_kvcache(q, k, v, cache_seqlens=problem.lengths)
+
+    return {"2": _decode(problem, call, problem.q, problem.caches, lambda x: x)}
+
+
+PEERS += [
+    Peer("torch SDPA", "flash_attention_decode", lambda case: None, _sdpa_decode),
+    Peer("flash-attn 2", "flash_attention_decode", needs("flash_attn.flash_attn_interface"), _flash_attn_2_decode),
+]

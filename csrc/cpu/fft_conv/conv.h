@@ -1,0 +1,266 @@
+// What forward and backward share: the taps of a call, the way it is computed, and vectors of a row with its ends.
+#pragma once
+
+#include "../../include/pykernels/fft_conv.h"
+#include "../common/scratch.h"
+#include "fft.h"
+
+namespace pykernels::cpu::PYKERNELS_ISA {
+namespace fft {
+
+// ---- the taps -----------------------------------------------------------------------------------------------------------
+
+// The taps that have an effect, one array w with the tap of lag l at l + reverse, -reverse <= l <= forward. Circular ones that
+// together reach once around are taken modulo L, to lags 0 .. L - 1.
+struct Taps {
+  int64_t length, forward, reverse;
+  bool circular, folded;
+
+  explicit Taps(const FFTConvParams& p) : length(p.length), circular(p.circular) {
+    forward = p.taps - 1;
+    reverse = p.k_rev ? p.taps_rev - 1 + p.k_rev_lag : 0;
+    folded = circular && forward + reverse >= length;
+    if (folded || forward >= length) forward = length - 1;
+    if (folded)
+      reverse = 0;
+    else if (reverse >= length)
+      reverse = length - 1;
+  }
+  int64_t count() const { return forward + reverse + 1; }
+  // Where the tap of a lag is in w, or -1.
+  int64_t index(int64_t lag) const {
+    if (folded) {
+      const int64_t rest = lag % length;
+      return rest < 0 ? rest + length : rest;
+    }
+    return lag > forward || lag < -reverse ? -1 : lag + reverse;
+  }
+};
+
+template <class S>
+void gather_taps(const FFTConvParams& p, const Taps& taps, int64_t group, S* w) {
+  const S* const k = static_cast<const S*>(p.k) + group * p.taps;
+  if (taps.folded) {
+    __builtin_memset(w, 0, sizeof(S) * taps.count());
+    for (int64_t i = 0; i < p.taps; ++i) w[taps.index(i)] += k[i];
+  } else {
+    __builtin_memset(w, 0, sizeof(S) * taps.reverse);
+    __builtin_memcpy(w + taps.reverse, k, sizeof(S) * (taps.forward + 1));
+  }
+  if (!p.k_rev) return;
+  const S* const k_rev = static_cast<const S*>(p.k_rev) + group * p.taps_rev;
+  for (int64_t i = 0; i < p.taps_rev; ++i)
+    if (const int64_t at = taps.index(-(i + p.k_rev_lag)); at >= 0) w[at] += k_rev[i];
+}
+
+// ---- the way ------------------------------------------------------------------------------------------------------------
+
+// Transforms of N points, of windows of 2N samples that begin `before` samples before the first of their `step` outputs.
+struct Way {
+  bool direct;
+  int64_t points, before, step, blocks;
+};
+
+// Nanoseconds per point of a convolution of 2^(8 + i) points, on one core of a Xeon of the Sapphire Rapids generation with
+// AVX-512 (512 KiB of samples and more fall out of its second-level cache).
+constexpr float kPointCost[] = {1.0f, 1.0f, 1.2f, 1.2f, 1.45f, 1.55f, 1.75f, 1.95f, 2.3f, 2.6f, 2.9f, 3.4f, 4.3f, 5.5f, 6.5f};
+// And per tap and sample of a direct one (one vector load, which crosses cache lines, per tap and vector).
+constexpr float kTapCost = 0.025f;
+
+inline Way choose_way(const Taps& taps, int64_t rows) {
+  const auto cost = [](int64_t points) {
+    int i = 63 - __builtin_clzll(static_cast<uint64_t>(points)) - 8;
+    constexpr int last = sizeof(kPointCost) / sizeof(kPointCost[0]) - 1;
+    return static_cast<double>(points) * kPointCost[i < last ? i : last];
+  };
+  Way best{};
+  double least = 0;
+  const int64_t forward = taps.forward, reverse = taps.reverse, length = taps.length;
+  // One window for the whole row. Where the ends do not wrap, what its own ends wrap into only has to miss the outputs.
+  const int64_t ends = taps.circular ? forward + reverse : most(forward, reverse);
+  best.points = points_for(length + ends), best.step = length, best.blocks = 1;
+  best.before = taps.circular ? forward : 0;
+  least = (static_cast<double>(rows) + 0.5) * cost(best.points);
+  for (int64_t points = kLeastPoints; points < best.points; points *= 2) {
+    const int64_t step = 2 * points - forward - reverse;
+    if (step < points / 2) continue;
+    const int64_t blocks = (length + step - 1) / step;
+    const double total = (static_cast<double>(rows * blocks) + 0.5) * cost(points);
+    if (total < least) least = total, best = {false, points, forward, step, blocks};
+  }
+  const double direct = static_cast<double>(rows) * static_cast<double>(length) * static_cast<double>(taps.count()) * kTapCost;
+  best.direct = direct < least;
+  return best;
+}
+
+// ---- rows ---------------------------------------------------------------------------------------------------------------
+
+// x = values gate at origin + i, as vectors; zero outside [low, high), and positions wrap where `wraps`.
+template <class T>
+struct Reader {
+  using S = Wide<T>;
+  const T* values;
+  const T* gate;  // or null
+  int64_t length, origin, low, high;
+  bool wraps;
+  const T* ahead = nullptr;  // a row that is needed next, fetched along
+
+  PYKERNELS_INLINE Vec<S> operator()(int64_t i) const {
+    constexpr int lanes = kLanes<S>;
+    const int64_t n = origin + i;
+    if (ahead) __builtin_prefetch(ahead + n);
+    if (n >= most<int64_t>(low, 0) && n + lanes <= least(high, length)) return whole(n);
+    if (n >= high || n + lanes <= low) return Vec<S>{};
+    return edge(n);
+  }
+  PYKERNELS_INLINE Vec<S> whole(int64_t n) const {
+    const Vec<S> x = load(values + n);
+    return gate ? x * load(gate + n) : x;
+  }
+  // The first `count` lanes.
+  PYKERNELS_INLINE Vec<S> part(int64_t n, int64_t count) const {
+    const Vec<S> x = load_upto(values + n, count);
+    return gate ? x * load_upto(gate + n, count) : x;
+  }
+  __attribute__((noinline)) Vec<S> edge(int64_t n) const {
+    constexpr int lanes = kLanes<S>;
+    if (wraps && n >= low && n + lanes <= high) {
+      const int64_t m = n < 0 ? n + length : n >= length ? n - length : n;
+      if (m + lanes <= length) return whole(m);
+    }
+    S x[lanes];
+    for (int l = 0; l < lanes; ++l) {
+      int64_t m = n + l;
+      x[l] = 0;
+      if (m < low || m >= high) continue;
+      if (m < 0) m += length;
+      if (m >= length) m -= length;
+      x[l] = to_float(values[m]);
+      if (gate) x[l] *= to_float(gate[m]);
+    }
+    return load(x);
+  }
+};
+
+// Rows are read and written in places too far apart for the processor to see a pattern. Up to this length the next one stays in the
+// second-level cache until it is needed.
+constexpr int64_t kLongestAhead = 32768;
+
+// The lanes of v that fall into [low, high) when the first is at n, moved to the front.
+template <class S>
+struct Part {
+  int64_t n, count;
+  Vec<S> v;
+};
+template <class S>
+__attribute__((noinline)) Part<S> cut(int64_t n, Vec<S> v, int64_t low, int64_t high) {
+  constexpr int lanes = kLanes<S>;
+  S x[2 * lanes] = {};
+  store(x, v);
+  const int64_t skip = most<int64_t>(low - n, 0);
+  if (skip >= lanes) return {n, 0, v};
+  return {n + skip, least<int64_t>(high - n, lanes) - skip, load(x + skip)};
+}
+
+// The kernel's spectrum, over N.
+template <class S>
+void kernel_spectrum(const Plan<S>& plan, const Taps& taps, const S* w, S* work, S* spectrum) {
+  constexpr int lanes = kLanes<S>;
+  const int64_t samples = 2 * plan.points, forward = taps.forward, reverse = taps.reverse;
+  const auto read = [&](int64_t i) {
+    if (i + lanes <= forward + 1) return load(w + reverse + i);
+    if (i > forward && i + lanes <= samples - reverse) return Vec<S>{};
+    S x[lanes];
+    for (int l = 0; l < lanes; ++l) {
+      const int64_t n = i + l;
+      x[l] = n <= forward ? w[reverse + n] : n >= samples - reverse ? -w[reverse + n - samples] : 0;
+    }
+    return load(x);
+  };
+  if (reverse == 0 && forward < plan.points)
+    analyse<true, S>(plan, read, work);
+  else
+    analyse<false, S>(plan, read, work);
+  transform(plan, work, Keep<S>{spectrum, static_cast<S>(1.0 / static_cast<double>(plan.points))});
+}
+
+template <class S, class Read>
+PYKERNELS_INLINE void analyse(bool half, const Plan<S>& plan, const Read& read, S* work) {
+  if (half)
+    analyse<true, S>(plan, read, work);
+  else
+    analyse<false, S>(plan, read, work);
+}
+template <class S, class Write>
+PYKERNELS_INLINE void synthesise(bool half, const Plan<S>& plan, const S* work, const Write& write) {
+  if (half)
+    synthesise<true, S>(plan, work, write);
+  else
+    synthesise<false, S>(plan, work, write);
+}
+
+// sum x y, with the products of floats exact: what a gradient summed over a whole batch may cancel to is far smaller than its terms.
+PYKERNELS_INLINE void add_products(Vec<double>& sum, Vec<double>&, Vec<float> x, Vec<float> y) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half a[2], b[2];
+  __builtin_memcpy(a, &x, sizeof(x));
+  __builtin_memcpy(b, &y, sizeof(y));
+  for (int i = 0; i < 2; ++i) sum = sum + __builtin_convertvector(a[i], Vec<double>) * __builtin_convertvector(b[i], Vec<double>);
+}
+// Of doubles, what the additions round off is kept in `rest`.
+PYKERNELS_INLINE void add_products(Vec<double>& sum, Vec<double>& rest, Vec<double> x, Vec<double> y) {
+  const Vec<double> product = x * y, next = sum + product, rounded = next - sum;
+  rest = rest + ((sum - (next - rounded)) + (product - rounded));
+  sum = next;
+}
+
+// ---- directly -----------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kTile = 1024;  // outputs at a time: all buffers stay in the first-level cache
+
+// out_n = sum_i w_i x_{n + taps - 1 - i} for n in [0, count) and up to the next whole vector.
+template <class S>
+__attribute__((noinline)) void convolve(S* out, const S* x, const S* w, int64_t taps, int64_t count) {
+  constexpr int lanes = kLanes<S>, kVectors = 8;
+  const S* const last = w + taps - 1;
+  int64_t n = 0;
+  for (; n + (kVectors - 1) * lanes < count; n += kVectors * lanes) {
+    Vec<S> sum[kVectors] = {};
+    for (int64_t i = 0; i < taps; ++i) {
+      const Vec<S> tap = splat(last[-i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[v] = sum[v] + tap * load(x + n + i + v * lanes);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(out + n + v * lanes, sum[v]);
+  }
+  for (; n < count; n += lanes) {
+    Vec<S> sum{};
+    for (int64_t i = 0; i < taps; ++i) sum = sum + splat(last[-i]) * load(x + n + i);
+    store(out + n, sum);
+  }
+}
+
+// dw_i += sum_n g_n x_{n + taps - 1 - i}
+template <class S>
+__attribute__((noinline)) void correlate(double* dw, const S* g, const S* x, int64_t taps, int64_t count) {
+  constexpr int lanes = kLanes<S>, kTaps = 8;
+  for (int64_t first = 0; first < taps; first += kTaps) {
+    // The x of eight taps, the last first; taps beyond the end repeat the last.
+    const int64_t shift = most<int64_t>(taps - kTaps - first, 0);
+    const int here = static_cast<int>(least<int64_t>(kTaps, taps));
+    Vec<S> sum[kTaps] = {};
+    for (int64_t n = 0; n < count; n += lanes) {
+      const Vec<S> value = load_upto(g + n, count - n);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTaps; ++t) sum[t] = sum[t] + value * load(x + n + shift + (t < here ? t : 0));
+    }
+    for (int t = 0; t < here; ++t) {
+      const int64_t i = taps - 1 - shift - t;
+      if (i >= first) dw[i] += static_cast<double>(reduce_add<S>(sum[t]));
+    }
+  }
+}
+
+}  // namespace fft
+}  // namespace pykernels::cpu::PYKERNELS_ISA

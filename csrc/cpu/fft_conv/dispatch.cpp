@@ -1,0 +1,6 @@
+#include "../common/dispatch.h"
+
+#include "../../include/pykernels/fft_conv.h"
+
+PYKERNELS_DISPATCH(fft_conv_fwd, FFTConvParams)
+PYKERNELS_DISPATCH(fft_conv_bwd, FFTConvBackwardParams)

@@ -1,0 +1,120 @@
+#include "conv.h"
+
+namespace pykernels::cpu::PYKERNELS_ISA {
+namespace fft {
+namespace {
+
+// out = post_gate (c + skip x), of vectors of c.
+template <class T>
+struct Output {
+  using S = Wide<T>;
+  T* out;
+  const T* gate;  // or null
+  const Reader<T>* x;
+  Vec<S> skip;
+  bool skips;
+  int64_t origin, low, high;  // the outputs wanted
+  const T* ahead;             // a row that is needed next, fetched along; or null
+
+  PYKERNELS_INLINE void operator()(int64_t i, Vec<S> c) const {
+    constexpr int lanes = kLanes<S>;
+    const int64_t n = origin + i;
+    if (ahead) __builtin_prefetch(ahead + n);
+    if (n >= low && n + lanes <= high) {
+      if (skips) c = c + skip * x->whole(n);
+      if (gate) c = c * load(gate + n);
+      store(out + n, c);
+    } else if (n < high && n + lanes > low) {
+      edge(cut<S>(n, c, low, high));
+    }
+  }
+  __attribute__((noinline)) void edge(Part<S> part) const {
+    if (skips) part.v = part.v + skip * x->part(part.n, part.count);
+    if (gate) part.v = part.v * load_upto(gate + part.n, part.count);
+    store_upto(out + part.n, part.v, part.count);
+  }
+};
+
+template <class T>
+void run(const FFTConvParams& p, const Parallel& parallel) {
+  using S = Wide<T>;
+  constexpr int lanes = kLanes<S>;
+  if (p.batch == 0 || p.channels == 0 || p.length == 0) return;
+  const Taps taps(p);
+  const int64_t rows = p.batch * (p.channels / p.groups);
+  const Way way = choose_way(taps, rows);
+  const Plan<S>* const transform_plan = way.direct ? nullptr : &plan<S>(way.points);
+  const int64_t wanted = 4 * parallel.threads;
+  const int64_t chunks = p.groups >= wanted ? 1 : least(rows, (wanted + p.groups - 1) / p.groups);
+  run_tasks(parallel, p.groups * chunks, [&](TaskQueue& queue) {
+    Scratch scratch;
+    S* const w = scratch.take<S>(taps.count() + lanes);
+    const int64_t size = way.direct ? 2 * kTile + taps.count() + 2 * lanes : transform_plan->size();
+    S* const work = scratch.take<S>(size);
+    S* const spectrum = scratch.take<S>(way.direct ? 1 : size);
+    int64_t kernel_of = -1;
+    for (int64_t task; (task = queue.next()) >= 0;) {
+      const int64_t group = task / chunks, chunk = task % chunks;
+      if (group != kernel_of) {
+        gather_taps(p, taps, group, w);
+        if (!way.direct) kernel_spectrum(*transform_plan, taps, w, work, spectrum);
+        kernel_of = group;
+      }
+      for (int64_t row = chunk * rows / chunks; row < (chunk + 1) * rows / chunks; ++row) {
+        const int64_t channel = group * (p.channels / p.groups) + row / p.batch, b = row % p.batch;
+        const auto at = [&](const void* x, const Strides2& stride) {
+          return x ? static_cast<const T*>(x) + b * stride.batch + channel * stride.channel : nullptr;
+        };
+        Reader<T> x{at(p.u, p.u_stride), at(p.pre_gate, p.pre_stride), p.length, 0, 0, p.length, p.circular};
+        if (p.circular) x.low = -taps.forward, x.high = p.length + taps.reverse;
+        Output<T> out{static_cast<T*>(p.out) + b * p.out_stride.batch + channel * p.out_stride.channel,
+                      at(p.post_gate, p.post_stride), &x, Vec<S>{}, p.skip != nullptr, 0, 0, 0, nullptr};
+        if (p.length <= kLongestAhead && !way.direct) {
+          const int64_t after = row + 1, next = group * (p.channels / p.groups) + after / p.batch;
+          x.ahead = out.out;
+          if (after < (chunk + 1) * rows / chunks)
+            out.ahead = static_cast<const T*>(p.u) + after % p.batch * p.u_stride.batch + next * p.u_stride.channel;
+        }
+        if (p.skip) out.skip = splat(static_cast<const S*>(p.skip)[channel]);
+        if (way.direct) {
+          S* const c = work + kTile + taps.count() + lanes;
+          for (int64_t first = 0; first < p.length; first += kTile) {
+            const int64_t count = least(kTile, p.length - first);
+            x.origin = first - taps.forward;
+            for (int64_t i = 0; i < round_up(count, lanes) + taps.count() - 1; i += lanes) store(work + i, x(i));
+            convolve(c, work, w, taps.count(), count);
+            out.origin = out.low = first, out.high = first + count;
+            for (int64_t i = 0; i < count; i += lanes) out(i, load(c + i));
+          }
+          continue;
+        }
+        const Plan<S>& plan = *transform_plan;
+        for (int64_t block = 0; block < way.blocks; ++block) {
+          out.low = block * way.step, out.high = least(out.low + way.step, p.length);
+          x.origin = out.origin = out.low - way.before;
+          analyse(x.high <= x.origin + plan.points, plan, x, work);
+          transform(plan, work, Convolve<S>{spectrum});
+          synthesise(out.high <= out.origin + plan.points, plan, work, out);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fft
+
+void fft_conv_fwd(const FFTConvParams& params, const Parallel& parallel) {
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return fft::run<float>(params, parallel);
+    case DType::kBFloat16:
+      return fft::run<BFloat16>(params, parallel);
+    case DType::kFloat16:
+      return fft::run<Float16>(params, parallel);
+    case DType::kFloat64:
+      return fft::run<double>(params, parallel);
+  }
+}
+
+}  // namespace pykernels::cpu::PYKERNELS_ISA

@@ -1,0 +1,131 @@
+#include "plan.h"
+
+#include <cstdlib>
+
+namespace pykernels::cpu::PYKERNELS_ISA {
+namespace fft {
+namespace {
+
+// A pass of 16 in place of two of 4 moves the data half as often, which pays where a block is beyond this many bytes (half of
+// a second-level cache); inside the caches its registers spill.
+constexpr int64_t kBytesOfWidePass = int64_t{1} << 20;
+// The first pass is done together with the analysis up to here. Beyond, it would read more rows of the same cache set at once (their
+// distance is a power of two) than the cache has ways.
+constexpr int64_t kBytesOfFusedPass = int64_t{1} << 19;
+
+struct Root {
+  double re, im;
+};
+
+// e^{-2 pi i n / d}, reduced to the first octant in integers so that it is exact to half an ulp.
+Root root(int64_t n, int64_t d) {
+  n %= d;
+  if (n < 0) n += d;
+  n *= 8;
+  const int64_t octant = n / d;
+  const int64_t rest = octant % 2 ? d - n % d : n % d;  // of an eighth of the circle, in units of 1 / d of it
+  const double angle = 0.78539816339744830962 * (static_cast<double>(rest) / static_cast<double>(d));
+  const double c = __builtin_cos(angle), s = __builtin_sin(angle);
+  switch (octant) {
+    case 0:
+      return {c, -s};
+    case 1:
+      return {s, -c};
+    case 2:
+      return {-s, -c};
+    case 3:
+      return {-c, -s};
+    case 4:
+      return {-c, s};
+    case 5:
+      return {-s, c};
+    case 6:
+      return {s, c};
+    default:
+      return {c, s};
+  }
+}
+
+template <class T>
+T* allocate(int64_t n) {
+  void* const block = std::aligned_alloc(64, round_up(static_cast<size_t>(n) * sizeof(T), 64));
+  if (!block) std::abort();
+  return static_cast<T*>(block);
+}
+
+template <class S>
+Plan<S>* make(int64_t points) {
+  constexpr int lanes = kLanes<S>;
+  Plan<S>* const plan = allocate<Plan<S>>(1);
+  const int64_t length = points / lanes;
+  plan->points = points, plan->length = length, plan->levels = 0;
+  int64_t size = length, total = 0;
+  const auto split = [&](int radix) {
+    plan->radix[plan->levels++] = radix;
+    total += size / radix * (radix - 1) * 2;
+    size /= radix;
+  };
+  const auto bytes = [&] { return size * kStep<S> * static_cast<int64_t>(sizeof(S)); };
+  plan->fused = size % 3 == 0 || bytes() <= kBytesOfFusedPass;
+  if (size % 3 == 0) split(3);
+  while (size > 8) split(size % 128 == 0 && bytes() > kBytesOfWidePass ? 16 : 4);
+  plan->leaf = static_cast<int>(size);
+  S* next = allocate<S>(total + 1);
+  size = length;
+  for (int level = 0; level < plan->levels; ++level) {
+    const int radix = plan->radix[level];
+    plan->twiddle[level] = next;
+    for (int64_t j = 0; j < size / radix; ++j)
+      for (int r = 1; r < radix; ++r) {
+        const Root w = root(j * r, size);
+        *next++ = static_cast<S>(w.re), *next++ = static_cast<S>(w.im);
+      }
+    size /= radix;
+  }
+  // The parts of the first pass must not all fall into the same cache set.
+  plan->stride = length / plan->radix[0];
+  if (plan->stride * kStep<S> * static_cast<int64_t>(sizeof(S)) >= 4096) plan->stride += 2;
+  constexpr int vectors = kInner<S> + kOuter<S> - 1;
+  S* const first = allocate<S>(length / lanes * vectors * kStep<S>);
+  plan->first = first;
+  for (int64_t j = 0; j < length; ++j)
+    for (int i = 0; i < vectors; ++i) {
+      const int64_t quarters = i < kInner<S> ? 4 * i - 1 : 4 * kInner<S> * (i - kInner<S> + 1);
+      const Root w = root(j * quarters, 4 * points);
+      S* const at = first + (j / lanes * vectors + i) * kStep<S> + j % lanes;
+      at[0] = static_cast<S>(w.re), at[lanes] = static_cast<S>(w.im);
+    }
+  return plan;
+}
+
+template <class S>
+void release(Plan<S>* plan) {
+  std::free(const_cast<S*>(plan->twiddle[0]));
+  std::free(const_cast<S*>(plan->first));
+  std::free(plan);
+}
+
+// By 2 log2 of the power of two, plus one with the factor 3.
+constexpr int kPlans = 2 * 64;
+Plan<float>* float_plans[kPlans];
+Plan<double>* double_plans[kPlans];
+Plan<float>** plans(float) { return float_plans; }
+Plan<double>** plans(double) { return double_plans; }
+
+}  // namespace
+
+template <class S>
+const Plan<S>& plan(int64_t points) {
+  Plan<S>** const slot = plans(S{}) + 2 * __builtin_ctzll(static_cast<uint64_t>(points)) + (points % 3 == 0);
+  Plan<S>* found = __atomic_load_n(slot, __ATOMIC_ACQUIRE);
+  if (found) return *found;
+  Plan<S>* const made = make<S>(points);
+  if (__atomic_compare_exchange_n(slot, &found, made, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return *made;
+  release(made);  // another thread was first
+  return *found;
+}
+template const Plan<float>& plan<float>(int64_t);
+template const Plan<double>& plan<double>(int64_t);
+
+}  // namespace fft
+}  // namespace pykernels::cpu::PYKERNELS_ISA

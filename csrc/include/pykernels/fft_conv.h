@@ -1,0 +1,54 @@
+// Long convolution: the parameters and launch functions that every native backend shares. Torch-free.
+//
+// Per batch entry b and channel d, with x = pre_gate u and channel d reading the kernel of group d / (D / G):
+//     c_n = sum over lags of w_lag x_{n - lag}        out_n = post_gate_n (c_n + skip_d x_n)
+//     w_lag = k_lag for lag >= 0, plus k_rev_i at lag -(i + k_rev_lag)
+// causal: x is zero outside [0, L), so taps at lags beyond +-(L - 1) have no effect. circular: positions are taken modulo L.
+//
+// Memory layout. u, gates, out and their gradients [B, D, L]: any strides but for the last axis, which is contiguous. k [G, K],
+// k_rev [G, R] and skip [D] are contiguous, fp32 (fp64 for fp64), and so are their gradients.
+#pragma once
+
+#include <cstdint>
+
+#include "../../common/dtype.h"
+#include "parallel.h"
+
+namespace pykernels {
+
+struct Strides2 {
+  int64_t batch, channel;  // in elements
+};
+
+struct FFTConvParams {
+  DType dtype;  // of u, the gates, out and their gradients
+  int64_t batch, channels, length, groups;
+  const void* u;
+  const void* pre_gate;   // or null, as the next
+  const void* post_gate;
+  Strides2 u_stride, pre_stride, post_stride;
+  const void* k;      // [G, K]
+  const void* k_rev;  // [G, R] or null
+  const void* skip;   // [D] or null
+  int64_t taps, taps_rev;
+  int64_t k_rev_lag;  // 0 or 1
+  bool circular;
+  void* out;
+  Strides2 out_stride;
+};
+
+// Gradients of everything, from that of out; those that are null are not computed.
+struct FFTConvBackwardParams {
+  FFTConvParams forward;  // out is not read
+  const void* dout;
+  Strides2 dout_stride;
+  void *du, *dpre_gate, *dpost_gate;  // [B, D, L] contiguous
+  void *dk, *dk_rev, *dskip;          // dk and dk_rev are wanted together
+};
+
+namespace cpu {
+void fft_conv_fwd(const FFTConvParams& params, const Parallel& parallel);
+void fft_conv_bwd(const FFTConvBackwardParams& params, const Parallel& parallel);
+}  // namespace cpu
+
+}  // namespace pykernels

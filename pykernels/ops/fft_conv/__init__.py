@@ -1,0 +1,242 @@
+"""Long convolution: a kernel as long as the sequence, causal, two-sided or circular, with gates, in time L log L.
+
+The definition is `reference.py`; `registration.py` makes ops of the backends; README.md derives the transforms and gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _checks
+from ...backends import Op, Query, resolve
+from . import decode, reference, registration
+from .decode import FFTConvState
+
+__all__ = ["OP", "FFTConvState", "fft_conv", "fft_conv_init", "fft_conv_step"]
+
+
+def _serves(query: Query) -> str | None:
+    return None
+
+
+OP = Op("fft_conv", {"cpu": _serves, "reference": _serves})
+
+_MODES = ("causal", "circular")
+
+
+def _wide(name: str, x: Tensor, u: Tensor) -> Tensor:
+    """A kernel or D in the dtype that the ops take it in."""
+    wide = registration.accumulator(u.dtype)
+    if x.dtype not in (u.dtype, torch.float32, wide):
+        raise TypeError(f"{name} must have u's dtype {u.dtype} or {wide}, got {x.dtype}")
+    _checks.same_device(name, x, "u", u)
+    return x.to(wide)
+
+
+def _check_kernel(name: str, k: object, u: Tensor) -> Tensor:
+    axis = "K" if name == "k" else "R"
+    _checks.tensor(name, k, f"G {axis}")
+    if k.shape[1] < 1:
+        raise ValueError(f"{name} must have at least one tap, got shape {list(k.shape)}")
+    return _wide(name, k, u)
+
+
+def _check_kernels(k: object, k_rev: object, k_rev_lag: object, D: object, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    k = _check_kernel("k", k, u)
+    channels, groups = u.shape[1], k.shape[0]
+    if channels % groups if groups else channels:
+        raise ValueError(f"k must have one row per channel or per group of channels: u has {channels} channels, k {groups} rows")
+    if type(k_rev_lag) is not int or k_rev_lag not in (0, 1):
+        raise ValueError(f"k_rev_lag must be 0 or 1, got {k_rev_lag!r}")
+    if k_rev is not None:
+        k_rev = _check_kernel("k_rev", k_rev, u)
+        _checks.shape("k_rev", k_rev, {"G": groups, "R": None})
+    if D is not None:
+        _checks.tensor("D", D, "D")
+        _checks.shape("D", D, {"D": channels})
+        D = _wide("D", D, u)
+    return k, k_rev, D
+
+
+def _check_gate(name: str, gate: object, u: Tensor) -> Tensor:
+    _checks.tensor(name, gate, "B D L")
+    _checks.shape(name, gate, dict(zip("BDL", u.shape)))
+    return _check_gate_type(name, gate, u)
+
+
+def _check_gate_type(name: str, gate: Tensor, u: Tensor) -> Tensor:
+    if gate.dtype not in (u.dtype, torch.float32) or u.dtype == torch.float64 != gate.dtype:
+        raise TypeError(f"{name} must have u's dtype {u.dtype} or, for 16-bit u, float32, got {gate.dtype}")
+    _checks.same_device(name, gate, "u", u)
+    return gate
+
+
+def fft_conv(u: Tensor, k: Tensor, *, k_rev: Tensor | None = None, k_rev_lag: int = 1, D: Tensor | None = None,
+             pre_gate: Tensor | None = None, post_gate: Tensor | None = None, mode: str = "causal",
+             backend: str = "auto") -> Tensor:
+    r"""Long depthwise convolution, with gates before and after it and a skip connection:
+
+    .. math::
+        x = pre \odot u, \qquad c_n = \sum_{i \ge 0} k_i\, x_{n-i} + \sum_{i \ge 0} k^{rev}_i\, x_{n+i+lag}, \qquad
+        out = post \odot (c + D \odot x)
+
+    Args:
+        u: [B, D, L], float32, bfloat16, float16, or float64 on the CPU; any strides; L of any size. Arithmetic is in float32
+            (float64 for float64).
+        k: kernel [D, K], or [G, K] with D a multiple of G: channel d reads row d // (D // G). K >= 1, shorter or longer than L.
+            u's dtype or float32.
+        k_rev: the anticausal side of the kernel, [G, R] with k's rows, or None. u's dtype or float32.
+        k_rev_lag: where k_rev starts. 1: k_rev[0] weighs the sample after (lag -1), as in S4, whose kernel is pad(k) +
+            pad(flip(k_rev)). 0: k_rev[0] weighs the sample itself and adds to k[0], as in safari and H3, whose spectrum is
+            K + conj(K_rev).
+        D: skip connection [D], or None. u's dtype or float32.
+        pre_gate: factor on u [B, D, L], or None; u's dtype, or float32 for 16-bit u (u is then widened).
+        post_gate: factor on the result [B, D, L], or None; as pre_gate.
+        mode: "causal": samples outside [0, L) are zero, and taps that reach beyond the sequence have no effect. "circular":
+            positions are modulo L, and longer kernels wrap.
+        backend: "auto", "cpu" or "reference" (see pykernels.backends).
+
+    Returns:
+        out [B, D, L] in u's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
+        BackendUnavailable: the backend asked for can't serve this call.
+
+    Derivatives of first and second order exist with respect to u, k, k_rev, D, pre_gate and post_gate; the second in eager mode
+    only, computed by the reference. Results do not depend on the thread count, and a batch entry's not on the others. A value that
+    is not finite may make every output of its own batch entry and channel NaN (the transform mixes them all), and no other.
+
+    Source: Poli et al., Hyena Hierarchy (arXiv:2302.10866); Fu et al., FlashFFTConv (arXiv:2311.05908).
+    """
+    u, pre_gate, post_gate = _checks.autocast(u, pre_gate, post_gate)  # kernels and D stay as wide as they come
+    _checks.tensor("u", u, "B D L")
+    _checks.main_dtype("u", u)
+    k, k_rev, D = _check_kernels(k, k_rev, k_rev_lag, D, u)
+    gates = [None if gate is None else _check_gate(name, gate, u) for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate))]
+    if mode not in _MODES:
+        raise ValueError(f"mode must be 'causal' or 'circular', got {mode!r}")
+    dtype = u.dtype
+    if any(gate is not None and gate.dtype != dtype for gate in gates):
+        u, *gates = (None if x is None else x.to(torch.float32) for x in (u, *gates))
+    tensors = (u, k, k_rev, D, *gates)
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    on = {"k_rev": k_rev, "D": D, "pre_gate": gates[0], "post_gate": gates[1]}
+    options = frozenset(name for name, x in on.items() if x is not None) | {mode}
+    chosen = resolve(OP, Query(u.device.type, u.dtype, {"length": u.shape[2], "taps": k.shape[1]}, options, grad), backend)
+    settings = k_rev_lag, mode == "circular"
+    if chosen == "reference":
+        out = reference.fft_conv(*tensors, *settings)
+    elif grad:
+        out = registration.FFTConv.apply(*tensors, settings, chosen)
+    else:
+        out = registration.run("fwd", chosen, *tensors, *settings)
+    return out.to(dtype)
+
+
+def _check_no_gradient(function: str, tensors: dict[str, object]) -> None:
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise RuntimeError(f"{name} requires grad, but {function} is for inference (states are written in place): call it "
+                                   "under torch.no_grad(), or use fft_conv")
+
+
+def fft_conv_init(k: Tensor, u_prefix: Tensor | None = None, *, D: Tensor | None = None, pre_gate: Tensor | None = None,
+                  batch: int | None = None, channels: int | None = None, dtype: torch.dtype | None = None,
+                  backend: str = "auto") -> FFTConvState:
+    """The state from which `fft_conv_step` continues a causal `fft_conv` token by token.
+
+    Args:
+        k: kernel [D, K] or [G, K], as in `fft_conv`.
+        u_prefix: the samples before the first step [B, D, T], or None: there are none.
+        D: skip connection [D], or None.
+        pre_gate: factor on u_prefix [B, D, T], or None.
+        batch: B, where there is no prefix (None: 1).
+        channels: D, where there is no prefix (None: k's rows).
+        dtype: of the samples to come, where there is no prefix (None: k's).
+        backend: "auto", "cpu" or "reference" (see pykernels.backends), here and in the steps.
+
+    Returns:
+        The state. It keeps O(B D K) numbers however many tokens follow.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
+        RuntimeError: grad mode is on and an input requires grad.
+        BackendUnavailable: the backend asked for can't serve this call.
+
+    Source: Oncescu et al., Flash Inference (arXiv:2410.12982).
+    """
+    _check_no_gradient("fft_conv_init", {"k": k, "u_prefix": u_prefix, "D": D, "pre_gate": pre_gate})
+    if u_prefix is None:
+        if pre_gate is not None:
+            raise ValueError("pre_gate must be None without u_prefix, whose factor it is")
+        _checks.tensor("k", k, "G K")
+        for name, size in (("batch", batch), ("channels", channels)):
+            if size is not None and (type(size) is not int or size < 0):
+                raise ValueError(f"{name} must be None or an integer >= 0, got {size!r}")
+        shape = 1 if batch is None else batch, k.shape[0] if channels is None else channels, 0
+        u = k.new_empty(shape, dtype=k.dtype if dtype is None else dtype)
+    else:
+        for name, x in (("batch", batch), ("channels", channels), ("dtype", dtype)):
+            if x is not None:
+                raise ValueError(f"{name} must be None when u_prefix, which has one, is given, got {x!r}")
+        u = u_prefix
+    _checks.tensor("u_prefix", u, "B D L")
+    _checks.main_dtype("u_prefix", u)
+    k, _, D = _check_kernels(k, None, 1, D, u)
+    x = u.to(k.dtype)
+    if pre_gate is not None:
+        x = x * _check_gate("pre_gate", pre_gate, u)
+    resolve(OP, _step_query(u, k), backend)
+    with torch.no_grad():
+        return decode.start(_convolution(backend), x, k, D, u.dtype, backend)
+
+
+def _step_query(u: Tensor, k: Tensor) -> Query:
+    return Query(u.device.type, k.dtype, {"length": 2 * decode.capacity(k.shape[1]), "taps": k.shape[1]}, frozenset({"causal"}))
+
+
+def _convolution(backend: str):
+    return lambda x, k: fft_conv(x, k, backend=backend)
+
+
+def fft_conv_step(u_t: Tensor, state: FFTConvState, *, pre_gate: Tensor | None = None, post_gate: Tensor | None = None) -> Tensor:
+    """One token of a causal `fft_conv`: the same output as of the whole sequence so far, in O(log^2 K) per token on average.
+
+    Most steps cost a sum over at most 64 taps. Every 64th token adds a convolution of 64 tokens or more, every K-th one of K.
+
+    Args:
+        u_t: [B, D], the dtype of the prefix.
+        state: of `fft_conv_init`. Changed in place.
+        pre_gate: factor on u_t [B, D], or None; u_t's dtype, or float32 for 16-bit u_t.
+        post_gate: factor on the result [B, D], or None; as pre_gate.
+
+    Returns:
+        out [B, D] in u_t's dtype.
+
+    Raises:
+        TypeError, ValueError: as in `fft_conv`; nothing is changed then.
+        RuntimeError: grad mode is on and an input requires grad.
+    """
+    if not isinstance(state, FFTConvState):
+        raise TypeError(f"state must be an FFTConvState, which fft_conv_init makes, got {type(state).__name__}")
+    _checks.tensor("u_t", u_t, "B D")
+    _checks.shape("u_t", u_t, dict(zip("BD", state.inputs.shape[:2])))
+    if u_t.dtype != state.dtype:
+        raise TypeError(f"u_t must have the state's dtype {state.dtype}, got {u_t.dtype}")
+    _checks.same_device("u_t", u_t, "state", state.inputs)
+    gates = {"pre_gate": pre_gate, "post_gate": post_gate}
+    for name, gate in gates.items():
+        if gate is not None:
+            _checks.tensor(name, gate, "B D")
+            _checks.shape(name, gate, dict(zip("BD", u_t.shape)))
+            _check_gate_type(name, gate, u_t)
+    _check_no_gradient("fft_conv_step", {"u_t": u_t, **gates})
+    with torch.no_grad():
+        x = u_t.to(state.inputs.dtype)
+        if pre_gate is not None:
+            x = x * pre_gate
+        out = decode.step(_convolution(state.backend), x, state)
+        return (out if post_gate is None else out * post_gate).to(u_t.dtype)
