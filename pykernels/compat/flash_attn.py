@@ -245,7 +245,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
     options = {"block_table": block_table, "causal": causal, "window": window, "scale": softmax_scale,
                "softcap": _softcap(softcap), "alibi_slopes": alibi_slopes, "return_lse": return_softmax_lse}
     if cache_batch_idx is None and cache_leftpad is None:
-        return flash_attention_decode(q, k_cache, v_cache, lengths, k=k, v=v, **options)
+        return flash_attention_decode(q, k_cache[:batch], v_cache[:batch], lengths, k=k, v=v, **options)
     if block_table is not None:
         raise ValueError("block_table must be None with cache_batch_idx or cache_leftpad, got a tensor")
 
