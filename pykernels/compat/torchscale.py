@@ -26,9 +26,9 @@ def _theta_shift(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
 class MultiScaleRetention(nn.Module):
     """torchscale's MultiScaleRetention: its parameters by their names, its forward, its incremental state.
 
-    The parallel, chunkwise and recurrent forms differ from each other by normalisations that the norm of each head takes out
-    again; here all are the one `retention` op, in time linear in T for the first two, and equal torchscale's up to what the
-    norm's epsilon weighs.
+    All forms are the one `retention` op, in time linear in T. torchscale divides the outputs of each by factors of its own, which
+    the norm of each head takes out again but for its epsilon. The parallel and the recurrent form have the same factors here; the
+    chunkwise form has those that depend on the decay, but not those that depend on the sizes of its scores and states.
 
     Args:
         args: needs `layernorm_eps`; `multiway` must be false (or absent).
@@ -112,12 +112,27 @@ class MultiScaleRetention(nn.Module):
                     raise ValueError("rel_pos must hold four masks with chunkwise_recurrent, got "
                                      f"{len(decay) if isinstance(decay, (tuple, list)) else type(decay).__name__}")
                 decay = decay[0]
-            wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-            out = retention(q, k, v, gamma=self._gamma(decay).to(wide), scale=1.0)
+            out = self._whole(q, k, v, decay, chunkwise_recurrent)
         else:
             out = self._step(q, k, v, decay, incremental_state)
         out = self._norm(out).flatten(-2)
         return self.out_proj(self.gate_fn(self.g_proj(x)) * out)
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunkwise: bool) -> Tensor:
+        """All tokens. Row t of the mask is a factor times powers of gamma; the diagonal holds the factors."""
+        wide = torch.promote_types(v.dtype, torch.float32)
+        gamma, tokens = self._gamma(mask).to(wide), q.shape[1]
+        if not chunkwise and mask.shape[1] != tokens:
+            raise ValueError(f"rel_pos must hold a mask for x's {tokens} tokens, got one for {mask.shape[1]}")
+        factors = mask.diagonal(dim1=1, dim2=2).T[:, :, None].to(wide)  # [T or chunk, H, 1]
+        if chunkwise:
+            factors = factors[torch.arange(tokens, device=mask.device) % mask.shape[1]]
+        out = retention(q, k, v, gamma=gamma, scale=1.0) * factors
+        if not chunkwise:  # torchscale divides a row of scores by its sum, where that is large
+            with torch.no_grad():
+                sums = retention(q, k, torch.ones_like(v[..., :1]), gamma=gamma, scale=1.0) * factors
+            out = out / sums.abs().clamp(min=1)
+        return out.to(v.dtype)
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, incremental_state: dict) -> Tensor:
         """The next token. torchscale keeps the transposed state over the root of "scale", a running sum of the decays."""
