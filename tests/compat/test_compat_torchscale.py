@@ -155,8 +155,8 @@ def test_the_cases_differ():
         ours.k_proj.weight *= 20
     large = Theirs(ours)
     q, k, _ = large.project(X, parallel_positions(12)[0])
-    assert float((q @ k.mT * parallel_positions(12)[1]).sum(-1).abs().max()) > 2
-    assert float((large.parallel(X, parallel_positions(12)) - small).abs().max()) > 1e-3
+    assert bool(((q @ k.mT * parallel_positions(12)[1]).sum(-1).abs() > 2).any())
+    assert bool(((large.parallel(X, parallel_positions(12)) - small).abs() > 1e-3).any())
 
 
 def test_incremental_state_token_by_token():
