@@ -5,8 +5,8 @@
     model.set_attn_implementation("pykernels")                     or, for a model that is already there
 
 `enable` registers two functions in Transformers under one name: attention, and what makes its masks. A mask here is never
-materialised: it is a `Mask`, which holds what the model asked for (causal or not, a window, padding, packed sequences) as the
-arguments of our ops. Padded batches are packed: padding is neither read nor computed. A pattern that our ops cannot express
+materialised: it is a `Mask`, which holds what the model asked for (causal or not, a window, padding, packed sequences) in terms
+of our ops. Padded batches are packed: padding is neither read nor computed. A pattern that our ops cannot express
 raises an error that names it, when the mask is made or attention is called; the model's other implementations stay available.
 """
 
@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 from ..ops.flash_attention import flash_attention, flash_attention_decode
@@ -115,57 +117,64 @@ def _check_patterns() -> None:
                                f"{function.__qualname__} that pykernels does not know")
 
 
-class Mask(torch.Tensor):
-    """What Transformers carries from a model to its attention layers: a mask of shape [B, 1, Tq, Tk] without elements.
+class Mask(BlockMask):
+    """What Transformers carries from a model to its attention layers in place of booleans [B, 1, Tq, Tk].
 
-    Only its shape, device and dtype can be asked for, so that code which takes it for a tensor of booleans fails.
+    Transformers passes on tensors and FlexAttention's BlockMask as they are; this is one by name alone. It has a shape and can
+    move to another device; code that takes it for a tensor of booleans fails.
     """
 
-    left: int | None  # the window, as in `flash_attention`
-    right: int | None
-    keys: int  # of the Tk keys, the first this many can be seen; the last of them is at the last query
-    queries: tuple[Tensor, Tensor] | None  # (rows, columns) of the tokens to compute, None if the batch is dense
-    visible: tuple[Tensor, Tensor] | None  # and of the keys; None: all, in order
-    cu_seqlens: tuple[Tensor, Tensor] | None  # of queries and keys, packed
+    def __init__(self, shape: tuple[int, ...], left: int | None, right: int | None, keys: int, lengths: Tensor,
+                 queries: tuple[Tensor, Tensor] | None = None, visible: tuple[Tensor, Tensor] | None = None,
+                 cu_seqlens: tuple[Tensor, Tensor] | None = None) -> None:
+        self._shape = shape
+        self.left, self.right = left, right  # the window, as in `flash_attention`
+        self.keys = keys  # of the Tk keys, the first this many can be seen; the last of them is at the last query
+        self.lengths = lengths  # the same for each row, int32 [B]
+        self.cu_seqlens = cu_seqlens  # of queries and keys, packed; None if no row has padding
+        self.queries = queries  # (rows, columns) of the tokens that are packed; None: all, in order
+        self.visible = visible  # and of the keys
 
-    _HARMLESS = frozenset(
-        [getattr(torch.Tensor, name).__get__ for name in ("shape", "device", "dtype", "ndim", "requires_grad", "is_cuda",
-                                                          "layout", "grad_fn", "is_leaf")]
-        + [torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__])
-
-    @classmethod
-    def make(cls, shape: tuple[int, ...], device: torch.device, **fields: object) -> Mask:
-        mask = torch.zeros((), dtype=torch.bool, device=device).expand(shape).as_subclass(cls)
-        mask.__dict__.update(fields)
-        return mask
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
 
     def to(self, *args, **kwargs) -> Mask:
-        """The mask on another device; its dtype stays."""
-        device = self.device
+        """The mask on another device; a dtype has no meaning here."""
+        device = self.lengths.device
         for x in (*args, *kwargs.values()):
             if isinstance(x, (str, torch.device, Tensor)):
                 device = x.device if isinstance(x, Tensor) else torch.device(x)
-        if device == self.device:
+        if device == self.lengths.device:
             return self
-        moved = {name: tuple(x.to(device) for x in value) if isinstance(value, tuple) else value
-                 for name, value in self.__dict__.items()}
-        return Mask.make(tuple(self.shape), device, **moved)
 
-    def __repr__(self, **kwargs) -> str:
-        return f"Mask(shape={list(self.shape)}, left={self.left}, right={self.right}, packed={self.cu_seqlens is not None})"
+        def moved(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            return None if pair is None else (pair[0].to(device), pair[1].to(device))
 
-    def contiguous(self, **kwargs) -> Mask:
+        return Mask(self._shape, self.left, self.right, self.keys, self.lengths.to(device), moved(self.queries),
+                    moved(self.visible), moved(self.cu_seqlens))
+
+    def contiguous(self, *args, **kwargs) -> Mask:
+        """Itself: it is never changed, and has no layout."""
         return self
 
-    detach = contiguous
+    clone = detach = contiguous
 
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function in cls._HARMLESS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **(kwargs or {}))
-        raise RuntimeError(f"this model uses its attention mask in {getattr(function, '__name__', function)}, but masks of "
-                           "pykernels have no elements; use another attn_implementation for it")
+    def __repr__(self) -> str:
+        return (f"Mask(shape={self._shape}, left={self.left}, right={self.right}, keys={self.keys}, "
+                f"packed={self.cu_seqlens is not None})")
+
+    __str__ = __repr__
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(f"this model asks its attention mask for {name}, but masks of pykernels have no elements; use another "
+                             "attn_implementation for it")
+
+    def __getitem__(self, index: object):
+        raise TypeError("this model takes a part of its attention mask, but masks of pykernels have no elements; use another "
+                        "attn_implementation for it")
 
 
 def _offsets(counts: Tensor) -> Tensor:
@@ -193,11 +202,8 @@ def _make_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0
         raise ValueError(f"a causal mask needs the {q_length} queries among the keys, got keys up to {keys} of {kv_length}")
     if left is not None and left >= keys - 1:
         left = None
-    fields = {"left": left, "right": right, "keys": keys, "queries": None, "visible": None, "cu_seqlens": None}
-
-    def mask(**changed: object) -> Mask:
-        return Mask.make((batch_size, 1, q_length, kv_length), device, **{**fields, **changed})
-
+    mask = functools.partial(Mask, (batch_size, 1, q_length, kv_length), left, right, keys,
+                             torch.full((batch_size,), keys, dtype=torch.int32, device=device))
     valid = None
     if attention_mask is not None:
         valid = attention_mask.to(device=device, dtype=torch.bool)[:, kv_offset:kv_offset + keys]
@@ -276,12 +282,10 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
     options["window"] = None if (mask.left, mask.right) == (None, None) else (mask.left, mask.right)
     batch, tokens = q.shape[:2]
     if mask.cu_seqlens is None:
-        k, v = k[:, :mask.keys], v[:, :mask.keys]
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if tokens == 1 and dropout == 0 and not needs_grad:  # the kernels for one token read the cache as a matrix
-            lengths = torch.full((batch,), mask.keys, dtype=torch.int32, device=q.device)
-            return flash_attention_decode(q, k, v, lengths, causal=False, **options), None
-        return flash_attention(q, k, v, dropout_p=dropout, **options), None
+        if tokens == 1 and dropout == 0 and not needs_grad:  # there are kernels for one token
+            return flash_attention_decode(q, k, v, mask.lengths, causal=False, **options), None
+        return flash_attention(q, k[:, :mask.keys], v[:, :mask.keys], dropout_p=dropout, **options), None
     of_queries, of_keys = mask.cu_seqlens
     options |= {"cu_seqlens_q": of_queries, "cu_seqlens_k": of_keys, "dropout_p": dropout}
     if mask.queries is None:

@@ -321,13 +321,17 @@ def test_masks_that_cannot_be_served():
 
 def test_a_mask_is_no_tensor_of_booleans():
     mask = compat._make_mask(2, 3, 5, 2, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]))
-    assert mask.shape == (2, 1, 3, 5) and mask.ndim == 4 and mask.dtype == torch.bool and mask.size(3) == 5
-    assert mask.to("cpu", torch.float32) is mask and "Mask" in repr(mask)
-    moved = mask.to("meta")
-    assert moved.device.type == "meta" and moved.cu_seqlens[0].device.type == "meta" and moved.keys == 5
-    for use in (lambda: mask & True, lambda: mask[:, :, :1], lambda: torch.where(mask, 1.0, 0.0), lambda: mask.sum()):
-        with pytest.raises(RuntimeError, match="masks of pykernels have no elements"):
+    assert tuple(mask.shape) == (2, 1, 3, 5) and "Mask" in repr(mask)
+    assert mask.to("cpu", torch.float32) is mask and mask.to(torch.zeros(1)) is mask
+    moved = mask.to(device="meta")
+    assert {x.device.type for x in (moved.lengths, *moved.cu_seqlens, *moved.queries, *moved.visible)} == {"meta"}
+    assert (moved.keys, moved.left, moved.right, moved.shape) == (5, None, 0, mask.shape)
+    for use in (lambda: mask & True, lambda: mask[:, :, :1], lambda: torch.where(mask, 1.0, 0.0), lambda: mask.sum(),
+                lambda: mask.dtype, lambda: mask + 1.0, lambda: mask.to_dense()):
+        with pytest.raises((TypeError, AttributeError)):
             use()
+    with pytest.raises(AttributeError, match="asks its attention mask for dtype, but masks of pykernels have no elements"):
+        mask.dtype  # noqa: B018
 
 
 def dense(batch: int, q_length: int, kv_length: int, q_offset: int, kv_offset: int, function, padding) -> Tensor:
