@@ -38,6 +38,11 @@ def _deterministic(deterministic: object) -> bool | None:
     return deterministic or None
 
 
+def _values_checked(x: object) -> bool:
+    """Whether values inside tensors are looked at here: where that waits for no device and breaks no graph."""
+    return isinstance(x, Tensor) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _unpack(name: str, x: object, axis: int, count: int) -> tuple[Tensor, ...]:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -90,9 +95,7 @@ def _check_longest(name: str, longest: object, cu_seqlens: object) -> None:
         longest = int(longest)
     if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {longest!r}")
-    if torch.compiler.is_compiling() or not isinstance(cu_seqlens, Tensor) or cu_seqlens.device.type != "cpu":
-        return
-    if cu_seqlens.numel() > 1 and (found := int(cu_seqlens.diff().max())) > longest:
+    if _values_checked(cu_seqlens) and cu_seqlens.numel() > 1 and (found := int(cu_seqlens.diff().max())) > longest:
         raise ValueError(f"{name} must be at least the longest sequence's {found} tokens, got {longest}")
 
 
@@ -184,7 +187,7 @@ def _rotated(q: Tensor, k: Tensor | None, lengths: Tensor, cos: object, sin: obj
     positions = lengths[:, None].long() + steps
     of_q = positions[:, :q.shape[1]] if ordered else positions[:, :1].expand(-1, q.shape[1])
     of_k = positions[:, :k.shape[1]]
-    if q.device.type == "cpu" and of_k.numel() and (last := int(torch.cat((of_q, of_k), 1).max())) >= cos.shape[0]:
+    if _values_checked(q) and of_k.numel() and (last := int(torch.cat((of_q, of_k), 1).max())) >= cos.shape[0]:
         raise ValueError(f"rotary_cos must reach position {last}, got {cos.shape[0]} positions")
     return _rotate(q, of_q, cos, sin, interleaved), _rotate(k, of_k, cos, sin, interleaved)
 
@@ -253,7 +256,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
     rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else _row_vector("cache_batch_idx", cache_batch_idx, batch)
     first = torch.zeros_like(rows) if cache_leftpad is None else _row_vector("cache_leftpad", cache_leftpad, batch)
     steps = torch.arange(capacity, device=q.device)
-    if q.device.type == "cpu" and batch:
+    if _values_checked(q) and batch:
         if not 0 <= int(rows.min()) <= int(rows.max()) < k_cache.shape[0]:
             raise ValueError(f"cache_batch_idx must name rows of the cache's {k_cache.shape[0]}, got {rows.tolist()}")
         if int(first.min()) < 0 or bool((first > lengths).any()):

@@ -313,6 +313,14 @@ def test_raises(function, error, words):
         function()
 
 
+def test_compiles_whole():
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = fla.chunk_gla(q, k, v, X["gk"])[0] + fla.chunk_retention(q, k, v)[0]
+        return out + fla.fused_recurrent_rwkv6(q, k, v, X["gk"], X["bonus"])[0] + fla.chunk_linear_attn(q.exp(), k.exp(), v)[0]
+
+    near(torch.compile(function, fullgraph=True, backend="aot_eager")(*QKV), function(*QKV))
+
+
 def test_accepted_without_effect():
     expected = fla.chunk_simple_gla(*QKV, X["g"])[0]
     assert torch.equal(fla.chunk_simple_gla(*QKV, X["g"], chunk_size=32)[0], expected)

@@ -152,6 +152,22 @@ def test_gradients():
          torch.autograd.grad(batched(*qkv.unbind(2), causal=True)[0], qkv, dout)[0].flatten(0, 1))
 
 
+def test_compiles_whole():
+    q, cu = randn(7, 2, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
+
+    def function(q: Tensor, k_cache: Tensor) -> Tensor:
+        out, lse, _ = fa.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, causal=True, return_attn_probs=True)
+        more = fa.flash_attn_with_kvcache(q[None, :1].detach(), k_cache, k_cache.clone(), q[None, :1].detach(),
+                                          q[None, :1].detach(), cache_seqlens=3, cache_leftpad=cu[1:2] - 1)
+        return out + fa.flash_attn_func(q[None], q[None], q[None])[0] + lse.T[..., None] + more[0]
+
+    caches = randn(1, 5, 2, 8), randn(1, 5, 2, 8)
+    caches[1].copy_(caches[0])
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(q, caches[0])
+    near(compiled, function(q, caches[1]))
+    assert torch.equal(*caches)
+
+
 # ---- Key/value cache -------------------------------------------------------------------------------------------------
 
 
