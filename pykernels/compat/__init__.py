@@ -4,8 +4,8 @@
     pykernels.compat.install("flash_attn", "fla")                `import flash_attn` finds ours where there is none
     pykernels.compat.transformers.enable()                       attn_implementation="pykernels" in Transformers
 
-A function here takes the same arguments in the same order, with the same defaults, layouts and return values as the original,
-on CPUs too. What our ops cannot do raises an error that names the argument; nothing is ignored silently.
+A function here takes the same arguments in the same order, with the same defaults, layouts and return values as the
+original, on CPUs too. What our ops cannot do raises an error that names the argument; nothing is ignored silently.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ __all__ = ["PACKAGES", "install", "uninstall"]
 
 PACKAGES = ("fla", "flash_attn", "torchscale")
 
-_replaced: dict[str, dict[str, types.ModuleType]] = {}  # package installed by us -> the modules that it took the names of
+# A package installed by us -> the modules that it took the names of.
+_replaced: dict[str, dict[str, types.ModuleType]] = {}
 
 
 def _check_names(packages: tuple[object, ...]) -> None:
@@ -70,12 +71,12 @@ def _build(package: str) -> dict[str, types.ModuleType]:
 class install(contextlib.AbstractContextManager):
     """Makes our functions importable under the names of packages that are not installed.
 
-    After `install("flash_attn")`, `from flash_attn import flash_attn_func` gives ours, from every module of the original that
-    holds something we have. Holds until `uninstall`, or for a `with` block.
+    After `install("flash_attn")`, `from flash_attn import flash_attn_func` gives ours, from every module of the
+    original that holds something we have. Holds until `uninstall`, or for a `with` block.
 
     Args:
         packages: names out of `PACKAGES`.
-        shadow: take the name of a package that is installed, too. By default such a package is left alone (see `left_alone`).
+        shadow: take the name of a package that is installed, too. By default such a package is left alone.
 
     Attributes:
         installed: the packages whose names are ours through this call.

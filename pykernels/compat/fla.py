@@ -1,8 +1,8 @@
 """flash-linear-attention's functions (fla.ops) on `linear_attention` and `retention`.
 
-Its chunked, fused and recurrent forms are one result, and here one op. All return (out, final_state or None); states are
-[sequences, H, K, V] in float32, [..., V, K] with `state_v_first`. Beyond the original: CPUs, float64 there, second derivatives.
-Decays are natural logarithms and must be <= 0, as they are in every model.
+Its chunked, fused and recurrent forms are one result, and here one op. All return (out, final_state or None); states
+are [sequences, H, K, V] in float32, [..., V, K] with `state_v_first`. Beyond the original: CPUs, float64 there, second
+derivatives. Decays are natural logarithms and must be <= 0, as they are in every model.
 """
 
 from __future__ import annotations
@@ -53,16 +53,18 @@ def _legacy(state_v_first: bool, kwargs: dict[str, object]) -> bool:
 
 def _check_batch(initial_state: object, cu_seqlens: object) -> None:
     """The one mistake with packed sequences that our op would describe by its own argument names."""
-    if isinstance(cu_seqlens, Tensor) and isinstance(initial_state, Tensor) and initial_state.shape[0] != cu_seqlens.shape[0] - 1:
-        raise ValueError(f"initial_state must have one entry for each of {cu_seqlens.shape[0] - 1} sequences, "
-                         f"got {initial_state.shape[0]}")
+    if isinstance(cu_seqlens, Tensor) and isinstance(initial_state, Tensor):
+        if initial_state.shape[0] != (sequences := cu_seqlens.shape[0] - 1):
+            raise ValueError(f"initial_state must have one entry for each of {sequences} sequences, "
+                             f"got {initial_state.shape[0]}")
 
 
 def _turned(state: Tensor | None, v_first: bool) -> Tensor | None:
     return state.transpose(-1, -2) if v_first and isinstance(state, Tensor) else state
 
 
-def _run(q, k, v, *, scale, initial_state, output_final_state, cu_seqlens, state_v_first=False, op=linear_attention, **options):
+def _run(q, k, v, *, scale, initial_state, output_final_state, cu_seqlens, state_v_first=False, op=linear_attention,
+         **options):
     """Our op with the originals' layouts and pair of return values."""
     _check_batch(initial_state, cu_seqlens)
     out, state = op(q, k, v, scale=scale, initial_state=_turned(initial_state, state_v_first), return_final_state=True,
@@ -76,8 +78,8 @@ def _run(q, k, v, *, scale, initial_state, output_final_state, cu_seqlens, state
 
 
 def _retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens, reverse=False, state_v_first=False):
-    return _run(q, k, v, scale=scale, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-                state_v_first=state_v_first, op=retention, reverse=reverse)
+    return _run(q, k, v, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
+                cu_seqlens=cu_seqlens, state_v_first=state_v_first, op=retention, reverse=reverse)
 
 
 def chunk_retention(q, k, v, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, **kwargs):
@@ -136,27 +138,32 @@ def _linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, c
     out, state = _run(q, k, v, scale=scale, initial_state=before, output_final_state=output_final_state, **options)
     if not normalize:
         return out, state
-    # The sum of keys so far is the state of values that are 1; in float32, because outputs are divided by its product with q.
+    # The sum of keys so far is the state of values that are 1; in float32, because outputs are divided by its product
+    # with q.
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     column = None if keys_before is None else keys_before.movedim(1, 3).to(wide)  # [N, 1, H, K] -> [N, H, K, 1]
     ones = torch.ones(*v.shape[:3], 1, device=v.device, dtype=wide)
     with torch.autocast(q.device.type, enabled=False):
-        weight, keys = _run(q.to(wide), k.to(wide), ones, scale=scale, initial_state=column, output_final_state=True, **options)
+        weight, keys = _run(q.to(wide), k.to(wide), ones, scale=scale, initial_state=column, output_final_state=True,
+                            **options)
     out = (out / (weight + _EPSILON)).to(q.dtype)
     kept = k.dtype if keys_before is None else torch.promote_types(k.dtype, keys_before.dtype)
     return out, (state, keys.movedim(3, 1).to(kept))
 
 
-def chunk_linear_attn(q, k, v, scale=None, initial_state=None, output_final_state=False, normalize=True, cu_seqlens=None):
+def chunk_linear_attn(q, k, v, scale=None, initial_state=None, output_final_state=False, normalize=True,
+                      cu_seqlens=None):
     """Linear attention without decay: q, k [B, T, H, K], v [B, T, H, V]; `scale` None is K ** -0.5.
 
-    With `normalize`, out_t is divided by scale q_t . (sum of the keys so far) + 1e-10, `initial_state` may be a tuple (state,
-    that sum [B or sequences, 1, H, K]), and the second return value is such a tuple, its state None unless output_final_state.
+    With `normalize`, out_t is divided by scale q_t . (sum of the keys so far) + 1e-10, `initial_state` may be a tuple
+    (state, that sum [B or sequences, 1, H, K]), and the second return value is such a tuple, its state None unless
+    output_final_state.
     """
     return _linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens)
 
 
-def fused_chunk_linear_attn(q, k, v, scale=None, initial_state=None, output_final_state=False, normalize=True, cu_seqlens=None):
+def fused_chunk_linear_attn(q, k, v, scale=None, initial_state=None, output_final_state=False, normalize=True,
+                            cu_seqlens=None):
     """`chunk_linear_attn`."""
     return _linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens)
 
@@ -221,9 +228,9 @@ def _channel_decay(name: str, g: object, x: Tensor) -> Tensor:
     return g
 
 
-def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=False, state_v_first=False, cu_seqlens=None,
-              cu_seqlens_cpu=None):
-    """Gated linear attention: a decay per token, head and key channel, g [B, T, H, K]; q, k [B, T, H, K], v [B, T, H, V].
+def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=False, state_v_first=False,
+              cu_seqlens=None, cu_seqlens_cpu=None):
+    """Gated linear attention: q, k [B, T, H, K], v [B, T, H, V], a decay per key channel g [B, T, H, K].
 
     cu_seqlens_cpu, a copy of cu_seqlens, is not needed here.
     """
@@ -231,12 +238,12 @@ def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=Fal
                 output_final_state=output_final_state, cu_seqlens=cu_seqlens, state_v_first=state_v_first)
 
 
-def fused_recurrent_gla(q, k, v, gk=None, gv=None, scale=None, initial_state=None, output_final_state=False, reverse=False,
-                        state_v_first=False, cu_seqlens=None, **kwargs):
+def fused_recurrent_gla(q, k, v, gk=None, gv=None, scale=None, initial_state=None, output_final_state=False,
+                        reverse=False, state_v_first=False, cu_seqlens=None, **kwargs):
     """Gated linear attention: S_t = exp(gk_t) S_{t-1} exp(gv_t) + k_t v_t^T, out_t = scale q_t^T S_t.
 
-    gk [B, T, H, K] decays rows of the state and gv [B, T, H, V] its columns; each may be None. With gv, each column is computed
-    as a head of its own, which takes V times the decays (V K times with gk).
+    gk [B, T, H, K] decays rows of the state and gv [B, T, H, V] its columns; each may be None. With gv, each column is
+    computed as a head of its own, which takes V times the decays (V K times with gk).
     """
     state_v_first = _legacy(state_v_first, kwargs)
     options = {"scale": scale, "output_final_state": output_final_state, "reverse": reverse, "cu_seqlens": cu_seqlens}
@@ -261,18 +268,19 @@ def fused_recurrent_gla(q, k, v, gk=None, gv=None, scale=None, initial_state=Non
 # ---- RWKV-6 ----------------------------------------------------------------------------------------------------------
 
 
-def chunk_rwkv6(r, k, v, w, u, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, cu_seqlens_cpu=None,
-                **kwargs):
+def chunk_rwkv6(r, k, v, w, u, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None,
+                cu_seqlens_cpu=None, **kwargs):
     """RWKV-6: out_t = scale r_t^T (S_{t-1} + (u k_t) v_t^T), then S_t = exp(w_t) S_{t-1} + k_t v_t^T.
 
-    r, k [B, T, H, K], v [B, T, H, V], w [B, T, H, K] the log of the decay, u [H, K] the bonus. cu_seqlens_cpu, a copy of
-    cu_seqlens, is not needed here. Of `kwargs`, chunk_size is accepted without effect, any other raises.
+    r, k [B, T, H, K], v [B, T, H, V], w [B, T, H, K] the log of the decay, u [H, K] the bonus. cu_seqlens_cpu, a copy
+    of cu_seqlens, is not needed here. Of `kwargs`, chunk_size is accepted without effect, any other raises.
     """
     _legacy(False, kwargs)
     return fused_recurrent_rwkv6(r, k, v, w, u, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens)
 
 
-def fused_recurrent_rwkv6(r, k, v, w, u, scale=None, initial_state=None, output_final_state=False, reverse=False, cu_seqlens=None):
+def fused_recurrent_rwkv6(r, k, v, w, u, scale=None, initial_state=None, output_final_state=False, reverse=False,
+                          cu_seqlens=None):
     """`chunk_rwkv6`, with time from the last token to the first if `reverse`."""
-    return _run(r, k, v, decay=_channel_decay("w", w, k), bonus=u, scale=scale, initial_state=initial_state, reverse=reverse,
-                output_final_state=output_final_state, cu_seqlens=cu_seqlens)
+    return _run(r, k, v, decay=_channel_decay("w", w, k), bonus=u, scale=scale, initial_state=initial_state,
+                reverse=reverse, output_final_state=output_final_state, cu_seqlens=cu_seqlens)

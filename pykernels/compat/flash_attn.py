@@ -1,7 +1,8 @@
 """flash-attn's functions (version 2's Python interface) on `flash_attention` and `flash_attention_decode`.
 
-Beyond the original: CPUs, float32 (and float64 on CPUs), head sizes to 512 that may differ between keys and values, an LSE that
-takes a gradient. Where a query sees no key, the LSE is -inf (the original's is +inf or -inf, depending on its kernel).
+Beyond the original: CPUs, float32 (and float64 on CPUs), head sizes to 512 that may differ between keys and values, an
+LSE that takes a gradient. Where a query sees no key, the LSE is -inf (the original's is +inf or -inf, depending on its
+kernel).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from ..ops.flash_attention import flash_attention, flash_attention_decode
 
 _FUNCTIONS = ("flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
               "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_with_kvcache")
-_PADDING = ("index_first_axis", "index_put_first_axis", "pad_input", "unpad_input", "unpad_input_for_concatenated_sequences")
+_PADDING = ("index_first_axis", "index_put_first_axis", "pad_input", "unpad_input",
+            "unpad_input_for_concatenated_sequences")
 VERSION = "2.8.3"  # whose signatures these are
 MODULES = {"flash_attn": _FUNCTIONS, "flash_attn.flash_attn_interface": _FUNCTIONS, "flash_attn.bert_padding": _PADDING}
 __all__ = [*_FUNCTIONS, *_PADDING]
@@ -47,7 +49,8 @@ def _unpack(name: str, x: object, axis: int, count: int) -> tuple[Tensor, ...]:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dim() != axis + 3 or x.shape[axis] != count:
-        raise ValueError(f"{name} must have {axis + 3} axes with size {count} in axis {axis}, got shape {list(x.shape)}")
+        raise ValueError(f"{name} must have {axis + 3} axes with size {count} in axis {axis}, "
+                         f"got shape {list(x.shape)}")
     return x.unbind(axis)
 
 
@@ -67,9 +70,9 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, wi
 
     Returns out [B, Tq, Hq, V]; with `return_attn_probs` (out, lse [B, Hq, Tq], an empty tensor).
     """
-    out = flash_attention(q, k, v, causal=causal, window=_window(window_size), scale=softmax_scale, softcap=_softcap(softcap),
-                          alibi_slopes=alibi_slopes, dropout_p=dropout_p, return_lse=return_attn_probs,
-                          deterministic=_deterministic(deterministic))
+    out = flash_attention(q, k, v, causal=causal, window=_window(window_size), scale=softmax_scale,
+                          softcap=_softcap(softcap), alibi_slopes=alibi_slopes, dropout_p=dropout_p,
+                          return_lse=return_attn_probs, deterministic=_deterministic(deterministic))
     return _returned(out, return_attn_probs)
 
 
@@ -90,7 +93,7 @@ def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=Fal
 
 
 def _check_longest(name: str, longest: object, cu_seqlens: object) -> None:
-    """The original sizes its grid by the longest sequence; ours does not need it, but a wrong one is a caller's mistake."""
+    """The original sizes its grid by the longest sequence; ours needs none, but a wrong one is a mistake."""
     if isinstance(longest, Tensor) and longest.numel() == 1:
         longest = int(longest)
     if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
@@ -101,8 +104,8 @@ def _check_longest(name: str, longest: object, cu_seqlens: object) -> None:
 
 def _reject_block_table(block_table: object) -> None:
     if block_table is not None:
-        raise ValueError(f"block_table is not served for packed sequences by this version of pykernels, got {block_table!r:.60}; "
-                         "leave it out")
+        raise ValueError("block_table is not served for packed sequences by this version of pykernels, "
+                         f"got {block_table!r:.60}; leave it out")
 
 
 def _packed(name: str, x: object) -> Tensor:
@@ -114,13 +117,13 @@ def _packed(name: str, x: object) -> Tensor:
     return x[None]
 
 
-def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-                           causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-                           return_attn_probs=False, block_table=None):
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                           softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+                           deterministic=False, return_attn_probs=False, block_table=None):
     """`flash_attn_func` for packed sequences: q [total_q, Hq, K], k [total_k, Hk, K], v [total_k, Hk, V].
 
-    cu_seqlens_q and cu_seqlens_k: int32 [sequences + 1], offsets of the sequences; max_seqlen_q and max_seqlen_k: the longest
-    ones (checked on CPUs, otherwise not needed). block_table is not served.
+    cu_seqlens_q and cu_seqlens_k: int32 [sequences + 1], offsets of the sequences; max_seqlen_q and max_seqlen_k: the
+    longest ones (checked on CPUs, otherwise not needed). block_table is not served.
 
     Returns out [total_q, Hq, V]; with `return_attn_probs` (out, lse [Hq, total_q], an empty tensor).
     """
@@ -128,19 +131,20 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
     _check_longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
     _check_longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     out = flash_attention(_packed("q", q), _packed("k", k), _packed("v", v), causal=causal, window=_window(window_size),
-                          scale=softmax_scale, softcap=_softcap(softcap), alibi_slopes=alibi_slopes, dropout_p=dropout_p,
-                          cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_attn_probs,
-                          deterministic=_deterministic(deterministic))
+                          scale=softmax_scale, softcap=_softcap(softcap), alibi_slopes=alibi_slopes,
+                          dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+                          return_lse=return_attn_probs, deterministic=_deterministic(deterministic))
     return _returned(out, return_attn_probs, packed=True)
 
 
 def flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-                                    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-                                    deterministic=False, return_attn_probs=False):
+                                    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                                    alibi_slopes=None, deterministic=False, return_attn_probs=False):
     """`flash_attn_varlen_func` with keys and values in one tensor kv [total_k, 2, Hk, K]."""
     k, v = _unpack("kv", kv, 1, 2)
-    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-                                  causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+                                  softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+                                  return_attn_probs)
 
 
 def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False,
@@ -148,8 +152,8 @@ def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p=0.0,
                                      return_attn_probs=False):
     """`flash_attn_varlen_func` with queries, keys and values in one tensor qkv [total, 3, H, K]."""
     q, k, v = _unpack("qkv", qkv, 1, 3)
-    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
-                                  window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale,
+                                  causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
 
 
 # ---- Key/value cache -------------------------------------------------------------------------------------------------
@@ -172,7 +176,7 @@ def _rotate(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved:
 
 def _rotated(q: Tensor, k: Tensor | None, lengths: Tensor, cos: object, sin: object, interleaved: bool,
              ordered: bool) -> tuple[Tensor, Tensor]:
-    """q and k turned by their positions; queries that are not ordered in time (neither causal nor local) share the first."""
+    """q and k turned by their positions; queries not ordered in time (neither causal nor local) share the first."""
     if cos is None or sin is None:
         raise ValueError(f"rotary_{'cos' if cos is None else 'sin'} must be given with the other, got None")
     if k is None:
@@ -181,8 +185,8 @@ def _rotated(q: Tensor, k: Tensor | None, lengths: Tensor, cos: object, sin: obj
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor [positions, rotary size / 2], got {type(x).__name__}")
         if x.dim() != 2 or 2 * x.shape[1] > q.shape[3] or x.shape != cos.shape:
-            raise ValueError(f"{name} must have shape [positions, rotary size / 2] with a rotary size of at most {q.shape[3]}, "
-                             f"and rotary_sin that of rotary_cos, got {list(x.shape)}")
+            raise ValueError(f"{name} must have shape [positions, rotary size / 2] with a rotary size of at most "
+                             f"{q.shape[3]}, and rotary_sin that of rotary_cos, got {list(x.shape)}")
     steps = torch.arange(max(q.shape[1], k.shape[1]), device=q.device)
     positions = lengths[:, None].long() + steps
     of_q = positions[:, :q.shape[1]] if ordered else positions[:, :1].expand(-1, q.shape[1])
@@ -201,18 +205,19 @@ def _row_vector(name: str, x: object, batch: int) -> Tensor:
 
 
 def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
-                            cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
-                            window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
-                            return_softmax_lse=False):
+                            cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None,
+                            causal=False, window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None,
+                            num_splits=0, return_softmax_lse=False):
     """Attention of q [B, Tq, Hq, K] over a cache, after k and v are appended to it in place. For inference.
 
     Args:
         q: [B, Tq, Hq, K].
         k_cache, v_cache: [rows, Tmax, Hk, K] and [rows, Tmax, Hk, V].
         k, v: new tokens [B, Tnew, Hk, K] and [B, Tnew, Hk, V], written at cache_seqlens; both or neither.
-        rotary_cos, rotary_sin: [positions, R / 2]: the first R features of k, and of q, are turned by the angles of their
-            positions, cache_seqlens + t (all queries by those of cache_seqlens if neither causal nor local). Needs k.
-        cache_seqlens: tokens in the cache before the append, left padding included: an int, or int32 [B]. None: all of it.
+        rotary_cos, rotary_sin: [positions, R / 2]: the first R features of k, and of q, are turned by the angles of
+            their positions, cache_seqlens + t (all queries by those of cache_seqlens if neither causal nor local).
+            Needs k.
+        cache_seqlens: tokens in the cache before the append, left padding included: an int, or int32 [B]. None: all.
         cache_batch_idx: int32 [B], the cache's row of each batch entry; None: entry b has row b. Rows should differ.
         cache_leftpad: int32 [B], where the valid tokens of each row begin; None: at 0.
         block_table, alibi_slopes: passed on to `flash_attention_decode`, which raises while it doesn't serve them.
@@ -224,13 +229,15 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
     Returns:
         out [B, Tq, Hq, V], or (out, lse [B, Hq, Tq]).
 
-    With cache_batch_idx or cache_leftpad, the rows in use are copied to attend to them; the append is in place all the same.
+    With cache_batch_idx or cache_leftpad, the rows in use are copied to attend to them; the append is in place all the
+    same.
     """
     if not isinstance(q, Tensor) or not isinstance(k_cache, Tensor) or not isinstance(v_cache, Tensor):
-        raise TypeError(f"q, k_cache and v_cache must be tensors, got {', '.join(type(x).__name__ for x in (q, k_cache, v_cache))}")
+        names = ", ".join(type(x).__name__ for x in (q, k_cache, v_cache))
+        raise TypeError(f"q, k_cache and v_cache must be tensors, got {names}")
     if q.dim() != 4 or k_cache.dim() != 4 or v_cache.dim() != 4:
-        raise ValueError("q, k_cache and v_cache must have 4 axes, got shapes "
-                         f"{', '.join(str(list(x.shape)) for x in (q, k_cache, v_cache))}")
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k_cache, v_cache))
+        raise ValueError(f"q, k_cache and v_cache must have 4 axes, got shapes {shapes}")
     if isinstance(num_splits, bool) or not isinstance(num_splits, int):
         raise TypeError(f"num_splits must be an integer, got {num_splits!r}")
     batch, capacity = q.shape[0], k_cache.shape[1]
@@ -253,14 +260,18 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
         raise ValueError("block_table must be None with cache_batch_idx or cache_leftpad, got a tensor")
 
     # Our op reads row b from its first token on, so it gets a copy of the rows in use that is laid out so.
-    rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else _row_vector("cache_batch_idx", cache_batch_idx, batch)
-    first = torch.zeros_like(rows) if cache_leftpad is None else _row_vector("cache_leftpad", cache_leftpad, batch)
+    rows, first = torch.arange(batch, device=q.device), torch.zeros_like(lengths)
+    if cache_batch_idx is not None:
+        rows = _row_vector("cache_batch_idx", cache_batch_idx, batch)
+    if cache_leftpad is not None:
+        first = _row_vector("cache_leftpad", cache_leftpad, batch)
     steps = torch.arange(capacity, device=q.device)
     if _values_checked(q) and batch:
         if not 0 <= int(rows.min()) <= int(rows.max()) < k_cache.shape[0]:
             raise ValueError(f"cache_batch_idx must name rows of the cache's {k_cache.shape[0]}, got {rows.tolist()}")
         if int(first.min()) < 0 or bool((first > lengths).any()):
-            raise ValueError(f"cache_leftpad must be from 0 to cache_seqlens, got {first.tolist()} for {lengths.tolist()}")
+            raise ValueError(f"cache_leftpad must be from 0 to cache_seqlens, got {first.tolist()} "
+                             f"for {lengths.tolist()}")
         if k is not None and int(lengths.max()) + k.shape[1] > capacity:
             raise ValueError(f"cache_seqlens must leave room for {k.shape[1]} new tokens in a cache of {capacity}, "
                              f"got {lengths.tolist()}")
@@ -299,8 +310,8 @@ def unpad_input(hidden_states, attention_mask, unused_mask=None):
         unused_mask: [B, T], nonzero for tokens that are kept too, but not counted in the last return value.
 
     Returns:
-        (tokens [total, ...], their indices in the flattened batch int64 [total], cu_seqlens int32 [B + 1], the longest length,
-        tokens of attention_mask in each entry int32 [B]).
+        (tokens [total, ...], their indices in the flattened batch int64 [total], cu_seqlens int32 [B + 1], the longest
+        length, tokens of attention_mask in each entry int32 [B]).
     """
     kept = attention_mask if unused_mask is None else attention_mask + unused_mask
     cu_seqlens, longest = _offsets(kept.sum(-1, dtype=torch.int32))
@@ -312,8 +323,8 @@ def unpad_input(hidden_states, attention_mask, unused_mask=None):
 def unpad_input_for_concatenated_sequences(hidden_states, attention_mask_in_length):
     """`unpad_input` for rows that hold several sequences each.
 
-    attention_mask_in_length: integer [B, T], whose nonzero entries in row b are the lengths of b's sequences, which lie one
-    after another from the row's start.
+    attention_mask_in_length: integer [B, T], whose nonzero entries in row b are the lengths of b's sequences, which lie
+    one after another from the row's start.
 
     Returns (tokens [total, ...], indices int64 [total], cu_seqlens int32 [sequences + 1], the longest length).
     """

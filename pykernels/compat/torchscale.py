@@ -26,9 +26,10 @@ def _theta_shift(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
 class MultiScaleRetention(nn.Module):
     """torchscale's MultiScaleRetention: its parameters by their names, its forward, its incremental state.
 
-    All forms are the one `retention` op, in time linear in T. torchscale divides the outputs of each by factors of its own, which
-    the norm of each head takes out again but for its epsilon. The parallel and the recurrent form have the same factors here; the
-    chunkwise form has those that depend on the decay, but not those that depend on the sizes of its scores and states.
+    All forms are the one `retention` op, in time linear in T. torchscale divides the outputs of each by factors of its
+    own, which the norm of each head takes out again but for its epsilon. The parallel and the recurrent form have the
+    same factors here; the chunkwise form has those that depend on the decay, but not those that depend on the sizes of
+    its scores and states.
 
     Args:
         args: needs `layernorm_eps`; `multiway` must be false (or absent).
@@ -45,7 +46,8 @@ class MultiScaleRetention(nn.Module):
         if str(gate_fn) not in _GATES:
             raise ValueError(f"gate_fn must be one of {', '.join(_GATES)}, got {gate_fn!r}")
         if num_heads < 1 or embed_dim % num_heads or value_dim % num_heads:
-            raise ValueError(f"num_heads must divide embed_dim and value_dim, got {num_heads} for {embed_dim} and {value_dim}")
+            raise ValueError(f"num_heads must divide embed_dim and value_dim, got {num_heads} for {embed_dim} "
+                             f"and {value_dim}")
         self.args, self.embed_dim, self.value_dim, self.num_heads = args, embed_dim, value_dim, num_heads
         self.head_dim, self.key_dim = value_dim // num_heads, embed_dim // num_heads
         self.scaling = self.key_dim ** -0.5
@@ -69,7 +71,7 @@ class MultiScaleRetention(nn.Module):
 
     def _gamma(self, mask: Tensor) -> Tensor:
         """The decay per head behind a mask [H, T, T] whose rows are powers of it, each row times some factor."""
-        if not isinstance(mask, Tensor) or mask.dim() != 3 or mask.shape[0] != self.num_heads or mask.shape[1] != mask.shape[2]:
+        if not isinstance(mask, Tensor) or mask.dim() != 3 or mask.shape != (self.num_heads, *mask.shape[-1:] * 2):
             raise ValueError(f"rel_pos must hold a decay mask [{self.num_heads}, T, T], got "
                              f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}")
         usual = 1 - torch.exp2(-5 - torch.arange(self.num_heads, device=mask.device, dtype=torch.float64))
@@ -93,9 +95,9 @@ class MultiScaleRetention(nn.Module):
 
         Args:
             x: the tokens; with incremental_state the next one, T = 1.
-            rel_pos: what torchscale's RetNetRelPos returns: ((sin, cos), mask [H, T, T]) or, with chunkwise_recurrent, its four
-                masks, the first [H, chunk, chunk]; with incremental_state ((sin, cos), gamma [H]). Of a mask, the decay per
-                head is taken (and, on CPUs, checked to be all there is in it).
+            rel_pos: what torchscale's RetNetRelPos returns: ((sin, cos), mask [H, T, T]) or, with chunkwise_recurrent,
+                its four masks, the first [H, chunk, chunk]; with incremental_state ((sin, cos), gamma [H]). Of a mask,
+                the decay per head is taken (and, on CPUs, checked to be all there is in it).
             chunkwise_recurrent: whether rel_pos is that of the chunkwise form; the result is the same, and T is any.
             incremental_state: a dict, {} before the first token. After each, it holds "prev_key_value" [B, H, V, K] and
                 "scale" [H], torchscale's state, which may go back and forth between the two.
@@ -135,7 +137,7 @@ class MultiScaleRetention(nn.Module):
         return out.to(v.dtype)
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, incremental_state: dict) -> Tensor:
-        """The next token. torchscale keeps the transposed state over the root of "scale", a running sum of the decays."""
+        """The next token. torchscale keeps the transposed state over the root of "scale", a sum of decays."""
         if q.shape[1] != 1:
             raise ValueError(f"x must hold one token with incremental_state, got {q.shape[1]}")
         if not isinstance(gamma, Tensor) or gamma.shape != (self.num_heads,):

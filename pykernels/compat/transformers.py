@@ -4,10 +4,11 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="pykernels")
     model.set_attn_implementation("pykernels")                     or, for a model that is already there
 
-`enable` registers two functions in Transformers under one name: attention, and what makes its masks. A mask here is never
-materialised: it is a `Mask`, which holds what the model asked for (causal or not, a window, padding, packed sequences) in terms
-of our ops. Padded batches are packed: padding is neither read nor computed. A pattern that our ops cannot express
-raises an error that names it, when the mask is made or attention is called; the model's other implementations stay available.
+`enable` registers two functions in Transformers under one name: attention, and what makes its masks. A mask here is
+never materialised: it is a `Mask`, which holds what the model asked for (causal or not, a window, padding, packed sequences)
+in terms of our ops. Padded batches are packed: padding is neither read nor computed. A pattern that our ops cannot
+express raises an error that names it, when the mask is made or attention is called; the model's other implementations
+stay available.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["Mask", "disable", "enable"]
 NAME = "pykernels"
 
 
-# ---- What a mask asks for ---------------------------------------------------------------------------------------------
+# ---- What a mask asks for --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -47,8 +48,8 @@ def _enclosed(function: Callable) -> dict[str, object]:
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ())))
 
 
-# Transformers describes a mask as a function of indices, put together from these by their makers; a function's code tells which
-# maker it comes from.
+# Transformers describes a mask as a function of indices, put together from these by their makers; a function's code
+# tells which maker it comes from.
 _CAUSAL = masking_utils.causal_mask_function.__code__
 _BIDIRECTIONAL = masking_utils.bidirectional_mask_function.__code__
 _AND = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
@@ -82,17 +83,18 @@ def _pattern(function: Callable) -> _Pattern:
         result = _Pattern()
         for part in map(_pattern, _enclosed(function)["mask_functions"]):
             if result.sequences is not None and part.sequences is not None:
-                raise ValueError("the mask packs sequences twice, which pykernels does not serve; use another attn_implementation")
+                raise ValueError("the mask packs sequences twice, which pykernels does not serve; use another "
+                                 "attn_implementation")
             result = _Pattern(_smaller(result.left, part.left), _smaller(result.right, part.right),
                               part.sequences if result.sequences is None else result.sequences)
         return result
     name = getattr(function, "__qualname__", repr(function))
-    raise ValueError(f"the mask pattern {name} is not served by pykernels (causal, bidirectional, sliding windows, padding and "
-                     "packed sequences are); use another attn_implementation")
+    raise ValueError(f"the mask pattern {name} is not served by pykernels (causal, bidirectional, sliding windows, "
+                     "padding and packed sequences are); use another attn_implementation")
 
 
 def _check_patterns() -> None:
-    """Evaluates what the makers make, so that a version of Transformers that means something else by them is noticed."""
+    """Evaluates what the makers make, to notice a version of Transformers that means something else by them."""
     size, window = 9, 3
     q, k = torch.arange(size)[:, None], torch.arange(size)
     sequences = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2]])
@@ -120,8 +122,8 @@ def _check_patterns() -> None:
 class Mask(BlockMask):
     """What Transformers carries from a model to its attention layers in place of booleans [B, 1, Tq, Tk].
 
-    Transformers passes on tensors and FlexAttention's BlockMask as they are; this is one by name alone. It has a shape and can
-    move to another device; code that takes it for a tensor of booleans fails.
+    Transformers passes on tensors and FlexAttention's BlockMask as they are; this is one by name alone. It has a shape
+    and can move to another device; code that takes it for a tensor of booleans fails.
     """
 
     def __init__(self, shape: tuple[int, ...], left: int | None, right: int | None, keys: int, lengths: Tensor,
@@ -169,12 +171,12 @@ class Mask(BlockMask):
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        raise AttributeError(f"this model asks its attention mask for {name}, but masks of pykernels have no elements; use another "
-                             "attn_implementation for it")
+        raise AttributeError(f"this model asks its attention mask for {name}, but masks of pykernels have no elements; "
+                             "use another attn_implementation for it")
 
     def __getitem__(self, index: object):
-        raise TypeError("this model takes a part of its attention mask, but masks of pykernels have no elements; use another "
-                        "attn_implementation for it")
+        raise TypeError("this model takes a part of its attention mask, but masks of pykernels have no elements; "
+                        "use another attn_implementation for it")
 
 
 def _offsets(counts: Tensor) -> Tensor:
@@ -199,7 +201,8 @@ def _make_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0
         if (left is not None or right is not None) and reach != keys:
             raise ValueError(f"a bidirectional window needs queries and keys that end together, got {reach} and {keys}")
     if not q_length <= keys <= kv_length and (left, right) != (None, None):
-        raise ValueError(f"a causal mask needs the {q_length} queries among the keys, got keys up to {keys} of {kv_length}")
+        raise ValueError(f"a causal mask needs the {q_length} queries among the keys, "
+                         f"got keys up to {keys} of {kv_length}")
     if left is not None and left >= keys - 1:
         left = None
     mask = functools.partial(Mask, (batch_size, 1, q_length, kv_length), left, right, keys,
@@ -213,8 +216,8 @@ def _make_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0
             valid = None
     if sequences is not None:
         if valid is not None or not q_length == kv_length == keys:
-            raise ValueError("packed sequences together with padding or a cache are not served by pykernels; use another "
-                             "attn_implementation")
+            raise ValueError("packed sequences together with padding or a cache are not served by pykernels; "
+                             "use another attn_implementation")
         # [B, T] rows one after another; a sequence ends where its number changes, and with the row.
         starts = torch.ones_like(sequences, dtype=torch.bool)
         starts[:, 1:] = sequences[:, 1:] != sequences[:, :-1]
@@ -229,8 +232,8 @@ def _make_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0
         first = torch.where(valid, places, keys).amin(1)
         last = torch.where(valid, places, -1).amax(1)
         if bool(((last - first + 1).clamp(min=0) != valid.sum(1)).any()):
-            raise ValueError("a sliding window over a row with padding between its tokens is not served by pykernels; pad on the "
-                             "left, or use another attn_implementation")
+            raise ValueError("a sliding window over a row with padding between its tokens is not served by pykernels; "
+                             "pad on the left, or use another attn_implementation")
     counts = valid.sum(1)
     if (left, right) == (None, None):  # padded queries see what the others see, as with other implementations
         rows = torch.arange(batch_size, device=device).repeat_interleave(q_length)
@@ -239,7 +242,8 @@ def _make_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0
     else:
         computed = valid[:, keys - q_length:]
         queries, of_queries = computed.nonzero(as_tuple=True), computed.sum(1)
-    return mask(queries=queries, visible=valid.nonzero(as_tuple=True), cu_seqlens=(_offsets(of_queries), _offsets(counts)))
+    return mask(queries=queries, visible=valid.nonzero(as_tuple=True),
+                cu_seqlens=(_offsets(of_queries), _offsets(counts)))
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
@@ -250,10 +254,10 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
                sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
                position_bias: Tensor | None = None, cache: object = None, output_attentions: bool | None = None,
                **kwargs) -> tuple[Tensor, None]:
-    """What Transformers calls in each layer: query [B, Hq, Tq, K], key and value [B, Hk, Tk, .] -> out [B, Tq, Hq, V], None.
+    """What Transformers calls in each layer: query [B, Hq, Tq, K], key, value [B, Hk, Tk, .] -> out [B, Tq, Hq, V].
 
-    A `Mask` says all about who sees whom. Without any mask, `is_causal` (or the module's), `sliding_window` and, for one row of
-    packed sequences, cu_seq_lens_q and cu_seq_lens_k do.
+    A `Mask` says all about who sees whom. Without any mask, `is_causal` (or the module's), `sliding_window` and, for
+    one row of packed sequences, cu_seq_lens_q and cu_seq_lens_k do.
     """
     if position_bias is not None:
         raise ValueError("position_bias is not served by pykernels yet, got a tensor; use another attn_implementation")
@@ -261,17 +265,20 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
         raise ValueError(f"a paged cache is not served by pykernels yet, got {type(cache).__name__}; use another "
                          "attn_implementation")
     if output_attentions:
-        raise ValueError("output_attentions must be False: the weights are never computed; use attn_implementation='eager'")
+        raise ValueError("output_attentions must be False: the weights are never computed; "
+                         "use attn_implementation='eager'")
     if attention_mask is not None and not isinstance(attention_mask, Mask):
-        raise ValueError(f"attention_mask must be None or made by pykernels, got a tensor of shape {list(attention_mask.shape)}: "
-                         "masks given element by element are not served; use another attn_implementation")
+        raise ValueError("attention_mask must be None or made by pykernels, got a tensor of shape "
+                         f"{list(attention_mask.shape)}: masks given element by element are not served; "
+                         "use another attn_implementation")
     options = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         packed = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
         if causal and packed == (None, None) and 1 < q.shape[1] != k.shape[1]:
-            raise ValueError(f"attention_mask must be given for {q.shape[1]} causal queries of {k.shape[1]} keys, got None")
+            raise ValueError(f"attention_mask must be given for {q.shape[1]} causal queries of {k.shape[1]} keys, "
+                             "got None")
         window = None
         if sliding_window is not None:
             window = (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
@@ -313,8 +320,8 @@ class enable(contextlib.AbstractContextManager):
     """Registers our attention in Transformers, as `attn_implementation="pykernels"`.
 
     Args:
-        replace: names of implementations whose place ours takes, in models that exist too: "sdpa" is what most models use when
-            nothing is asked for. Each stays available as "<name>_original".
+        replace: names of implementations whose place ours takes, in models that exist too: "sdpa" is what most models
+            use when nothing is asked for. Each stays available as "<name>_original".
 
     Holds until `disable`, or for a `with` block.
 

@@ -38,7 +38,8 @@ SIGNATURES = {
 def test_signatures(name):
     signature = tuple(
         f"**{x.name}" if x.kind == x.VAR_KEYWORD else x.name if x.default is x.empty else (x.name, x.default)
-        for x in inspect.signature(getattr(fla, name)).parameters.values())
+        for x in inspect.signature(getattr(fla, name)).parameters.values()
+    )
     assert signature == SIGNATURES[name]
 
 
@@ -52,8 +53,8 @@ def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     assert float((actual - expected).abs().max() / expected.abs().max()) < tolerance
 
 
-def recurrence(q, k, v, state, *, factor=None, columns=None, bonus=None, scale=K ** -0.5, reverse=False):
-    """Token by token; `factor` [B, T, H, K or 1] decays rows and `columns` [B, T, H, V] columns of the state [B, H, K, V]."""
+def recurrence(q, k, v, state, *, factor=None, columns=None, bonus=None, scale=K**-0.5, reverse=False):
+    """Token by token; `factor` [B, T, H, K or 1] decays rows, `columns` [B, T, H, V] columns of the state."""
     outs = [torch.zeros(0)] * q.shape[1]
     for t in reversed(range(q.shape[1])) if reverse else range(q.shape[1]):
         update = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
@@ -90,17 +91,28 @@ FORMS = {
     "chunk_retention": (lambda x: {}, lambda x: {"factor": gammas()}),
     "fused_chunk_retention": (lambda x: {}, lambda x: {"factor": gammas()}),
     "fused_recurrent_retention": (lambda x: {}, lambda x: {"factor": gammas()}),
-    "chunk_simple_gla": (lambda x: {"g": x["g"], "g_gamma": x["gamma"]},
-                         lambda x: {"factor": (x["g"] + x["gamma"]).exp()[..., None]}),
+    "chunk_simple_gla": (
+        lambda x: {"g": x["g"], "g_gamma": x["gamma"]},
+        lambda x: {"factor": (x["g"] + x["gamma"]).exp()[..., None]},
+    ),
     "fused_chunk_simple_gla": (lambda x: {"g": x["g"]}, lambda x: {"factor": x["g"].exp()[..., None]}),
-    "fused_recurrent_simple_gla": (lambda x: {"g_gamma": x["gamma"]},
-                                   lambda x: {"factor": x["gamma"].exp()[:, None].expand(B, T, H, 1)}),
+    "fused_recurrent_simple_gla": (
+        lambda x: {"g_gamma": x["gamma"]},
+        lambda x: {"factor": x["gamma"].exp()[:, None].expand(B, T, H, 1)},
+    ),
     "chunk_gla": (lambda x: {"g": x["gk"]}, lambda x: {"factor": x["gk"].exp()}),
-    "fused_recurrent_gla": (lambda x: {"gk": x["gk"], "gv": x["gv"]},
-                            lambda x: {"factor": x["gk"].exp(), "columns": x["gv"].exp()}),
-    "chunk_rwkv6": (lambda x: {"w": x["gk"], "u": x["bonus"]}, lambda x: {"factor": x["gk"].exp(), "bonus": x["bonus"]}),
-    "fused_recurrent_rwkv6": (lambda x: {"w": x["gk"], "u": x["bonus"]},
-                              lambda x: {"factor": x["gk"].exp(), "bonus": x["bonus"]}),
+    "fused_recurrent_gla": (
+        lambda x: {"gk": x["gk"], "gv": x["gv"]},
+        lambda x: {"factor": x["gk"].exp(), "columns": x["gv"].exp()},
+    ),
+    "chunk_rwkv6": (
+        lambda x: {"w": x["gk"], "u": x["bonus"]},
+        lambda x: {"factor": x["gk"].exp(), "bonus": x["bonus"]},
+    ),
+    "fused_recurrent_rwkv6": (
+        lambda x: {"w": x["gk"], "u": x["bonus"]},
+        lambda x: {"factor": x["gk"].exp(), "bonus": x["bonus"]},
+    ),
     "fused_recurrent_linear_attn": (lambda x: {}, lambda x: {}),
 }
 REVERSIBLE = [name for name in FORMS if REVERSE in SIGNATURES[name]]
@@ -112,7 +124,9 @@ def call(name: str, x: dict[str, Tensor], **options):
 
 
 def define(name: str, x: dict[str, Tensor], **options):
-    return recurrence(x["q"], x["k"], x["v"], options.pop("state", torch.zeros_like(x["state"])), **FORMS[name][1](x), **options)
+    return recurrence(
+        x["q"], x["k"], x["v"], options.pop("state", torch.zeros_like(x["state"])), **FORMS[name][1](x), **options
+    )
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -151,16 +165,18 @@ def test_states_with_values_first(name):
 def test_packed(name):
     """Batch entry b's first lengths[b] tokens, packed, give what each gives alone."""
     x, lengths = inputs(), (7, 4)
-    packed = {key: torch.cat([y[b, :n] for b, n in enumerate(lengths)])[None] if y.dim() > 2 and y.shape[1] == T else y
-              for key, y in x.items()}
+    packed = {
+        key: torch.cat([y[b, :n] for b, n in enumerate(lengths)])[None] if y.dim() > 2 and y.shape[1] == T else y
+        for key, y in x.items()
+    }
     cu_seqlens = torch.tensor([0, 7, 11])
     out, final = call(name, packed, initial_state=x["state"], output_final_state=True, cu_seqlens=cu_seqlens)
     for b, n in enumerate(lengths):
-        alone = {key: y[b:b + 1, :n] if y.dim() > 2 and y.shape[1] == T else y for key, y in x.items()}
-        alone["state"] = x["state"][b:b + 1]
+        alone = {key: y[b : b + 1, :n] if y.dim() > 2 and y.shape[1] == T else y for key, y in x.items()}
+        alone["state"] = x["state"][b : b + 1]
         expected, state = call(name, alone, initial_state=alone["state"], output_final_state=True)
-        near(out[:, cu_seqlens[b]:cu_seqlens[b + 1]], expected)
-        near(final[b:b + 1], state)
+        near(out[:, cu_seqlens[b] : cu_seqlens[b + 1]], expected)
+        near(final[b : b + 1], state)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -168,7 +184,9 @@ def test_gradients(name):
     x = {key: y.requires_grad_() for key, y in inputs().items()}
     dout, dstate = torch.randn(B, T, H, V, dtype=torch.float64), torch.randn(B, H, K, V, dtype=torch.float64)
     results = (call(name, x, initial_state=x["state"], output_final_state=True), define(name, x, state=x["state"]))
-    actual, expected = (torch.autograd.grad(both, list(x.values()), (dout, dstate), allow_unused=True) for both in results)
+    actual, expected = (
+        torch.autograd.grad(both, list(x.values()), (dout, dstate), allow_unused=True) for both in results
+    )
     assert [y is None for y in actual] == [y is None for y in expected]
     for a, e in zip(actual, expected):
         if e is not None:
@@ -189,10 +207,23 @@ def test_low_precision_with_float32_states(name):
 @pytest.mark.parametrize("g", ((True, False), (False, True), (False, False)), ids=str)
 def test_gla_with_either_decay(g):
     x, (with_k, with_v) = inputs(), g
-    out, state = recurrence(x["q"], x["k"], x["v"], x["state"], factor=x["gk"].exp() if with_k else None,
-                            columns=x["gv"].exp() if with_v else None)
-    actual, final = fla.fused_recurrent_gla(x["q"], x["k"], x["v"], x["gk"] if with_k else None, x["gv"] if with_v else None,
-                                            initial_state=x["state"], output_final_state=True)
+    out, state = recurrence(
+        x["q"],
+        x["k"],
+        x["v"],
+        x["state"],
+        factor=x["gk"].exp() if with_k else None,
+        columns=x["gv"].exp() if with_v else None,
+    )
+    actual, final = fla.fused_recurrent_gla(
+        x["q"],
+        x["k"],
+        x["v"],
+        x["gk"] if with_k else None,
+        x["gv"] if with_v else None,
+        initial_state=x["state"],
+        output_final_state=True,
+    )
     near(actual, out)
     near(final, state)
 
@@ -200,7 +231,7 @@ def test_gla_with_either_decay(g):
 # ---- The normalised form ---------------------------------------------------------------------------------------------
 
 
-def normalised(q, k, v, state, keys, scale=K ** -0.5, reverse=False):
+def normalised(q, k, v, state, keys, scale=K**-0.5, reverse=False):
     """keys [B, H, K] -> out, state, the keys' sum."""
     outs = [torch.zeros(0)] * q.shape[1]
     for t in reversed(range(q.shape[1])) if reverse else range(q.shape[1]):
@@ -248,24 +279,41 @@ def test_normalised_packed_reverse_and_low_precision():
     q, k, v = (y.flatten(0, 1)[None, :13] for y in (x["q"], x["k"], x["v"]))
     cu_seqlens = torch.tensor([0, 8, 13])
     out, (final, keys) = fla.fused_recurrent_linear_attn(
-        q, k, v, initial_state=(x["state"], x["keys"]), output_final_state=True, reverse=True, normalize=True,
-        cu_seqlens=cu_seqlens)
+        q,
+        k,
+        v,
+        initial_state=(x["state"], x["keys"]),
+        output_final_state=True,
+        reverse=True,
+        normalize=True,
+        cu_seqlens=cu_seqlens,
+    )
     for b, (first, last) in enumerate(((0, 8), (8, 13))):
         part = slice(first, last)
-        expected, state, sums = normalised(q[:, part], k[:, part], v[:, part], x["state"][b:b + 1], x["keys"][b:b + 1, 0],
-                                           reverse=True)
+        expected, state, sums = normalised(
+            q[:, part], k[:, part], v[:, part], x["state"][b : b + 1], x["keys"][b : b + 1, 0], reverse=True
+        )
         near(out[:, part], expected)
-        near(final[b:b + 1], state)
+        near(final[b : b + 1], state)
         near(keys[b], sums)
     low = {key: y.bfloat16() for key, y in x.items()}
     out, (_, keys) = fla.chunk_linear_attn(low["q"], low["k"], low["v"])
     assert out.dtype == keys.dtype == torch.bfloat16  # as in the original, the keys' sum has their dtype
-    near(out, normalised(*(low[key].double() for key in "qkv"), torch.zeros_like(x["state"]),
-                         torch.zeros(B, H, K, dtype=torch.float64))[0], 1e-2)
+    near(
+        out,
+        normalised(
+            *(low[key].double() for key in "qkv"),
+            torch.zeros_like(x["state"]),
+            torch.zeros(B, H, K, dtype=torch.float64),
+        )[0],
+        1e-2,
+    )
     _, (_, keys) = fla.chunk_linear_attn(low["q"], low["k"], low["v"], None, (x["state"].float(), x["keys"].float()))
     assert keys.dtype == torch.float32
-    near(fla.chunk_linear_attn(x["q"], x["k"], x["v"], normalize=False)[0],
-         recurrence(x["q"], x["k"], x["v"], torch.zeros_like(x["state"]))[0])
+    near(
+        fla.chunk_linear_attn(x["q"], x["k"], x["v"], normalize=False)[0],
+        recurrence(x["q"], x["k"], x["v"], torch.zeros_like(x["state"]))[0],
+    )
 
 
 @pytest.mark.parametrize("name", ("parallel_retention", "parallel_simple_gla"))
@@ -289,25 +337,46 @@ X = inputs()
 QKV = X["q"], X["k"], X["v"]
 
 
-@pytest.mark.parametrize(("function", "error", "words"), (
-    (lambda: fla.chunk_retention(*QKV, head_first=True), ValueError, "head_first is not served, got True"),
-    (lambda: fla.chunk_simple_gla(*QKV, head_first=False), ValueError, "head_first"),
-    (lambda: fla.chunk_rwkv6(*QKV, X["gk"], X["bonus"], chunk_size=24), ValueError, "chunk_size must be a power of 2, got 24"),
-    (lambda: fla.chunk_retention(*QKV, use_tma=True), TypeError, "use_tma"),
-    (lambda: fla.fused_recurrent_gla(*QKV, state_v_first=True, transpose_state_layout=True), ValueError, "state_v_first"),
-    (lambda: fla.chunk_gla(*QKV, X["g"]), ValueError, "g must have shape"),
-    (lambda: fla.chunk_gla(*QKV, None), TypeError, "g must be a tensor, got NoneType"),
-    (lambda: fla.chunk_gla(*QKV, -X["gk"]), ValueError, "decay must be <= 0"),
-    (lambda: fla.fused_recurrent_gla(*QKV, gv=X["gk"]), ValueError, "gv must have shape"),
-    (lambda: fla.chunk_simple_gla(*QKV, X["gk"]), ValueError, r"g must be a tensor \[B, T, H\]"),
-    (lambda: fla.chunk_simple_gla(*QKV, g_gamma=-0.1), ValueError, r"g_gamma must be a tensor \[H\], got -0.1"),
-    (lambda: fla.chunk_rwkv6(*QKV, X["gk"], X["bonus"][0]), ValueError, "bonus must have 2 axes"),
-    (lambda: fla.parallel_retention(X["q"][:1], X["k"][:1], X["v"][:1], output_attentions=True,
-                                    cu_seqlens=torch.tensor([0, T])), ValueError, "output_attentions must be False"),
-    (lambda: fla.chunk_retention(*QKV, cu_seqlens=torch.tensor([0, T])), ValueError, "q must have batch 1"),
-    (lambda: fla.chunk_retention(X["q"][:1], X["k"][:1], X["v"][:1], initial_state=X["state"],
-                                 cu_seqlens=torch.tensor([0, T])), ValueError, "initial_state must have one entry"),
-))
+@pytest.mark.parametrize(
+    ("function", "error", "words"),
+    (
+        (lambda: fla.chunk_retention(*QKV, head_first=True), ValueError, "head_first is not served, got True"),
+        (lambda: fla.chunk_simple_gla(*QKV, head_first=False), ValueError, "head_first"),
+        (
+            lambda: fla.chunk_rwkv6(*QKV, X["gk"], X["bonus"], chunk_size=24),
+            ValueError,
+            "chunk_size must be a power of 2, got 24",
+        ),
+        (lambda: fla.chunk_retention(*QKV, use_tma=True), TypeError, "use_tma"),
+        (
+            lambda: fla.fused_recurrent_gla(*QKV, state_v_first=True, transpose_state_layout=True),
+            ValueError,
+            "state_v_first",
+        ),
+        (lambda: fla.chunk_gla(*QKV, X["g"]), ValueError, "g must have shape"),
+        (lambda: fla.chunk_gla(*QKV, None), TypeError, "g must be a tensor, got NoneType"),
+        (lambda: fla.chunk_gla(*QKV, -X["gk"]), ValueError, "decay must be <= 0"),
+        (lambda: fla.fused_recurrent_gla(*QKV, gv=X["gk"]), ValueError, "gv must have shape"),
+        (lambda: fla.chunk_simple_gla(*QKV, X["gk"]), ValueError, r"g must be a tensor \[B, T, H\]"),
+        (lambda: fla.chunk_simple_gla(*QKV, g_gamma=-0.1), ValueError, r"g_gamma must be a tensor \[H\], got -0.1"),
+        (lambda: fla.chunk_rwkv6(*QKV, X["gk"], X["bonus"][0]), ValueError, "bonus must have 2 axes"),
+        (
+            lambda: fla.parallel_retention(
+                X["q"][:1], X["k"][:1], X["v"][:1], output_attentions=True, cu_seqlens=torch.tensor([0, T])
+            ),
+            ValueError,
+            "output_attentions must be False",
+        ),
+        (lambda: fla.chunk_retention(*QKV, cu_seqlens=torch.tensor([0, T])), ValueError, "q must have batch 1"),
+        (
+            lambda: fla.chunk_retention(
+                X["q"][:1], X["k"][:1], X["v"][:1], initial_state=X["state"], cu_seqlens=torch.tensor([0, T])
+            ),
+            ValueError,
+            "initial_state must have one entry",
+        ),
+    ),
+)
 def test_raises(function, error, words):
     with pytest.raises(error, match=words):
         function()
@@ -316,7 +385,11 @@ def test_raises(function, error, words):
 def test_compiles_whole():
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = fla.chunk_gla(q, k, v, X["gk"])[0] + fla.chunk_retention(q, k, v)[0]
-        return out + fla.fused_recurrent_rwkv6(q, k, v, X["gk"], X["bonus"])[0] + fla.chunk_linear_attn(q.exp(), k.exp(), v)[0]
+        return (
+            out
+            + fla.fused_recurrent_rwkv6(q, k, v, X["gk"], X["bonus"])[0]
+            + fla.chunk_linear_attn(q.exp(), k.exp(), v)[0]
+        )
 
     near(torch.compile(function, fullgraph=True, backend="aot_eager")(*QKV), function(*QKV))
 

@@ -24,7 +24,9 @@ def near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def layer(eps: float = 0.0, **options) -> MultiScaleRetention:
     torch.manual_seed(0)
-    return MultiScaleRetention(types.SimpleNamespace(layernorm_eps=eps, multiway=False), DIM, VALUE_DIM, HEADS, **options).double()
+    return MultiScaleRetention(
+        types.SimpleNamespace(layernorm_eps=eps, multiway=False), DIM, VALUE_DIM, HEADS, **options
+    ).double()
 
 
 def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +53,7 @@ def chunk_positions(tokens: int, gamma: Tensor = GAMMA):
     root, last = mask.sum(-1, keepdim=True).sqrt(), mask[:, -1].sum(-1)[:, None, None]
     of_values = (mask[:, -1] / last[:, 0]).unsqueeze(-1)
     of_queries = (gamma[:, None] ** (i + 1))[..., None] * last / root
-    masks = mask / root, (gamma ** CHUNK)[:, None, None], of_queries, of_values
+    masks = mask / root, (gamma**CHUNK)[:, None, None], of_queries, of_values
     return rotation(torch.arange(tokens, dtype=torch.float64)), masks
 
 
@@ -67,13 +69,16 @@ class Theirs:
 
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         sin, cos = rotation
-        q, k, v = (p(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.ours.q_proj, self.ours.k_proj, self.ours.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for p in (self.ours.q_proj, self.ours.k_proj, self.ours.v_proj)
+        )
         turn = torch.complex(cos[..., 0::2], sin[..., 0::2])
 
         def turned(y: Tensor) -> Tensor:
             return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
 
-        return turned(q), turned(k * KEY ** -0.5), v
+        return turned(q), turned(k * KEY**-0.5), v
 
     def finish(self, x: Tensor, out: Tensor) -> Tensor:
         """out [B, T, H, V]."""
@@ -88,15 +93,19 @@ class Theirs:
 
     def chunkwise(self, x: Tensor, rel_pos) -> Tensor:
         mask, cross, of_queries, of_values = rel_pos[1]
-        q, k, v = (y.unflatten(2, (-1, CHUNK)).transpose(1, 2) for y in self.project(x, rel_pos[0]))  # [B, chunks, H, C, .]
+        q, k, v = (
+            y.unflatten(2, (-1, CHUNK)).transpose(1, 2) for y in self.project(x, rel_pos[0])
+        )  # [B, chunks, H, C, .]
         scores = q @ k.mT * mask
         inner = scores.detach().abs().sum(-1, keepdim=True).clamp(min=1)
         added, outs = k.mT @ (v * of_values), []
         state, norm = torch.zeros_like(added[:, 0]), x.new_ones(x.shape[0], HEADS, 1, 1)
         for c in range(added.shape[1]):
             both = torch.maximum(inner[:, c], norm)
-            outs.append(scores[:, c] / inner[:, c] @ v[:, c] * inner[:, c] / both
-                        + (q[:, c] * of_queries) @ (state / norm) * norm / both)
+            outs.append(
+                scores[:, c] / inner[:, c] @ v[:, c] * inner[:, c] / both
+                + (q[:, c] * of_queries) @ (state / norm) * norm / both
+            )
             state = state * cross + added[:, c]
             norm = state.detach().abs().sum(-2, keepdim=True).amax(-1, keepdim=True).clamp(min=1)
         return self.finish(x, torch.cat(outs, 2).transpose(1, 2))
@@ -108,8 +117,9 @@ class Theirs:
         if "prev_key_value" in incremental_state:
             before = incremental_state["scale"]
             scale = before * gamma + 1
-            update = incremental_state["prev_key_value"] * (before.sqrt() * gamma / scale.sqrt()).view(-1, 1, 1) \
-                + update / scale.sqrt().view(-1, 1, 1)
+            update = incremental_state["prev_key_value"] * (before.sqrt() * gamma / scale.sqrt()).view(
+                -1, 1, 1
+            ) + update / scale.sqrt().view(-1, 1, 1)
         incremental_state.update(prev_key_value=update, scale=scale)
         return self.finish(x, (q * update).sum(3)[:, None])
 
@@ -121,14 +131,26 @@ def test_signature():
     parameters = inspect.signature(MultiScaleRetention.forward).parameters
     assert list(parameters) == ["self", "x", "rel_pos", "chunkwise_recurrent", "incremental_state"]
     assert parameters["chunkwise_recurrent"].default is False and parameters["incremental_state"].default is None
-    assert list(inspect.signature(MultiScaleRetention).parameters) == ["args", "embed_dim", "value_dim", "num_heads", "gate_fn"]
+    assert list(inspect.signature(MultiScaleRetention).parameters) == [
+        "args",
+        "embed_dim",
+        "value_dim",
+        "num_heads",
+        "gate_fn",
+    ]
     assert {name: tuple(x.shape) for name, x in layer().named_parameters()} == {
-        "q_proj.weight": (DIM, DIM), "k_proj.weight": (DIM, DIM), "v_proj.weight": (VALUE_DIM, DIM),
-        "g_proj.weight": (VALUE_DIM, DIM), "out_proj.weight": (DIM, VALUE_DIM)}
+        "q_proj.weight": (DIM, DIM),
+        "k_proj.weight": (DIM, DIM),
+        "v_proj.weight": (VALUE_DIM, DIM),
+        "g_proj.weight": (VALUE_DIM, DIM),
+        "out_proj.weight": (DIM, VALUE_DIM),
+    }
 
 
 @pytest.mark.parametrize("gate_fn", ("swish", "gelu"))
-@pytest.mark.parametrize("gamma", (GAMMA, torch.tensor([0.5, 0.9, 0.99, 1.0], dtype=torch.float64)), ids=("retnet", "other"))
+@pytest.mark.parametrize(
+    "gamma", (GAMMA, torch.tensor([0.5, 0.9, 0.99, 1.0], dtype=torch.float64)), ids=("retnet", "other")
+)
 @pytest.mark.parametrize(("eps", "size", "tolerance"), ((0.0, 1, 1e-11), (1e-4, 1, 1e-11), (1e-6, 20, 5e-3)))
 def test_parallel_and_chunkwise_forms(eps, size, tolerance, gamma, gate_fn):
     """To rounding, but that with a norm's epsilon and large scores the chunkwise form has factors of its own."""
@@ -138,12 +160,18 @@ def test_parallel_and_chunkwise_forms(eps, size, tolerance, gamma, gate_fn):
     theirs, dout = Theirs(ours), torch.randn_like(X)
     for chunkwise, expected, actual in (
         (False, theirs.parallel(X, parallel_positions(12, gamma)), ours(X, parallel_positions(12, gamma))),
-        (True, theirs.chunkwise(X, chunk_positions(12, gamma)), ours(X, chunk_positions(12, gamma), chunkwise_recurrent=True)),
+        (
+            True,
+            theirs.chunkwise(X, chunk_positions(12, gamma)),
+            ours(X, chunk_positions(12, gamma), chunkwise_recurrent=True),
+        ),
     ):
         near(actual, expected, tolerance if chunkwise else 1e-11)
         if not chunkwise or tolerance < 1e-10:
             parameters = list(ours.parameters())
-            for a, e in zip(torch.autograd.grad(actual, parameters, dout), torch.autograd.grad(expected, parameters, dout)):
+            for a, e in zip(
+                torch.autograd.grad(actual, parameters, dout), torch.autograd.grad(expected, parameters, dout)
+            ):
                 near(a, e, 1e-10)
 
 
@@ -164,8 +192,8 @@ def test_incremental_state_token_by_token():
     ours = layer(1e-2)
     theirs, mine, other = Theirs(ours), {}, {}
     for t in range(8):
-        expected = theirs.recurrent(X[:, t:t + 1], step_positions(t + 1), other)
-        near(ours(X[:, t:t + 1], step_positions(t + 1), incremental_state=mine), expected, 1e-11)
+        expected = theirs.recurrent(X[:, t : t + 1], step_positions(t + 1), other)
+        near(ours(X[:, t : t + 1], step_positions(t + 1), incremental_state=mine), expected, 1e-11)
         assert set(mine) == set(other)
         for name in mine:
             near(mine[name], other[name], 1e-11)
@@ -176,7 +204,11 @@ def test_incremental_state_token_by_token():
 def test_steps_equal_the_whole():
     ours, state = layer(), {}
     whole = ours(X, parallel_positions(12))
-    near(torch.cat([ours(X[:, t:t + 1], step_positions(t + 1), incremental_state=state) for t in range(12)], 1), whole, 1e-11)
+    near(
+        torch.cat([ours(X[:, t : t + 1], step_positions(t + 1), incremental_state=state) for t in range(12)], 1),
+        whole,
+        1e-11,
+    )
 
 
 def test_low_precision():
@@ -202,18 +234,24 @@ def documents() -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize(("call", "words"), (
-    (lambda: layer(gate_fn="relu"), "gate_fn must be one of swish, gelu, got 'relu'"),
-    (lambda: MultiScaleRetention(types.SimpleNamespace(layernorm_eps=0, multiway=True), 8, 8, 2), "args.multiway"),
-    (lambda: MultiScaleRetention(types.SimpleNamespace(layernorm_eps=0), 8, 9, 2), "num_heads must divide"),
-    (lambda: layer()(X, step_positions(3)), "rel_pos must hold a decay mask"),
-    (lambda: layer()(X, chunk_positions(12)), "rel_pos must hold a decay mask"),
-    (lambda: layer()(X, (parallel_positions(12)[0], parallel_positions(11)[1])), "rel_pos must hold a mask for x's 12 tokens, got one for 11"),
-    (lambda: layer()(X, parallel_positions(12), chunkwise_recurrent=True), "four masks"),
-    (lambda: layer()(X, (parallel_positions(12)[0], documents())), "one factor per head and token"),
-    (lambda: layer()(X, step_positions(3), incremental_state={}), "one token"),
-    (lambda: layer()(X[:, :1], parallel_positions(1), incremental_state={}), "rel_pos must hold decays"),
-))
+@pytest.mark.parametrize(
+    ("call", "words"),
+    (
+        (lambda: layer(gate_fn="relu"), "gate_fn must be one of swish, gelu, got 'relu'"),
+        (lambda: MultiScaleRetention(types.SimpleNamespace(layernorm_eps=0, multiway=True), 8, 8, 2), "args.multiway"),
+        (lambda: MultiScaleRetention(types.SimpleNamespace(layernorm_eps=0), 8, 9, 2), "num_heads must divide"),
+        (lambda: layer()(X, step_positions(3)), "rel_pos must hold a decay mask"),
+        (lambda: layer()(X, chunk_positions(12)), "rel_pos must hold a decay mask"),
+        (
+            lambda: layer()(X, (parallel_positions(12)[0], parallel_positions(11)[1])),
+            "rel_pos must hold a mask for x's 12 tokens, got one for 11",
+        ),
+        (lambda: layer()(X, parallel_positions(12), chunkwise_recurrent=True), "four masks"),
+        (lambda: layer()(X, (parallel_positions(12)[0], documents())), "one factor per head and token"),
+        (lambda: layer()(X, step_positions(3), incremental_state={}), "one token"),
+        (lambda: layer()(X[:, :1], parallel_positions(1), incremental_state={}), "rel_pos must hold decays"),
+    ),
+)
 def test_raises(call, words):
     with pytest.raises(ValueError, match=words):
         call()

@@ -1,7 +1,7 @@
 """pykernels.compat.transformers: models compute what they compute without us, within the error budget of attention.
 
-The reference is the unpatched model in float64, the yardstick the unpatched model in the same dtype: an output or gradient may be
-off by twice its error and four units in the last place.
+The reference is the unpatched model in float64, the yardstick the unpatched model in the same dtype: an output or
+gradient may be off by twice its error and four units in the last place.
 """
 
 from __future__ import annotations
@@ -19,19 +19,43 @@ from pykernels.compat import transformers as compat  # noqa: E402
 
 VOCABULARY = 64
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-DECODER = {**SMALL, "vocab_size": VOCABULARY, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-           "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.3}
+DECODER = {
+    **SMALL,
+    "vocab_size": VOCABULARY,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.3,
+}
 MODELS = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**DECODER, sliding_window=4)),
-    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
-        **DECODER, sliding_window=4, attn_logit_softcapping=5.0, query_pre_attn_scalar=8)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**DECODER, sliding_window=4, attn_logit_softcapping=5.0, query_pre_attn_scalar=8)
+    ),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**DECODER)),
-    "bert": lambda: transformers.BertModel(transformers.BertConfig(
-        **SMALL, vocab_size=VOCABULARY, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, initializer_range=0.3)),
-    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(
-        **SMALL, image_size=8, patch_size=2, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0,
-        initializer_range=0.3)),
+    "bert": lambda: transformers.BertModel(
+        transformers.BertConfig(
+            **SMALL,
+            vocab_size=VOCABULARY,
+            attention_probs_dropout_prob=0.0,
+            hidden_dropout_prob=0.0,
+            initializer_range=0.3,
+        )
+    ),
+    "vit": lambda: transformers.ViTModel(
+        transformers.ViTConfig(
+            **SMALL,
+            image_size=8,
+            patch_size=2,
+            attention_probs_dropout_prob=0.0,
+            hidden_dropout_prob=0.0,
+            initializer_range=0.3,
+        )
+    ),
 }
 DECODERS = ("llama", "mistral", "gemma2", "qwen3")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -39,7 +63,7 @@ LENGTHS = (9, 4, 7)
 
 
 def reference_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
-    """By the definition. (Transformers' own eager attention takes its softmax in float32 and makes NaN of padding in float64.)"""
+    """By the definition. (In float64 Transformers' eager attention, makes NaN of padding.)"""
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     scores = query @ key.mT * scaling
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
@@ -53,7 +77,8 @@ def reference_attention(module, query, key, value, attention_mask, scaling=None,
 
 def reference_mask(*args, **kwargs):
     return transformers.masking_utils.sdpa_mask(
-        *args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        *args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -67,7 +92,9 @@ def _enabled():
 
 
 @functools.cache
-def model(name: str, dtype: torch.dtype = torch.float32, attention: str = "pykernels", source: torch.dtype | None = None):
+def model(
+    name: str, dtype: torch.dtype = torch.float32, attention: str = "pykernels", source: torch.dtype | None = None
+):
     """A randomly initialised model; `source` is the dtype its weights are rounded to before they become `dtype`."""
     torch.manual_seed(0)
     made = MODELS[name]().to(source or dtype).to(dtype).eval()
@@ -116,16 +143,21 @@ def check(name: str, dtype: torch.dtype, arguments: dict[str, Tensor], grad: boo
     of_all = max(float(x.abs().max()) for key, x in expected.items() if key != "out") if grad else 0
     for key, reference in expected.items():
         largest = reference.abs().max()
-        if key.endswith("key.bias"):  # softmax does not feel it: its gradient is 0, and what comes is rounding of the others
+        if key.endswith(
+            "key.bias"
+        ):  # softmax does not feel it: its gradient is 0, and what comes is rounding of the others
             assert largest < 1e-9 * of_all
             largest = of_all
         error, allowed = ((x[key] - reference).abs().max() for x in (actual, yardstick))
-        assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * largest, (key, float(error / largest), float(allowed / largest))
+        assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * largest, (
+            key,
+            float(error / largest),
+            float(allowed / largest),
+        )
     assert expected["out"].abs().max() > 0.1
 
 
-CASES = [(name, padding) for name in MODELS for padding in (None, "left", "right")
-         if not (name == "vit" and padding)]
+CASES = [(name, padding) for name in MODELS for padding in (None, "left", "right") if not (name == "vit" and padding)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -151,7 +183,9 @@ def test_packed_by_offsets():
     hidden = torch.randn(1, 9, 32)
     angles = model("llama").model.rotary_emb(hidden, torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
     out, _ = attention(hidden, angles, attention_mask=None, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens)
-    parts = [attention(hidden[:, a:b], tuple(x[:, a:b] for x in angles), attention_mask=None)[0] for a, b in ((0, 4), (4, 9))]
+    parts = [
+        attention(hidden[:, a:b], tuple(x[:, a:b] for x in angles), attention_mask=None)[0] for a, b in ((0, 4), (4, 9))
+    ]
     torch.testing.assert_close(out, torch.cat(parts, 1))
     whole_row = model("llama")(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), use_cache=False)
     torch.testing.assert_close(whole_row.logits, whole, rtol=1e-4, atol=1e-4)
@@ -162,9 +196,17 @@ def test_packed_by_offsets():
 @pytest.mark.parametrize("name", DECODERS)
 def test_generation(name, dtype, cache):
     """Past the window, from rows padded on the left. In bfloat16 logits may tie, and then the rows part."""
-    theirs, ours = (made.generate(**inputs(name, "left"), max_new_tokens=9, do_sample=False, cache_implementation=cache,
-                                  return_dict_in_generate=True, output_logits=True)
-                    for made in (unpatched(name, dtype), model(name, dtype)))
+    theirs, ours = (
+        made.generate(
+            **inputs(name, "left"),
+            max_new_tokens=9,
+            do_sample=False,
+            cache_implementation=cache,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        for made in (unpatched(name, dtype), model(name, dtype))
+    )
     logits, new = torch.stack(theirs.logits, 1).double(), theirs.sequences[:, 9:]
     assert new.shape == (3, 9) and len(set(new.flatten().tolist())) > 3
     for row, (a, b) in enumerate(zip(new.tolist(), ours.sequences[:, 9:].tolist())):
@@ -185,8 +227,14 @@ def test_tokens_after_a_prompt_padded_on_the_right(name):
             made(**arguments, past_key_values=cache)
             for t in range(3):
                 seen = torch.cat((mask, mask.new_ones(3, t + 1)), 1)
-                logits.append(made(ids[:, t:t + 1], attention_mask=seen, position_ids=seen.sum(1, keepdim=True) - 1,
-                                   past_key_values=cache).logits)
+                logits.append(
+                    made(
+                        ids[:, t : t + 1],
+                        attention_mask=seen,
+                        position_ids=seen.sum(1, keepdim=True) - 1,
+                        past_key_values=cache,
+                    ).logits
+                )
             results.append(torch.cat(logits, 1))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
@@ -199,16 +247,24 @@ def test_prompt_in_chunks(name):
         cache, parts = transformers.DynamicCache(config=made.config), []
         for first, last in ((0, 5), (5, 8), (8, 9)):
             positions = (arguments["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            parts.append(made(arguments["input_ids"][:, first:last], attention_mask=arguments["attention_mask"][:, :last],
-                              position_ids=positions[:, first:last], past_key_values=cache).logits)
+            parts.append(
+                made(
+                    arguments["input_ids"][:, first:last],
+                    attention_mask=arguments["attention_mask"][:, :last],
+                    position_ids=positions[:, first:last],
+                    past_key_values=cache,
+                ).logits
+            )
         whole = unpatched(name, torch.float32)(**arguments, position_ids=positions).logits
     kept = arguments["attention_mask"].bool()
     torch.testing.assert_close(torch.cat(parts, 1)[kept], whole[kept], rtol=1e-4, atol=1e-4)
 
 
 def test_beams():
-    tokens = [made.generate(**inputs("llama", "left"), max_new_tokens=5, num_beams=2, do_sample=False)
-              for made in (unpatched("llama", torch.float32), model("llama"))]
+    tokens = [
+        made.generate(**inputs("llama", "left"), max_new_tokens=5, num_beams=2, do_sample=False)
+        for made in (unpatched("llama", torch.float32), model("llama"))
+    ]
     assert torch.equal(*tokens)
 
 
@@ -225,7 +281,9 @@ def test_activation_checkpointing():
 
 
 def registered() -> tuple[dict, dict]:
-    return tuple(dict(x._global_mapping) for x in (transformers.AttentionInterface, transformers.AttentionMaskInterface))
+    return tuple(
+        dict(x._global_mapping) for x in (transformers.AttentionInterface, transformers.AttentionMaskInterface)
+    )
 
 
 def test_enable_and_disable(_enabled):
@@ -255,7 +313,9 @@ def test_in_place_of_another(monkeypatch):
     assert made.config._attn_implementation == "sdpa"
     expected = result(made, arguments)["out"]
     calls, original = [], compat.flash_attention
-    monkeypatch.setattr(compat, "flash_attention", lambda *args, **options: calls.append(1) or original(*args, **options))
+    monkeypatch.setattr(
+        compat, "flash_attention", lambda *args, **options: calls.append(1) or original(*args, **options)
+    )
     with compat.enable(replace=["sdpa"]):
         torch.testing.assert_close(result(made, arguments)["out"], expected, rtol=1e-4, atol=1e-5)
         assert len(calls) == 2
@@ -267,11 +327,14 @@ def test_in_place_of_another(monkeypatch):
     compat.enable()
 
 
-@pytest.mark.parametrize(("replace", "error", "words"), (
-    ("sdpa", TypeError, "replace must be a list of names, got 'sdpa'"),
-    (["eager "], ValueError, "replace must hold names out of .*sdpa.*, got 'eager '"),
-    (["pykernels"], ValueError, "got 'pykernels'"),
-))
+@pytest.mark.parametrize(
+    ("replace", "error", "words"),
+    (
+        ("sdpa", TypeError, "replace must be a list of names, got 'sdpa'"),
+        (["eager "], ValueError, "replace must hold names out of .*sdpa.*, got 'eager '"),
+        (["pykernels"], ValueError, "got 'pykernels'"),
+    ),
+)
 def test_enable_raises(replace, error, words):
     with pytest.raises(error, match=words):
         compat.enable(replace)
@@ -286,14 +349,20 @@ def call(**options):
     return compat._attention(torch.nn.Identity(), x, x, x, **{"attention_mask": None, **options})
 
 
-@pytest.mark.parametrize(("options", "words"), (
-    ({"attention_mask": torch.ones(1, 1, 3, 3, dtype=torch.bool)}, r"attention_mask must be None or made by pykernels"),
-    ({"dropout": 0.1}, "dropout_p is not served"),
-    ({"s_aux": torch.zeros(2)}, "sinks is not served"),
-    ({"position_bias": torch.zeros(1, 2, 3, 3)}, "position_bias is not served"),
-    ({"cache": object()}, "a paged cache is not served"),
-    ({"output_attentions": True}, "output_attentions must be False"),
-))
+@pytest.mark.parametrize(
+    ("options", "words"),
+    (
+        (
+            {"attention_mask": torch.ones(1, 1, 3, 3, dtype=torch.bool)},
+            r"attention_mask must be None or made by pykernels",
+        ),
+        ({"dropout": 0.1}, "dropout_p is not served"),
+        ({"s_aux": torch.zeros(2)}, "sinks is not served"),
+        ({"position_bias": torch.zeros(1, 2, 3, 3)}, "position_bias is not served"),
+        ({"cache": object()}, "a paged cache is not served"),
+        ({"output_attentions": True}, "output_attentions must be False"),
+    ),
+)
 def test_calls_that_cannot_be_served(options, words):
     with pytest.raises(ValueError, match=words):
         call(**options)
@@ -326,35 +395,53 @@ def test_a_mask_is_no_tensor_of_booleans():
     moved = mask.to(device="meta")
     assert {x.device.type for x in (moved.lengths, *moved.cu_seqlens, *moved.queries, *moved.visible)} == {"meta"}
     assert (moved.keys, moved.left, moved.right, moved.shape) == (5, None, 0, mask.shape)
-    for use in (lambda: mask & True, lambda: mask[:, :, :1], lambda: torch.where(mask, 1.0, 0.0), lambda: mask.sum(),
-                lambda: mask.dtype, lambda: mask + 1.0, lambda: mask.to_dense()):
+    for use in (
+        lambda: mask & True,
+        lambda: mask[:, :, :1],
+        lambda: torch.where(mask, 1.0, 0.0),
+        lambda: mask.sum(),
+        lambda: mask.dtype,
+        lambda: mask + 1.0,
+        lambda: mask.to_dense(),
+    ):
         with pytest.raises((TypeError, AttributeError)):
             use()
-    with pytest.raises(AttributeError, match="asks its attention mask for dtype, but masks of pykernels have no elements"):
+    with pytest.raises(
+        AttributeError, match="asks its attention mask for dtype, but masks of pykernels have no elements"
+    ):
         mask.dtype  # noqa: B018
 
 
 def dense(batch: int, q_length: int, kv_length: int, q_offset: int, kv_offset: int, function, padding) -> Tensor:
     """Transformers' own booleans."""
     return transformers.masking_utils.sdpa_mask(
-        batch, q_length, kv_length, q_offset, kv_offset, function, padding, allow_is_causal_skip=False)[:, 0]
+        batch, q_length, kv_length, q_offset, kv_offset, function, padding, allow_is_causal_skip=False
+    )[:, 0]
 
 
-# Queries, keys, the first query's and the first key's position: a prompt, what follows, static caches, a cache of a window.
+# Queries, keys, the first query's and the first key's position: a prompt, what follows, static caches, a cache of a
+# window.
 GEOMETRIES = (6, 6, 0, 0), (3, 6, 3, 0), (1, 6, 5, 0), (6, 10, 0, 0), (2, 10, 4, 0), (2, 5, 6, 3)
 
 
 @pytest.mark.parametrize("padding", (None, "left", "right"))
-@pytest.mark.parametrize(("pattern", "geometry"), (
-    *((pattern, geometry) for pattern in ("causal", "window") for geometry in GEOMETRIES),
-    *((pattern, GEOMETRIES[0]) for pattern in ("bidirectional", "bidirectional-window"))))
+@pytest.mark.parametrize(
+    ("pattern", "geometry"),
+    (
+        *((pattern, geometry) for pattern in ("causal", "window") for geometry in GEOMETRIES),
+        *((pattern, GEOMETRIES[0]) for pattern in ("bidirectional", "bidirectional-window")),
+    ),
+)
 def test_masks_say_what_transformers_masks_say(pattern, geometry, padding):
     """Attention through a Mask is attention through the booleans, for real queries; every geometry that caches make."""
     q_length, kv_length, q_offset, kv_offset = geometry
     functions = transformers.masking_utils
-    function = {"causal": functions.causal_mask_function, "bidirectional": functions.bidirectional_mask_function,
-                "window": functions.sliding_window_causal_mask_function(3),
-                "bidirectional-window": functions.sliding_window_bidirectional_mask_function(2)}[pattern]
+    function = {
+        "causal": functions.causal_mask_function,
+        "bidirectional": functions.bidirectional_mask_function,
+        "window": functions.sliding_window_causal_mask_function(3),
+        "bidirectional-window": functions.sliding_window_bidirectional_mask_function(2),
+    }[pattern]
     seen, real = q_offset + q_length, None
     if padding is not None:
         real = torch.ones(3, seen, dtype=torch.bool)
@@ -367,7 +454,7 @@ def test_masks_say_what_transformers_masks_say(pattern, geometry, padding):
     q, k, v = (torch.randn(3, 2, n, 8, dtype=torch.float64) for n in (q_length, kv_length, kv_length))
     out, none = compat._attention(torch.nn.Identity(), q, k, v, mask)
     assert none is None and out.shape == (3, q_length, 2, 8)
-    scores = (q @ k.mT * 8 ** -0.5).masked_fill(~booleans[:, None], -torch.inf)
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~booleans[:, None], -torch.inf)
     expected = (scores.softmax(-1).nan_to_num(0) @ v).transpose(1, 2)
     if real is not None and pattern != "bidirectional":
         kept = real[:, q_offset:]

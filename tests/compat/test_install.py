@@ -64,7 +64,10 @@ def test_imports_as_people_write_them():
         from flash_attn.bert_padding import unpad_input  # noqa: F401
 
         assert fla.ops.retention.chunk_retention.__module__ == "pykernels.compat.fla"
-        assert chunk_gla.__module__ == "pykernels.compat.fla" and flash_attn_func.__module__ == "pykernels.compat.flash_attn"
+        assert (
+            chunk_gla.__module__ == "pykernels.compat.fla"
+            and flash_attn_func.__module__ == "pykernels.compat.flash_attn"
+        )
         with pytest.raises(ModuleNotFoundError, match="flash_attn.layers"):
             importlib.import_module("flash_attn.layers.rotary")
         with pytest.raises(ImportError, match="chunk_delta_rule"):
