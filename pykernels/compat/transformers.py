@@ -5,10 +5,10 @@
     model.set_attn_implementation("pykernels")                     or, for a model that is already there
 
 `enable` registers two functions in Transformers under one name: attention, and what makes its masks. A mask here is
-never materialised: it is a `Mask`, which holds what the model asked for (causal or not, a window, padding, packed sequences)
-in terms of our ops. Padded batches are packed: padding is neither read nor computed. A pattern that our ops cannot
-express raises an error that names it, when the mask is made or attention is called; the model's other implementations
-stay available.
+never materialised: it is a `Mask`, which holds what the model asked for (causal or not, a window, padding, packed
+sequences) in terms of our ops. Padded batches are packed: padding is neither read nor computed. A pattern that our ops
+cannot express raises an error that names it, when the mask is made or attention is called; the model's other
+implementations stay available.
 """
 
 from __future__ import annotations
