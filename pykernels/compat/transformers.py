@@ -273,21 +273,26 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
                          "use another attn_implementation")
     options = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    batch, tokens = q.shape[:2]
+    packed = {"cu_seqlens_q": kwargs.get("cu_seq_lens_q"), "cu_seqlens_k": kwargs.get("cu_seq_lens_k")}
+    is_packed = packed["cu_seqlens_q"] is not None
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        packed = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-        if causal and packed == (None, None) and 1 < q.shape[1] != k.shape[1]:
-            raise ValueError(f"attention_mask must be given for {q.shape[1]} causal queries of {k.shape[1]} keys, "
+        if causal and not is_packed and 1 < tokens != k.shape[1]:
+            raise ValueError(f"attention_mask must be given for {tokens} causal queries of {k.shape[1]} keys, "
                              "got None")
         window = None
         if sliding_window is not None:
             window = (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
-        return flash_attention(q, k, v, causal=bool(causal), window=window, dropout_p=dropout, cu_seqlens_q=packed[0],
-                               cu_seqlens_k=packed[1], **options), None
+        return flash_attention(q, k, v, causal=bool(causal), window=window, dropout_p=dropout, **packed, **options), None
 
     mask = attention_mask
     options["window"] = None if (mask.left, mask.right) == (None, None) else (mask.left, mask.right)
-    batch, tokens = q.shape[:2]
+    if is_packed and mask.cu_seqlens is None:  # a mask does not know of sequences where a cache, still empty, is given
+        if batch != 1 or k.shape[1] != tokens:
+            raise ValueError(f"cu_seq_lens_q must come with one row of tokens and no others cached, got {batch} rows, "
+                             f"{tokens} tokens and {k.shape[1]} keys")
+        return flash_attention(q, k, v, dropout_p=dropout, **packed, **options), None
     if mask.cu_seqlens is None:
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if tokens == 1 and dropout == 0 and not needs_grad:  # there are kernels for one token

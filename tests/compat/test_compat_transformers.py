@@ -191,6 +191,19 @@ def test_packed_by_offsets():
     torch.testing.assert_close(whole_row.logits, whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_by_offsets_beside_a_cache(name):
+    """What Transformers' collator for packed training gives; with a cache the mask does not know of it."""
+    ids, positions = inputs(name)["input_ids"][:1], torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2]])
+    offsets = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 6, 9], dtype=torch.int32))
+    with torch.no_grad():
+        out = model(name)(ids, position_ids=positions, use_cache=True, **offsets).logits
+        parts = torch.cat([model(name)(ids[:, a:b]).logits for a, b in ((0, 6), (6, 9))], 1)
+        torch.testing.assert_close(out, parts, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="cu_seq_lens_q must come with one row of tokens"):
+            model(name)(ids.expand(2, -1), **offsets)
+
+
 @pytest.mark.parametrize("cache", ("dynamic", "static"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", DECODERS)
@@ -275,6 +288,113 @@ def test_activation_checkpointing():
     made.activation_checkpointing_enable()
     for key, x in result(made, arguments, grad=True, use_cache=False).items():
         torch.testing.assert_close(x, expected[key], rtol=1e-5, atol=1e-6)
+
+
+WIDTHS = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+OTHERS = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        )
+    ),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**DECODER, sliding_window=4)),
+    # Keys and values of different sizes.
+    "deepseek_v3": lambda: transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            **{**DECODER, "num_key_value_heads": 4, "head_dim": 8},
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=12,
+            first_k_dense_replace=2,
+        )
+    ),
+    # Windows that are not causal.
+    "modernbert": lambda: transformers.ModernBertModel(
+        transformers.ModernBertConfig(
+            **SMALL,
+            vocab_size=VOCABULARY,
+            local_attention=4,
+            global_attn_every_n_layers=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+        )
+    ),
+    # Attention to other tokens.
+    "bart": lambda: transformers.BartModel(transformers.BartConfig(**WIDTHS)),
+    "whisper": lambda: transformers.WhisperModel(
+        transformers.WhisperConfig(**WIDTHS, num_mel_bins=8, max_source_positions=10)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(name):
+    torch.manual_seed(0)
+    made, arguments = OTHERS[name]().eval(), inputs("llama", None if name == "whisper" else "left")
+    if name == "whisper":
+        arguments = {"input_features": torch.randn(3, 8, 20), "decoder_input_ids": arguments["input_ids"]}
+    made.set_attn_implementation("eager")
+    expected = result(made, arguments, grad=True)
+    made.set_attn_implementation("pykernels")
+    actual = result(made, arguments, grad=True)
+    for key, x in expected.items():
+        torch.testing.assert_close(actual[key], x, rtol=1e-4, atol=1e-5 * max(1, float(x.abs().max())), msg=key)
+    assert expected["out"].abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    (
+        (
+            lambda: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(
+                    d_model=32,
+                    d_ff=48,
+                    d_kv=8,
+                    num_layers=1,
+                    num_heads=4,
+                    vocab_size=VOCABULARY,
+                    decoder_start_token_id=0,
+                )
+            ),
+            "position_bias is not served",
+        ),
+        (
+            lambda: transformers.GptOssForCausalLM(
+                transformers.GptOssConfig(**DECODER, sliding_window=4, num_local_experts=2, num_experts_per_tok=1)
+            ),
+            "sinks is not served",
+        ),
+    ),
+    ids=("t5", "gpt_oss"),
+)
+def test_families_that_cannot_be_served(make, words):
+    made, arguments = make().eval(), inputs("llama", "left")
+    if made.config.is_encoder_decoder:
+        arguments["decoder_input_ids"] = arguments["input_ids"]
+    made.set_attn_implementation("pykernels")
+    with pytest.raises(ValueError, match=words):
+        made(**arguments)
+    made.set_attn_implementation("eager")
+    assert made(**arguments).logits.isfinite().all()
 
 
 # ---- Who uses it -----------------------------------------------------------------------------------------------------
