@@ -201,7 +201,7 @@ def _make_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0
         if (left is not None or right is not None) and reach != keys:
             raise ValueError(f"a bidirectional window needs queries and keys that end together, got {reach} and {keys}")
     if not q_length <= keys <= kv_length and (left, right) != (None, None):
-        raise ValueError(f"a causal mask needs the {q_length} queries among the keys, "
+        raise ValueError(f"a mask of positions needs the {q_length} queries among the keys, "
                          f"got keys up to {keys} of {kv_length}")
     if left is not None and left >= keys - 1:
         left = None
@@ -284,9 +284,14 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
         window = None
         if sliding_window is not None:
             window = (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
-        return flash_attention(q, k, v, causal=bool(causal), window=window, dropout_p=dropout, **packed, **options), None
+        options |= {"causal": bool(causal), "window": window, "dropout_p": dropout}
+        return flash_attention(q, k, v, **packed, **options), None
 
     mask = attention_mask
+    if tuple(mask.shape) != (batch, 1, tokens, k.shape[1]):
+        raise ValueError(f"attention_mask must be for {batch} rows, {tokens} queries and {k.shape[1]} keys, got "
+                         f"{mask.shape[0]}, {mask.shape[2]} and {mask.shape[3]}: this model changes its keys after its "
+                         "mask is made; use another attn_implementation")
     options["window"] = None if (mask.left, mask.right) == (None, None) else (mask.left, mask.right)
     if is_packed and mask.cu_seqlens is None:  # a mask does not know of sequences where a cache, still empty, is given
         if batch != 1 or k.shape[1] != tokens:
@@ -338,12 +343,13 @@ class enable(contextlib.AbstractContextManager):
     def __init__(self, replace: tuple[str, ...] | list[str] = ()) -> None:
         if not isinstance(replace, (tuple, list)) or not all(isinstance(name, str) for name in replace):
             raise TypeError(f"replace must be a list of names, got {replace!r}")
-        disable()
         _check_patterns()
+        known = set.intersection(*(set(interface._global_mapping) for interface, _ in _INTERFACES))
+        known -= {NAME} | {name for _, name, original in _before if original is None}
         for name in replace:
-            if name == NAME or any(name not in interface._global_mapping for interface, _ in _INTERFACES):
-                known = sorted(set(AttentionInterface._global_mapping) & set(AttentionMaskInterface._global_mapping))
-                raise ValueError(f"replace must hold names out of {', '.join(known)}, got {name!r}")
+            if name not in known:
+                raise ValueError(f"replace must hold names out of {', '.join(sorted(known))}, got {name!r}")
+        disable()
         for interface, function in _INTERFACES:
             for name in (NAME, *dict.fromkeys(replace)):
                 original = interface._global_mapping.get(name)

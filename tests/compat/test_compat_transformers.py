@@ -456,9 +456,11 @@ def test_in_place_of_another(monkeypatch):
     ),
 )
 def test_enable_raises(replace, error, words):
+    """And leaves all as it is."""
+    before = registered()
     with pytest.raises(error, match=words):
         compat.enable(replace)
-    compat.enable()
+    assert registered() == before and "pykernels" in before[0]
 
 
 # ---- What is not served ----------------------------------------------------------------------------------------------
@@ -492,6 +494,13 @@ def test_causal_queries_of_other_keys_need_a_mask():
     x = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="attention_mask must be given for 3 causal queries of 5 keys"):
         compat._attention(torch.nn.Identity(), x, *[torch.randn(1, 2, 5, 8)] * 2, None)
+
+
+def test_keys_that_are_not_the_masks():
+    mask = compat._make_mask(2, 3, 5, 2)
+    q, k = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 4, 8)
+    with pytest.raises(ValueError, match="attention_mask must be for 2 rows, 3 queries and 4 keys, got 2, 3 and 5"):
+        compat._attention(torch.nn.Identity(), q, k, k, mask)
 
 
 def test_masks_that_cannot_be_served():
