@@ -1,0 +1,369 @@
+"""Attention of Hugging Face Transformers' models (version 5) on `flash_attention` and `flash_attention_decode`.
+
+    pykernels.compat.transformers.enable()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="pykernels")
+    model.set_attn_implementation("pykernels")                     or, for a model that is already there
+
+`enable` registers two functions in Transformers under one name: attention, and what makes its masks. A mask here is
+never materialised: it is a `Mask`, which holds what the model asked for (causal or not, a window, padding, packed
+sequences) in terms of our ops. Padded batches are packed: padding is neither read nor computed. A pattern that our ops
+cannot express raises an error that names it, when the mask is made or attention is called; the model's other
+implementations stay available.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+from ..ops.flash_attention import flash_attention, flash_attention_decode
+
+__all__ = ["Mask", "disable", "enable"]
+
+NAME = "pykernels"
+
+
+# ---- What a mask asks for --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Pattern:
+    """A query at position p sees keys p - left to p + right of its sequence; None is unbounded."""
+
+    left: int | None = None
+    right: int | None = None
+    sequences: Tensor | None = None  # [B, T], equal for tokens of one sequence, where several are packed in a row
+
+
+def _enclosed(function: Callable) -> dict[str, object]:
+    """The variables that a function made by another holds."""
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ())))
+
+
+# Transformers describes a mask as a function of indices, put together from these by their makers; a function's code
+# tells which maker it comes from.
+_CAUSAL = masking_utils.causal_mask_function.__code__
+_BIDIRECTIONAL = masking_utils.bidirectional_mask_function.__code__
+_AND = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
+_WINDOW = masking_utils.sliding_window_overlay(1).__code__
+_BIDIRECTIONAL_WINDOW = masking_utils.sliding_window_bidirectional_overlay(1).__code__
+_PACKED = masking_utils.packed_sequence_mask_function(None).__code__
+_REMAPPED = masking_utils.remap_positions_for_packed_sequence(masking_utils.causal_mask_function, None).__code__
+
+
+def _smaller(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+def _pattern(function: Callable) -> _Pattern:
+    """What a mask function means; raises ValueError for one whose meaning is not known to be ours."""
+    code = getattr(function, "__code__", None)
+    if code is _CAUSAL:
+        return _Pattern(right=0)
+    if code is _BIDIRECTIONAL:
+        return _Pattern()
+    if code is _WINDOW:
+        return _Pattern(left=_enclosed(function)["sliding_window"] - 1)
+    if code is _BIDIRECTIONAL_WINDOW:
+        size = _enclosed(function)["sliding_window"]
+        return _Pattern(left=size, right=size)
+    if code is _PACKED:
+        return _Pattern(sequences=_enclosed(function)["packed_sequence_mask"])
+    if code is _REMAPPED:  # positions count up by one in a sequence, so that distances are those of the tokens
+        return _pattern(_enclosed(function)["mask_function"])
+    if code is _AND:
+        result = _Pattern()
+        for part in map(_pattern, _enclosed(function)["mask_functions"]):
+            if result.sequences is not None and part.sequences is not None:
+                raise ValueError("the mask packs sequences twice, which pykernels does not serve; use another "
+                                 "attn_implementation")
+            result = _Pattern(_smaller(result.left, part.left), _smaller(result.right, part.right),
+                              part.sequences if result.sequences is None else result.sequences)
+        return result
+    name = getattr(function, "__qualname__", repr(function))
+    raise ValueError(f"the mask pattern {name} is not served by pykernels (causal, bidirectional, sliding windows, "
+                     "padding and packed sequences are); use another attn_implementation")
+
+
+def _check_patterns() -> None:
+    """Evaluates what the makers make, to notice a version of Transformers that means something else by them."""
+    size, window = 9, 3
+    q, k = torch.arange(size)[:, None], torch.arange(size)
+    sequences = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]])
+    for function in (
+        masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function,
+        masking_utils.sliding_window_causal_mask_function(window),
+        masking_utils.sliding_window_bidirectional_mask_function(window),
+        masking_utils.packed_sequence_compatibility_function(
+            masking_utils.sliding_window_causal_mask_function(window), positions, sequences),
+    ):
+        pattern = _pattern(function)
+        expected = torch.ones(size, size, dtype=torch.bool)
+        if pattern.left is not None:
+            expected &= k >= q - pattern.left
+        if pattern.right is not None:
+            expected &= k <= q + pattern.right
+        if pattern.sequences is not None:
+            expected &= sequences[0][:, None] == sequences[0]
+        if not torch.equal(function(0, 0, q, k).expand(size, size), expected):
+            raise RuntimeError(f"this version of Transformers ({transformers.__version__}) means something by "
+                               f"{function.__qualname__} that pykernels does not know")
+
+
+class Mask(BlockMask):
+    """What Transformers carries from a model to its attention layers in place of booleans [B, 1, Tq, Tk].
+
+    Transformers passes on tensors and FlexAttention's BlockMask as they are; this is one by name alone. It has a shape
+    and can move to another device; code that takes it for a tensor of booleans fails.
+    """
+
+    def __init__(self, shape: tuple[int, ...], left: int | None, right: int | None, keys: int, lengths: Tensor,
+                 queries: tuple[Tensor, Tensor] | None = None, visible: tuple[Tensor, Tensor] | None = None,
+                 cu_seqlens: tuple[Tensor, Tensor] | None = None) -> None:
+        self._shape = shape
+        self.left, self.right = left, right  # the window, as in `flash_attention`
+        self.keys = keys  # of the Tk keys, the first this many can be seen; the last of them is at the last query
+        self.lengths = lengths  # the same for each row, int32 [B]
+        self.cu_seqlens = cu_seqlens  # of queries and keys, packed; None if no row has padding
+        self.queries = queries  # (rows, columns) of the tokens that are packed; None: all, in order
+        self.visible = visible  # and of the keys
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def to(self, *args, **kwargs) -> Mask:
+        """The mask on another device; a dtype has no meaning here."""
+        device = self.lengths.device
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, (str, torch.device, Tensor)):
+                device = x.device if isinstance(x, Tensor) else torch.device(x)
+        if device == self.lengths.device:
+            return self
+
+        def moved(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            return None if pair is None else (pair[0].to(device), pair[1].to(device))
+
+        return Mask(self._shape, self.left, self.right, self.keys, self.lengths.to(device), moved(self.queries),
+                    moved(self.visible), moved(self.cu_seqlens))
+
+    def contiguous(self, *args, **kwargs) -> Mask:
+        """Itself: it is never changed, and has no layout."""
+        return self
+
+    clone = detach = contiguous
+
+    def __repr__(self) -> str:
+        return (f"Mask(shape={self._shape}, left={self.left}, right={self.right}, keys={self.keys}, "
+                f"packed={self.cu_seqlens is not None})")
+
+    __str__ = __repr__
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(f"this model asks its attention mask for {name}, but masks of pykernels have no elements; "
+                             "use another attn_implementation for it")
+
+    def __getitem__(self, index: object):
+        raise TypeError("this model takes a part of its attention mask, but masks of pykernels have no elements; "
+                        "use another attn_implementation for it")
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _make_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
+               mask_function: Callable = masking_utils.causal_mask_function, attention_mask: Tensor | None = None,
+               device: torch.device | str = "cpu", **kwargs) -> Mask:
+    """What Transformers calls to make a mask. Query i is at position q_offset + i, key j at kv_offset + j.
+
+    Of `kwargs`, all say how other implementations build theirs (dtype, whether it may be left out, ...).
+    """
+    pattern = _pattern(mask_function)
+    left, right, sequences = pattern.left, pattern.right, pattern.sequences
+    device = torch.device(device)
+    reach = int(q_offset) + q_length - kv_offset  # keys up to the last query's
+    if right == 0:
+        keys = reach
+    else:
+        keys = kv_length
+        if (left is not None or right is not None) and reach != keys:
+            raise ValueError(f"a bidirectional window needs queries and keys that end together, got {reach} and {keys}")
+    if not q_length <= keys <= kv_length and (left, right) != (None, None):
+        raise ValueError(f"a mask of positions needs the {q_length} queries among the keys, "
+                         f"got keys up to {keys} of {kv_length}")
+    if left is not None and left >= keys - 1:
+        left = None
+    mask = functools.partial(Mask, (batch_size, 1, q_length, kv_length), left, right, keys,
+                             torch.full((batch_size,), keys, dtype=torch.int32, device=device))
+    valid = None
+    if attention_mask is not None:
+        valid = attention_mask.to(device=device, dtype=torch.bool)[:, kv_offset:kv_offset + keys]
+        if valid.shape[1] < keys:  # keys that no one has said anything about are no tokens
+            valid = torch.nn.functional.pad(valid, (0, keys - valid.shape[1]))
+        if bool(valid.all()):
+            valid = None
+    if sequences is not None:
+        if valid is not None or not q_length == kv_length == keys:
+            raise ValueError("packed sequences together with padding or a cache are not served by pykernels; "
+                             "use another attn_implementation")
+        # [B, T] rows one after another; a sequence ends where its number changes, and with the row.
+        starts = torch.ones_like(sequences, dtype=torch.bool)
+        starts[:, 1:] = sequences[:, 1:] != sequences[:, :-1]
+        starts = starts.expand(batch_size, -1).flatten().nonzero().flatten()
+        cu_seqlens = torch.cat((starts, starts.new_full((1,), batch_size * q_length))).to(device, torch.int32)
+        return mask(cu_seqlens=(cu_seqlens, cu_seqlens))
+    if valid is None:
+        return mask()
+    if left is not None or (right is not None and right != 0):
+        # Distances in the packed rows are those of the positions only where a row's tokens lie together.
+        places = torch.arange(keys, device=device)
+        first = torch.where(valid, places, keys).amin(1)
+        last = torch.where(valid, places, -1).amax(1)
+        if bool(((last - first + 1).clamp(min=0) != valid.sum(1)).any()):
+            raise ValueError("a sliding window over a row with padding between its tokens is not served by pykernels; "
+                             "pad on the left, or use another attn_implementation")
+    counts = valid.sum(1)
+    if (left, right) == (None, None):  # padded queries see what the others see, as with other implementations
+        rows = torch.arange(batch_size, device=device).repeat_interleave(q_length)
+        queries = rows, torch.arange(q_length, device=device).repeat(batch_size)
+        of_queries = counts.new_full((batch_size,), q_length)
+    else:
+        computed = valid[:, keys - q_length:]
+        queries, of_queries = computed.nonzero(as_tuple=True), computed.sum(1)
+    return mask(queries=queries, visible=valid.nonzero(as_tuple=True),
+                cu_seqlens=(_offsets(of_queries), _offsets(counts)))
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+
+def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+               dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None,
+               sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+               position_bias: Tensor | None = None, cache: object = None, output_attentions: bool | None = None,
+               **kwargs) -> tuple[Tensor, None]:
+    """What Transformers calls in each layer: query [B, Hq, Tq, K], key, value [B, Hk, Tk, .] -> out [B, Tq, Hq, V].
+
+    A `Mask` says all about who sees whom. Without any mask, `is_causal` (or the module's), `sliding_window` and, for
+    one row of packed sequences, cu_seq_lens_q and cu_seq_lens_k do.
+    """
+    if position_bias is not None:
+        raise ValueError("position_bias is not served by pykernels yet, got a tensor; use another attn_implementation")
+    if cache is not None:
+        raise ValueError(f"a paged cache is not served by pykernels yet, got {type(cache).__name__}; use another "
+                         "attn_implementation")
+    if output_attentions:
+        raise ValueError("output_attentions must be False: the weights are never computed; "
+                         "use attn_implementation='eager'")
+    if attention_mask is not None and not isinstance(attention_mask, Mask):
+        raise ValueError("attention_mask must be None or made by pykernels, got a tensor of shape "
+                         f"{list(attention_mask.shape)}: masks given element by element are not served; "
+                         "use another attn_implementation")
+    options = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    batch, tokens = q.shape[:2]
+    packed = {"cu_seqlens_q": kwargs.get("cu_seq_lens_q"), "cu_seqlens_k": kwargs.get("cu_seq_lens_k")}
+    is_packed = packed["cu_seqlens_q"] is not None
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if causal and not is_packed and 1 < tokens != k.shape[1]:
+            raise ValueError(f"attention_mask must be given for {tokens} causal queries of {k.shape[1]} keys, "
+                             "got None")
+        window = None
+        if sliding_window is not None:
+            window = (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
+        options |= {"causal": bool(causal), "window": window, "dropout_p": dropout}
+        return flash_attention(q, k, v, **packed, **options), None
+
+    mask = attention_mask
+    if tuple(mask.shape) != (batch, 1, tokens, k.shape[1]):
+        raise ValueError(f"attention_mask must be for {batch} rows, {tokens} queries and {k.shape[1]} keys, got "
+                         f"{mask.shape[0]}, {mask.shape[2]} and {mask.shape[3]}: this model changes its keys after its "
+                         "mask is made; use another attn_implementation")
+    options["window"] = None if (mask.left, mask.right) == (None, None) else (mask.left, mask.right)
+    if is_packed and mask.cu_seqlens is None:  # a mask does not know of sequences where a cache, still empty, is given
+        if batch != 1 or k.shape[1] != tokens:
+            raise ValueError(f"cu_seq_lens_q must come with one row of tokens and no others cached, got {batch} rows, "
+                             f"{tokens} tokens and {k.shape[1]} keys")
+        return flash_attention(q, k, v, dropout_p=dropout, **packed, **options), None
+    if mask.cu_seqlens is None:
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if tokens == 1 and dropout == 0 and not needs_grad:  # there are kernels for one token
+            return flash_attention_decode(q, k, v, mask.lengths, causal=False, **options), None
+        return flash_attention(q, k[:, :mask.keys], v[:, :mask.keys], dropout_p=dropout, **options), None
+    of_queries, of_keys = mask.cu_seqlens
+    options |= {"cu_seqlens_q": of_queries, "cu_seqlens_k": of_keys, "dropout_p": dropout}
+    if mask.queries is None:
+        out = flash_attention(*(x.flatten(0, 1)[None] for x in (q, k, v)), **options)
+        return out[0].unflatten(0, (batch, tokens)), None
+    packed = flash_attention(q[mask.queries][None], k[mask.visible][None], v[mask.visible][None], **options)
+    out = packed.new_zeros(batch, tokens, *packed.shape[2:])
+    return out.index_put(mask.queries, packed[0]), None
+
+
+# ---- Registration ----------------------------------------------------------------------------------------------------
+
+_INTERFACES = (AttentionInterface, _attention), (AttentionMaskInterface, _make_mask)
+_before: list[tuple[type, str, Callable | None]] = []  # what was registered under the names that are ours now
+
+
+def _set(interface: type, name: str, function: Callable | None) -> None:
+    if function is None:
+        interface._global_mapping.pop(name, None)
+    else:
+        interface.register(name, function)
+
+
+class enable(contextlib.AbstractContextManager):
+    """Registers our attention in Transformers, as `attn_implementation="pykernels"`.
+
+    Args:
+        replace: names of implementations whose place ours takes, in models that exist too: "sdpa" is what most models
+            use when nothing is asked for. Each stays available as "<name>_original".
+
+    Holds until `disable`, or for a `with` block.
+
+    Raises:
+        TypeError, ValueError: `replace` is not a list of names, or one is not registered in Transformers.
+        RuntimeError: this version of Transformers describes its masks in another way.
+    """
+
+    def __init__(self, replace: tuple[str, ...] | list[str] = ()) -> None:
+        if not isinstance(replace, (tuple, list)) or not all(isinstance(name, str) for name in replace):
+            raise TypeError(f"replace must be a list of names, got {replace!r}")
+        _check_patterns()
+        known = set.intersection(*(set(interface._global_mapping) for interface, _ in _INTERFACES))
+        known -= {NAME} | {name for _, name, original in _before if original is None}
+        for name in replace:
+            if name not in known:
+                raise ValueError(f"replace must hold names out of {', '.join(sorted(known))}, got {name!r}")
+        disable()
+        for interface, function in _INTERFACES:
+            for name in (NAME, *dict.fromkeys(replace)):
+                original = interface._global_mapping.get(name)
+                _before.append((interface, name, original))
+                if original is not None:
+                    _before.append((interface, f"{name}_original", interface._global_mapping.get(f"{name}_original")))
+                    _set(interface, f"{name}_original", original)
+                _set(interface, name, function)
+
+    def __exit__(self, *exc_info) -> None:
+        disable()
+
+
+def disable() -> None:
+    """Undoes `enable`. Models that were loaded with attn_implementation="pykernels" need another one then."""
+    while _before:
+        _set(*_before.pop())

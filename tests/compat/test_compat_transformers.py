@@ -1,0 +1,592 @@
+"""pykernels.compat.transformers: models compute what they compute without us, within the error budget of attention.
+
+The reference is the unpatched model in float64, the yardstick the unpatched model in the same dtype: an output or
+gradient may be off by twice its error and four units in the last place.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+from pykernels.compat import transformers as compat  # noqa: E402
+
+VOCABULARY = 64
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+DECODER = {
+    **SMALL,
+    "vocab_size": VOCABULARY,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.3,
+}
+MODELS = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**DECODER, sliding_window=4)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**DECODER, sliding_window=4, attn_logit_softcapping=5.0, query_pre_attn_scalar=8)
+    ),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**DECODER)),
+    "bert": lambda: transformers.BertModel(
+        transformers.BertConfig(
+            **SMALL,
+            vocab_size=VOCABULARY,
+            attention_probs_dropout_prob=0.0,
+            hidden_dropout_prob=0.0,
+            initializer_range=0.3,
+        )
+    ),
+    "vit": lambda: transformers.ViTModel(
+        transformers.ViTConfig(
+            **SMALL,
+            image_size=8,
+            patch_size=2,
+            attention_probs_dropout_prob=0.0,
+            hidden_dropout_prob=0.0,
+            initializer_range=0.3,
+        )
+    ),
+}
+DECODERS = ("llama", "mistral", "gemma2", "qwen3")
+DTYPES = (torch.float32, torch.bfloat16)
+LENGTHS = (9, 4, 7)
+
+
+def reference_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+    """By the definition. (In float64 Transformers' eager attention, makes NaN of padding.)"""
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    scores = query @ key.mT * scaling
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        hidden = ~attention_mask
+        empty = hidden.all(-1, keepdim=True)
+        scores = scores.masked_fill(hidden, -torch.inf).masked_fill(empty, 0)
+        return (scores.softmax(-1).masked_fill(empty, 0) @ value).transpose(1, 2), None
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+def reference_mask(*args, **kwargs):
+    return transformers.masking_utils.sdpa_mask(
+        *args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _enabled():
+    transformers.AttentionInterface.register("definition", reference_attention)
+    transformers.AttentionMaskInterface.register("definition", reference_mask)
+    with compat.enable():
+        yield
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        del interface._global_mapping["definition"]
+
+
+@functools.cache
+def model(
+    name: str, dtype: torch.dtype = torch.float32, attention: str = "pykernels", source: torch.dtype | None = None
+):
+    """A randomly initialised model; `source` is the dtype its weights are rounded to before they become `dtype`."""
+    torch.manual_seed(0)
+    made = MODELS[name]().to(source or dtype).to(dtype).eval()
+    made.set_attn_implementation(attention)
+    return made
+
+
+def unpatched(name: str, dtype: torch.dtype):
+    return model(name, dtype, "eager")
+
+
+def inputs(name: str, padding: str | None = None) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    ids = torch.randint(2, VOCABULARY, (len(LENGTHS), max(LENGTHS)), generator=generator)
+    if padding is None:
+        return {"input_ids": ids}
+    place = torch.arange(max(LENGTHS))
+    lengths = torch.tensor(LENGTHS)[:, None]
+    mask = (place < lengths if padding == "right" else place >= max(LENGTHS) - lengths).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def result(made, arguments: dict[str, Tensor], grad: bool = False, **more) -> dict[str, Tensor]:
+    """Logits of the tokens that are no padding and, if asked for, each parameter's gradient, all in float64."""
+    made.zero_grad(set_to_none=True)
+    arguments = {key: x.to(made.dtype) if x.is_floating_point() else x for key, x in arguments.items()}
+    out = made(**arguments, **more)
+    out = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    if "attention_mask" in arguments:
+        out = out[arguments["attention_mask"].bool()]
+    results = {"out": out.detach().double()}
+    if grad:
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        (out * weights.to(out.dtype)).sum().backward()
+        results |= {key: x.grad.double() for key, x in made.named_parameters() if x.grad is not None}
+    return results
+
+
+def check(name: str, dtype: torch.dtype, arguments: dict[str, Tensor], grad: bool = False, **more) -> None:
+    expected = result(model(name, torch.float64, "definition", dtype), arguments, grad, **more)
+    yardstick = result(unpatched(name, dtype), arguments, grad, **more)
+    actual = result(model(name, dtype), arguments, grad, **more)
+    assert actual.keys() == expected.keys() and len(actual) > (10 if grad else 0)
+    of_all = max(float(x.abs().max()) for key, x in expected.items() if key != "out") if grad else 0
+    for key, reference in expected.items():
+        largest = reference.abs().max()
+        if key.endswith(
+            "key.bias"
+        ):  # softmax does not feel it: its gradient is 0, and what comes is rounding of the others
+            assert largest < 1e-9 * of_all
+            largest = of_all
+        error, allowed = ((x[key] - reference).abs().max() for x in (actual, yardstick))
+        assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * largest, (
+            key,
+            float(error / largest),
+            float(allowed / largest),
+        )
+    assert expected["out"].abs().max() > 0.1
+
+
+CASES = [(name, padding) for name in MODELS for padding in (None, "left", "right") if not (name == "vit" and padding)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "padding"), CASES)
+def test_logits_and_gradients(name, padding, dtype):
+    check(name, dtype, inputs(name, padding), grad=True)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_sequences(name):
+    """Positions that start anew separate the sequences of a row."""
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 0, 1], list(range(9))])
+    arguments = {**inputs(name), "position_ids": positions}
+    check(name, torch.float32, arguments, grad=True, use_cache=False)
+    packed, plain = (result(model(name), x, use_cache=False)["out"] for x in (arguments, inputs(name)))
+    assert float((packed - plain)[:2].abs().max()) > 0.1 and float((packed - plain)[2].abs().max()) < 1e-4
+
+
+def test_packed_by_offsets():
+    ids, cu_seqlens = inputs("llama")["input_ids"][:1], torch.tensor([0, 4, 9], dtype=torch.int32)
+    whole = torch.cat([model("llama")(ids[:, a:b]).logits for a, b in ((0, 4), (4, 9))], 1)
+    attention = model("llama").model.layers[0].self_attn
+    hidden = torch.randn(1, 9, 32)
+    angles = model("llama").model.rotary_emb(hidden, torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
+    out, _ = attention(hidden, angles, attention_mask=None, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens)
+    parts = [
+        attention(hidden[:, a:b], tuple(x[:, a:b] for x in angles), attention_mask=None)[0] for a, b in ((0, 4), (4, 9))
+    ]
+    torch.testing.assert_close(out, torch.cat(parts, 1))
+    whole_row = model("llama")(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), use_cache=False)
+    torch.testing.assert_close(whole_row.logits, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_by_offsets_beside_a_cache(name):
+    """What Transformers' collator for packed training gives; with a cache the mask does not know of it."""
+    ids, positions = inputs(name)["input_ids"][:1], torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2]])
+    offsets = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 6, 9], dtype=torch.int32))
+    with torch.no_grad():
+        out = model(name)(ids, position_ids=positions, use_cache=True, **offsets).logits
+        parts = torch.cat([model(name)(ids[:, a:b]).logits for a, b in ((0, 6), (6, 9))], 1)
+        torch.testing.assert_close(out, parts, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="cu_seq_lens_q must come with one row of tokens"):
+            model(name)(ids.expand(2, -1), **offsets)
+
+
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation(name, dtype, cache):
+    """Past the window, from rows padded on the left. In bfloat16 logits may tie, and then the rows part."""
+    theirs, ours = (
+        made.generate(
+            **inputs(name, "left"),
+            max_new_tokens=9,
+            do_sample=False,
+            cache_implementation=cache,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        for made in (unpatched(name, dtype), model(name, dtype))
+    )
+    logits, new = torch.stack(theirs.logits, 1).double(), theirs.sequences[:, 9:]
+    assert new.shape == (3, 9) and len(set(new.flatten().tolist())) > 3
+    for row, (a, b) in enumerate(zip(new.tolist(), ours.sequences[:, 9:].tolist())):
+        part = next((t for t in range(9) if a[t] != b[t]), None)
+        if part is not None:
+            gap = logits[row, part, a[part]] - logits[row, part, b[part]]
+            assert dtype == torch.bfloat16 and gap <= 4 * torch.finfo(dtype).eps * logits[row, part].abs().max()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_tokens_after_a_prompt_padded_on_the_right(name):
+    """Padding stays in the cache, between a row's tokens."""
+    arguments, results = inputs(name, "right"), []
+    mask, ids = arguments["attention_mask"], torch.randint(2, VOCABULARY, (3, 3))
+    with torch.no_grad():
+        for made in (unpatched(name, torch.float32), model(name)):
+            cache, logits = transformers.DynamicCache(config=made.config), []
+            made(**arguments, past_key_values=cache)
+            for t in range(3):
+                seen = torch.cat((mask, mask.new_ones(3, t + 1)), 1)
+                logits.append(
+                    made(
+                        ids[:, t : t + 1],
+                        attention_mask=seen,
+                        position_ids=seen.sum(1, keepdim=True) - 1,
+                        past_key_values=cache,
+                    ).logits
+                )
+            results.append(torch.cat(logits, 1))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_prompt_in_chunks(name):
+    """A cache that holds tokens, and several more at once."""
+    made, arguments = model(name), inputs(name, "left")
+    with torch.no_grad():
+        cache, parts = transformers.DynamicCache(config=made.config), []
+        for first, last in ((0, 5), (5, 8), (8, 9)):
+            positions = (arguments["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            parts.append(
+                made(
+                    arguments["input_ids"][:, first:last],
+                    attention_mask=arguments["attention_mask"][:, :last],
+                    position_ids=positions[:, first:last],
+                    past_key_values=cache,
+                ).logits
+            )
+        whole = unpatched(name, torch.float32)(**arguments, position_ids=positions).logits
+    kept = arguments["attention_mask"].bool()
+    torch.testing.assert_close(torch.cat(parts, 1)[kept], whole[kept], rtol=1e-4, atol=1e-4)
+
+
+def test_beams():
+    tokens = [
+        made.generate(**inputs("llama", "left"), max_new_tokens=5, num_beams=2, do_sample=False)
+        for made in (unpatched("llama", torch.float32), model("llama"))
+    ]
+    assert torch.equal(*tokens)
+
+
+def test_activation_checkpointing():
+    arguments = inputs("mistral", "left")
+    expected = result(model("mistral"), arguments, grad=True)
+    made = copy.deepcopy(model("mistral")).train()
+    made.activation_checkpointing_enable()
+    for key, x in result(made, arguments, grad=True, use_cache=False).items():
+        torch.testing.assert_close(x, expected[key], rtol=1e-5, atol=1e-6)
+
+
+WIDTHS = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+OTHERS = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        )
+    ),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**DECODER, sliding_window=4)),
+    # Keys and values of different sizes.
+    "deepseek_v3": lambda: transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            **{**DECODER, "num_key_value_heads": 4, "head_dim": 8},
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=12,
+            first_k_dense_replace=2,
+        )
+    ),
+    # Windows that are not causal.
+    "modernbert": lambda: transformers.ModernBertModel(
+        transformers.ModernBertConfig(
+            **SMALL,
+            vocab_size=VOCABULARY,
+            local_attention=4,
+            global_attn_every_n_layers=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+        )
+    ),
+    # Attention to other tokens.
+    "bart": lambda: transformers.BartModel(transformers.BartConfig(**WIDTHS)),
+    "whisper": lambda: transformers.WhisperModel(
+        transformers.WhisperConfig(**WIDTHS, num_mel_bins=8, max_source_positions=10)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(name):
+    torch.manual_seed(0)
+    made, arguments = OTHERS[name]().eval(), inputs("llama", None if name == "whisper" else "left")
+    if name == "whisper":
+        arguments = {"input_features": torch.randn(3, 8, 20), "decoder_input_ids": arguments["input_ids"]}
+    made.set_attn_implementation("eager")
+    expected = result(made, arguments, grad=True)
+    made.set_attn_implementation("pykernels")
+    actual = result(made, arguments, grad=True)
+    for key, x in expected.items():
+        torch.testing.assert_close(actual[key], x, rtol=1e-4, atol=1e-5 * max(1, float(x.abs().max())), msg=key)
+    assert expected["out"].abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    (
+        (
+            lambda: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(
+                    d_model=32,
+                    d_ff=48,
+                    d_kv=8,
+                    num_layers=1,
+                    num_heads=4,
+                    vocab_size=VOCABULARY,
+                    decoder_start_token_id=0,
+                )
+            ),
+            "position_bias is not served",
+        ),
+        (
+            lambda: transformers.GptOssForCausalLM(
+                transformers.GptOssConfig(**DECODER, sliding_window=4, num_local_experts=2, num_experts_per_tok=1)
+            ),
+            "sinks is not served",
+        ),
+    ),
+    ids=("t5", "gpt_oss"),
+)
+def test_families_that_cannot_be_served(make, words):
+    made, arguments = make().eval(), inputs("llama", "left")
+    if made.config.is_encoder_decoder:
+        arguments["decoder_input_ids"] = arguments["input_ids"]
+    made.set_attn_implementation("pykernels")
+    with pytest.raises(ValueError, match=words):
+        made(**arguments)
+    made.set_attn_implementation("eager")
+    assert made(**arguments).logits.isfinite().all()
+
+
+# ---- Who uses it -----------------------------------------------------------------------------------------------------
+
+
+def registered() -> tuple[dict, dict]:
+    return tuple(
+        dict(x._global_mapping) for x in (transformers.AttentionInterface, transformers.AttentionMaskInterface)
+    )
+
+
+def test_enable_and_disable(_enabled):
+    now = registered()
+    compat.disable()
+    before = registered()
+    assert "pykernels" not in before[0] and "pykernels" not in before[1]
+    with pytest.raises(KeyError, match="pykernels"):
+        model("llama")(**inputs("llama"))
+    with pytest.raises(ValueError, match="pykernels"):
+        MODELS["llama"]().set_attn_implementation("pykernels")
+    compat.disable()
+    assert registered() == before
+    compat.enable()
+    compat.enable()
+    assert registered() == now
+    compat.disable()
+    assert registered() == before
+    compat.enable()
+
+
+def test_in_place_of_another(monkeypatch):
+    """Models that exist and use sdpa use ours; sdpa itself is still there, and comes back."""
+    compat.disable()
+    before = registered()
+    made, arguments = MODELS["llama"]().eval(), inputs("llama", "left")
+    assert made.config._attn_implementation == "sdpa"
+    expected = result(made, arguments)["out"]
+    calls, original = [], compat.flash_attention
+    monkeypatch.setattr(
+        compat, "flash_attention", lambda *args, **options: calls.append(1) or original(*args, **options)
+    )
+    with compat.enable(replace=["sdpa"]):
+        torch.testing.assert_close(result(made, arguments)["out"], expected, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 2
+        made.set_attn_implementation("sdpa_original")
+        assert torch.equal(result(made, arguments)["out"], expected) and len(calls) == 2
+        made.set_attn_implementation("sdpa")
+    assert registered() == before
+    assert torch.equal(result(made, arguments)["out"], expected) and len(calls) == 2
+    compat.enable()
+
+
+@pytest.mark.parametrize(
+    ("replace", "error", "words"),
+    (
+        ("sdpa", TypeError, "replace must be a list of names, got 'sdpa'"),
+        (["eager "], ValueError, "replace must hold names out of .*sdpa.*, got 'eager '"),
+        (["pykernels"], ValueError, "got 'pykernels'"),
+    ),
+)
+def test_enable_raises(replace, error, words):
+    """And leaves all as it is."""
+    before = registered()
+    with pytest.raises(error, match=words):
+        compat.enable(replace)
+    assert registered() == before and "pykernels" in before[0]
+
+
+# ---- What is not served ----------------------------------------------------------------------------------------------
+
+
+def call(**options):
+    x = torch.randn(1, 2, 3, 8)
+    return compat._attention(torch.nn.Identity(), x, x, x, **{"attention_mask": None, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    (
+        (
+            {"attention_mask": torch.ones(1, 1, 3, 3, dtype=torch.bool)},
+            r"attention_mask must be None or made by pykernels",
+        ),
+        ({"dropout": 0.1}, "dropout_p is not served"),
+        ({"s_aux": torch.zeros(2)}, "sinks is not served"),
+        ({"position_bias": torch.zeros(1, 2, 3, 3)}, "position_bias is not served"),
+        ({"cache": object()}, "a paged cache is not served"),
+        ({"output_attentions": True}, "output_attentions must be False"),
+    ),
+)
+def test_calls_that_cannot_be_served(options, words):
+    with pytest.raises(ValueError, match=words):
+        call(**options)
+
+
+def test_causal_queries_of_other_keys_need_a_mask():
+    x = torch.randn(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="attention_mask must be given for 3 causal queries of 5 keys"):
+        compat._attention(torch.nn.Identity(), x, *[torch.randn(1, 2, 5, 8)] * 2, None)
+
+
+def test_keys_that_are_not_the_masks():
+    mask = compat._make_mask(2, 3, 5, 2)
+    q, k = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 4, 8)
+    with pytest.raises(ValueError, match="attention_mask must be for 2 rows, 3 queries and 4 keys, got 2, 3 and 5"):
+        compat._attention(torch.nn.Identity(), q, k, k, mask)
+
+
+def test_masks_that_cannot_be_served():
+    made = model("llama")
+    with pytest.raises(ValueError, match="made by pykernels"):
+        made(inputs("llama")["input_ids"], attention_mask=torch.ones(3, 1, 9, 9, dtype=torch.bool))
+    chunked = transformers.masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match="chunked_overlay.* is not served by pykernels"):
+        compat._make_mask(1, 8, 8, mask_function=chunked)
+    with pytest.raises(ValueError, match="<lambda> is not served"):
+        compat._make_mask(1, 8, 8, mask_function=lambda b, h, q, k: k <= q)
+    window = transformers.masking_utils.sliding_window_causal_mask_function(3)
+    with pytest.raises(ValueError, match="padding between its tokens"):
+        compat._make_mask(1, 5, 5, mask_function=window, attention_mask=torch.tensor([[1, 0, 1, 1, 1]]))
+
+
+def test_a_mask_is_no_tensor_of_booleans():
+    mask = compat._make_mask(2, 3, 5, 2, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]))
+    assert tuple(mask.shape) == (2, 1, 3, 5) and "Mask" in repr(mask)
+    assert mask.to("cpu", torch.float32) is mask and mask.to(torch.zeros(1)) is mask
+    moved = mask.to(device="meta")
+    assert {x.device.type for x in (moved.lengths, *moved.cu_seqlens, *moved.queries, *moved.visible)} == {"meta"}
+    assert (moved.keys, moved.left, moved.right, moved.shape) == (5, None, 0, mask.shape)
+    for use in (
+        lambda: mask & True,
+        lambda: mask[:, :, :1],
+        lambda: torch.where(mask, 1.0, 0.0),
+        lambda: mask.sum(),
+        lambda: mask.dtype,
+        lambda: mask + 1.0,
+        lambda: mask.to_dense(),
+    ):
+        with pytest.raises((TypeError, AttributeError)):
+            use()
+    with pytest.raises(
+        AttributeError, match="asks its attention mask for dtype, but masks of pykernels have no elements"
+    ):
+        mask.dtype  # noqa: B018
+
+
+def dense(batch: int, q_length: int, kv_length: int, q_offset: int, kv_offset: int, function, padding) -> Tensor:
+    """Transformers' own booleans."""
+    return transformers.masking_utils.sdpa_mask(
+        batch, q_length, kv_length, q_offset, kv_offset, function, padding, allow_is_causal_skip=False
+    )[:, 0]
+
+
+# Queries, keys, the first query's and the first key's position: a prompt, what follows, static caches, a cache of a
+# window.
+GEOMETRIES = (6, 6, 0, 0), (3, 6, 3, 0), (1, 6, 5, 0), (6, 10, 0, 0), (2, 10, 4, 0), (2, 5, 6, 3)
+
+
+@pytest.mark.parametrize("padding", (None, "left", "right"))
+@pytest.mark.parametrize(
+    ("pattern", "geometry"),
+    (
+        *((pattern, geometry) for pattern in ("causal", "window") for geometry in GEOMETRIES),
+        *((pattern, GEOMETRIES[0]) for pattern in ("bidirectional", "bidirectional-window")),
+    ),
+)
+def test_masks_say_what_transformers_masks_say(pattern, geometry, padding):
+    """Attention through a Mask is attention through the booleans, for real queries; every geometry that caches make."""
+    q_length, kv_length, q_offset, kv_offset = geometry
+    functions = transformers.masking_utils
+    function = {
+        "causal": functions.causal_mask_function,
+        "bidirectional": functions.bidirectional_mask_function,
+        "window": functions.sliding_window_causal_mask_function(3),
+        "bidirectional-window": functions.sliding_window_bidirectional_mask_function(2),
+    }[pattern]
+    seen, real = q_offset + q_length, None
+    if padding is not None:
+        real = torch.ones(3, seen, dtype=torch.bool)
+        real[1, :2] = padding == "right"
+        real[1, -2:] = padding == "left"
+        real[2] = False  # a row without tokens
+        real[2, -1 if padding == "left" else 0] = True
+    booleans = dense(3, q_length, kv_length, q_offset, kv_offset, function, real)
+    mask = compat._make_mask(3, q_length, kv_length, q_offset, kv_offset, function, real)
+    q, k, v = (torch.randn(3, 2, n, 8, dtype=torch.float64) for n in (q_length, kv_length, kv_length))
+    out, none = compat._attention(torch.nn.Identity(), q, k, v, mask)
+    assert none is None and out.shape == (3, q_length, 2, 8)
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~booleans[:, None], -torch.inf)
+    expected = (scores.softmax(-1).nan_to_num(0) @ v).transpose(1, 2)
+    if real is not None and pattern != "bidirectional":
+        kept = real[:, q_offset:]
+        assert not out[~kept].any()
+        out, expected = out[kept], expected[kept]
+    torch.testing.assert_close(out, expected)
