@@ -40,7 +40,7 @@ constexpr float kFastExp2Bound = 0x1p12f;
 constexpr float kFastExp2Least = 3;
 // Scores are rounded up to a multiple of this many columns by the caller, hidden ones at the end.
 template <class C>
-constexpr int kSoftmaxColumns = kHasFastExp2<C> ? 32 : C::kColumnAlign;
+constexpr int kSoftmaxColumns = kHasFastExp2<C> || kIsSplit<C> ? 32 : C::kColumnAlign;
 
 #if defined(PYKERNELS_HAS_BF16_DOT) && defined(__AVX512VBMI__)
 // What a linear mantissa of seven bits, f / 128, has too much of 2^(f / 128) - 1, in units of its last bit, for f = 2
@@ -107,6 +107,16 @@ struct WeightOrderOf<true> {
 template <class C>
 using WeightOrder = typename WeightOrderOf<kHasFastExp2<C>>::type;
 
+// Weight j of a row.
+template <class S>
+PYKERNELS_INLINE S weight_at(const S* row, int j) {
+  return row[j];
+}
+PYKERNELS_INLINE float weight_at(const BFloat16* row, int j) { return to_float(row[j]); }
+#if defined(PYKERNELS_HAS_AMX)
+PYKERNELS_INLINE float weight_at(const SplitF32::Elem* row, int j) { return split_element(row, j); }
+#endif
+
 template <class C>
 struct Softmax {
   using Elem = typename C::Elem;
@@ -158,6 +168,15 @@ struct Softmax {
         sum += a + b;
         const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
         _mm512_storeu_si512(w + j, _mm512_permutexvar_epi64(order, bits));
+      }
+#endif
+    } else if constexpr (kIsSplit<C>) {
+#if defined(PYKERNELS_HAS_AMX)
+      for (int j = 0; j < columns; j += 32) {
+        const Vec<float> a = exp2<float>(load(s + j) * factor + base);
+        const Vec<float> b = exp2<float>(load(s + j + 16) * factor + base);
+        sum += a + b;
+        store_row(w + j, split(a, b));
       }
 #endif
     } else {
