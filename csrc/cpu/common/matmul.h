@@ -311,54 +311,56 @@ PYKERNELS_INLINE void amx_tile(int depth, const BFloat16* a, int64_t lda, const 
   amx_store_c<RowTiles, Vectors>(c, ldc);
 }
 
-// The four products of tiles A of two rows of tiles, in 4 and 5, and B, in 6 and 7.
-template <int RowTiles, int Vectors>
-PYKERNELS_INLINE void amx_dots() {
-  amx::dot<0, 4, 6>();
-  if constexpr (Vectors > 1) amx::dot<1, 4, 7>();
-  if constexpr (RowTiles > 1) amx::dot<2, 5, 6>();
-  if constexpr (RowTiles > 1 && Vectors > 1) amx::dot<3, 5, 7>();
-}
-
 // Adds a block of 32 in depth to tiles 0-3: the products of parts from small to large, in an order that changes the parts
 // of one side at a time.
-template <int RowTiles, int Vectors>
-PYKERNELS_INLINE void split_block(const SplitF32::Elem* a, int64_t lda, const SplitF32::Elem* b) {
+// `beside()` is called after each of the six products, with work for the vector units meanwhile.
+template <int RowTiles, int Vectors, class Beside>
+PYKERNELS_INLINE void split_block(const SplitF32::Elem* a, int64_t lda, const SplitF32::Elem* b, Beside&& beside) {
   constexpr int b_bytes = 2 * 64;
   const int64_t a_bytes = lda * 6;
-  const auto load_a = [&](int part) {
-    const char* const from = reinterpret_cast<const char*>(a) + 64 * part;
-    amx::load<4>(from, a_bytes);
-    if constexpr (RowTiles > 1) amx::load<5>(from + 16 * a_bytes, a_bytes);
+  const char *const a0 = reinterpret_cast<const char*>(a), *const a1 = a0 + 16 * a_bytes;
+  const char* const b0 = reinterpret_cast<const char*>(b);
+  // The products with new parts of A, and with new parts of B; each tile is loaded right before its first product.
+  const auto next_a = [&](int part) {
+    amx::load<4>(a0 + 64 * part, a_bytes);
+    amx::dot<0, 4, 6>();
+    if constexpr (Vectors > 1) amx::dot<1, 4, 7>();
+    if constexpr (RowTiles > 1) {
+      amx::load<5>(a1 + 64 * part, a_bytes);
+      amx::dot<2, 5, 6>();
+      if constexpr (Vectors > 1) amx::dot<3, 5, 7>();
+    }
+    beside();
   };
-  const auto load_b = [&](int part) {
-    const char* const from = reinterpret_cast<const char*>(b) + 2048 * part;
-    amx::load<6>(from, b_bytes);
-    if constexpr (Vectors > 1) amx::load<7>(from + 64, b_bytes);
+  const auto next_b = [&](int part) {
+    amx::load<6>(b0 + 2048 * part, b_bytes);
+    amx::dot<0, 4, 6>();
+    if constexpr (RowTiles > 1) amx::dot<2, 5, 6>();
+    if constexpr (Vectors > 1) {
+      amx::load<7>(b0 + 2048 * part + 64, b_bytes);
+      amx::dot<1, 4, 7>();
+      if constexpr (RowTiles > 1) amx::dot<3, 5, 7>();
+    }
+    beside();
   };
-  load_b(0);
-  load_a(2);
-  amx_dots<RowTiles, Vectors>();
-  load_a(1);
-  amx_dots<RowTiles, Vectors>();
-  load_b(1);
-  amx_dots<RowTiles, Vectors>();
-  load_a(0);
-  amx_dots<RowTiles, Vectors>();
-  load_b(2);
-  amx_dots<RowTiles, Vectors>();
-  load_b(0);
-  amx_dots<RowTiles, Vectors>();
+  amx::load<6>(b0, b_bytes);
+  if constexpr (Vectors > 1) amx::load<7>(b0 + 64, b_bytes);
+  next_a(2);
+  next_a(1);
+  next_b(1);
+  next_a(0);
+  next_b(2);
+  next_b(0);
 }
 
-template <int RowTiles, int Vectors>
+template <int RowTiles, int Vectors, class Beside>
 PYKERNELS_INLINE void split_tile(int depth, const SplitF32::Elem* a, int64_t lda, const SplitF32::Elem* b, float* c,
-                                 int64_t ldc, bool accumulate) {
+                                 int64_t ldc, bool accumulate, Beside&& beside) {
   if (accumulate)
     amx_load_c<RowTiles, Vectors>(c, ldc);
   else
     amx_zero_c<RowTiles, Vectors>();
-  for (int k = 0; k < depth; k += 32) split_block<RowTiles, Vectors>(a + k, lda, b + k * SplitF32::kPanel);
+  for (int k = 0; k < depth; k += 32) split_block<RowTiles, Vectors>(a + k, lda, b + k * SplitF32::kPanel, beside);
   amx_store_c<RowTiles, Vectors>(c, ldc);
 }
 
@@ -367,10 +369,11 @@ struct Panel<SplitF32, Vectors> {
   using Elem = SplitF32::Elem;
   static __attribute__((noinline)) void multiply(int rows, int depth, const Elem* a, int64_t lda, const Elem* b, float* c,
                                                  int64_t ldc, bool accumulate) {
+    const auto nothing = [] {};
     int i = 0;
     for (; i + 16 < rows; i += 32)
-      split_tile<2, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
-    if (i < rows) split_tile<1, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
+      split_tile<2, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate, nothing);
+    if (i < rows) split_tile<1, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate, nothing);
   }
 };
 
@@ -419,18 +422,24 @@ template <class T>
 Magnitudes<Wide<T>> magnitudes(const T* x, int64_t stride, int64_t rows, int64_t columns, Wide<T> limit) {
   using S = Wide<T>;
   constexpr int lanes = kLanes<S>;
-  Mask<S> all = ~Mask<S>{};
-  Vec<S> largest{};
-  for (int64_t i = 0; i < rows; ++i, x += stride)
-    for (int64_t j = 0; j < columns; j += lanes) {
-      const Vec<S> magnitude = abs<S>(load_upto(x + j, columns - j));
-      const Mask<S> below = magnitude < splat(limit);
-      all &= below;
-      largest = max<S>((Vec<S>)((Mask<S>)magnitude & below), largest);
-    }
-  bool every = true;
-  for (int i = 0; i < lanes; ++i) every &= all[i] != 0;
-  return {every, reduce_max<S>(largest)};
+  // As integers magnitudes have the same order, NaN above infinity.
+  const auto largest = [&](auto&& keep) {
+    Mask<S> top{};
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; j += lanes) {
+        const Mask<S> bits = keep((Mask<S>)abs<S>(load_upto(x + i * stride + j, columns - j)));
+        top = bits > top ? bits : top;
+      }
+    using Bits = decltype(top[0] + 0);
+    S lane[lanes];
+    store(lane, (Vec<S>)top);
+    Bits result = 0;
+    for (const S x : lane) result = most(result, bit_cast<Bits>(x));
+    return bit_cast<S>(result);
+  };
+  const S all = largest([](Mask<S> bits) { return bits; });
+  if (all < limit) return {true, all};
+  return {false, largest([&](Mask<S> bits) { return bits & ((Vec<S>)bits < splat(limit)); })};
 }
 
 // ---- packing ------------------------------------------------------------------------------------------------------

@@ -121,8 +121,9 @@ class Worker {
     l_ = scratch.take<Acc>(problem.chunk_rows * kLane);
     k_ = scratch.take<Elem>(packed_size<C>(depth_, kKeys));
     v_ = scratch.take<Elem>(packed_size<C>(kKeys, width_));
-    s_ = scratch.take<Acc>(kRows * kStride);
-    weights_ = sizeof(Elem) == sizeof(Acc) ? reinterpret_cast<Elem*>(s_) : scratch.take<Elem>(kRows * kStride);
+    constexpr int buffers = kIsSplit<C> ? 2 : 1;
+    s_ = scratch.take<Acc>(buffers * kRows * kStride);
+    weights_ = sizeof(Elem) == sizeof(Acc) ? reinterpret_cast<Elem*>(s_) : scratch.take<Elem>(buffers * kRows * kStride);
   }
 
   void run(const Sequence& s, int64_t batch, int64_t head_k, int64_t chunk) {
@@ -141,6 +142,9 @@ class Worker {
         prefetch_keys(key + kKeys, end, t, tiles);
         tile(t * kRows, key);
       }
+#if defined(PYKERNELS_HAS_AMX)
+      if constexpr (kIsSplit<C>) finish();
+#endif
     }
     write();
   }
@@ -198,20 +202,16 @@ class Worker {
     for (int row = 0; row < rows_; ++row, at.advance(), ahead.advance()) {
       if (row + kAhead < rows_) prefetch_row(address(q, p_.q_stride, ahead), p_.head_dim);
       if (row % 16 == 0) prefetch_keys(first_key, end_key, row / 16, (rows_ + 15) / 16);
-      const T* from = address(q, p_.q_stride, at);
+      const T* const from = address(q, p_.q_stride, at);
       Elem* const to = q_ + row * depth_;
-      QueryTile& tile = tiles_[row / kRows];
-      if (row % kRows == 0) tile = {};
-      if constexpr (kIsSplit<C>)
-        if (!magnitudes(from, 0, 1, p_.head_dim, kLimit).all_below) {
-          tile.exceptional |= 1u << row % kRows;
-          from = without_exceptional(from, 0, 1, p_.head_dim);
-        }
       copy_rows<C>(to, depth_, from, 0, 1, static_cast<int>(p_.head_dim));
       // A negative scale goes into the queries, so that the largest product is the largest score.
       if (p_.scale < 0) negate(to, depth_);
     }
     __builtin_memset(q_ + rows_ * depth_, 0, (padded - rows_) * depth_ * sizeof(Elem));
+#if defined(PYKERNELS_HAS_AMX)
+    if constexpr (kIsSplit<C>) set_exceptional_queries();
+#endif
     if constexpr (kFastExp)
       for (int row = 0; row < padded; row += kRows)
         tiles_[row / kRows].largest = largest_magnitude(q_ + row * depth_, depth_, kRows, depth_);
@@ -296,6 +296,13 @@ class Worker {
     const int padded = round_up(columns, kSoftmaxColumns<C>);
     const int64_t first_key = key + begin;
     const bool edge = last.begin > first_key || first.end < first_key + padded;
+#if defined(PYKERNELS_HAS_AMX)
+    if constexpr (kIsSplit<C>) {
+      if (p_.softcap <= 0 && p_.scale != 0 && !tiny_values_ && !exceptional_keys_ && !tiles_[row / kRows].exceptional)
+        return overlap({row, rows, begin, padded, key, edge});
+      finish();
+    }
+#endif
     // Whether the scores may go to the table of exponentials; not if one is NaN.
     [[maybe_unused]] bool fast = false;
     if constexpr (kFastExp) fast = score_bound_ * tiles_[row / kRows].largest < kFastExp2Bound;
@@ -305,7 +312,7 @@ class Worker {
 #endif
     if (!done) {
       scores(row, rows, begin, columns, padded);
-      if (edge) hide(row, rows, first_key, padded);
+      if (edge) hide(s_, row, rows, first_key, padded);
       Softmax<C> softmax{rows,    padded,   s_, weights_, kStride, factor_, m_ + row, l_ + row * kLane, o_ + row * width_,
                          width_};
       if constexpr (kFastExp)
@@ -314,8 +321,57 @@ class Worker {
         softmax.exact();
       add_values(row, rows, begin, columns, padded);
     }
-    if (exceptional_values_) add_exceptional_values(row, rows, key, begin, padded);
+    if (exceptional_values_) add_exceptional_values(row, rows, key, begin, padded, weights_);
   }
+
+#if defined(PYKERNELS_HAS_AMX)
+  // The tiles of a block of keys for SplitF32, three at a time: while the tile unit multiplies the scores of one and the values
+  // of another, the vector unit turns the scores of the one between into weights.
+  struct Stage {
+    int row, rows, begin, columns;  // columns: 0 if there is none
+    int64_t key;
+    bool edge;
+  };
+  void overlap(const Stage& next) {
+    const Stage now = softmax_stage_, last = values_stage_;
+    float *const s_now = s_ + phase_ * kRows * kStride, *const s_next = s_ + (1 - phase_) * kRows * kStride;
+    Elem *const w_now = weights_ + phase_ * kRows * kStride, *const w_last = weights_ + (1 - phase_) * kRows * kStride;
+    const Acc factor = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
+    Softmax<C> softmax{now.columns ? kRows : 0, now.columns, s_now, w_now, kStride, factor, m_ + now.row, l_ + now.row * kLane,
+                       o_ + now.row * width_, width_};
+    // Spread evenly over the products.
+    const int pieces = softmax.pieces();
+    const int products = 6 * (next.columns / 32 * (depth_ / 32) + (width_ + 31) / 32 * (last.columns / 32));
+    int done = 0, due = 0;
+    const auto beside = [&] {
+      due += pieces;
+      while (done < pieces && done * products < due) softmax.piece(done++);
+    };
+    const int64_t k_panel = packed_panel<C>(depth_), v_panel = packed_panel<C>(kKeys);
+    for (int n = 0; n < next.columns; n += 32)
+      detail::split_tile<2, 2>(depth_, q_ + next.row * depth_, depth_, k_ + (next.begin + n) / 32 * k_panel, s_next + n, kStride,
+                               false, beside);
+    for (int d = 0; d < width_ && last.columns; d += 32) {
+      const Elem* const v = v_ + d / 32 * v_panel + last.begin * C::kPanel;
+      Acc* const o = o_ + last.row * width_ + d;
+      if (d + 16 < width_)
+        detail::split_tile<2, 2>(last.columns, w_last, kStride, v, o, width_, true, beside);
+      else
+        detail::split_tile<2, 1>(last.columns, w_last, kStride, v, o, width_, true, beside);
+    }
+    while (done < pieces) softmax.piece(done++);
+    if (last.columns && exceptional_values_) add_exceptional_values(last.row, last.rows, last.key, last.begin, last.columns, w_last);
+    if (next.edge) hide(s_next, next.row, next.rows, next.key + next.begin, next.columns);
+    values_stage_ = now;
+    softmax_stage_ = next;
+    phase_ = 1 - phase_;
+  }
+  void finish() {
+    const Stage none{};
+    if (softmax_stage_.columns) overlap(none);
+    if (values_stage_.columns) overlap(none);
+  }
+#endif
 
   // Scores of a tile for columns [begin, begin + columns) of the block, in s_; what takes them to units of log 2, in
   // factor_.
@@ -343,11 +399,11 @@ class Worker {
     }
   }
 
-  void hide(int row, int rows, int64_t first_key, int columns) {
+  void hide(Acc* s, int row, int rows, int64_t first_key, int columns) {
     Cursor at = cursor(row);
     for (int i = 0; i < rows; ++i, at.advance()) {
       const Range range = visible(problem_, *s_q_, at.token);
-      mask_row(s_ + i * kStride, columns, range.begin - first_key, range.end - first_key);
+      mask_row(s + i * kStride, columns, range.begin - first_key, range.end - first_key);
     }
   }
 
@@ -363,7 +419,7 @@ class Worker {
 
   // O += P V over the values left out of the packed V, for the rows that see them: zero weights would make NaN of the
   // infinities and NaN that are hidden from a row.
-  void add_exceptional_values(int row, int rows, int64_t key, int begin, int columns) {
+  void add_exceptional_values(int row, int rows, int64_t key, int begin, int columns, const Elem* weights) {
     alignas(64) Acc value[kLane];
     for (int j = 0; j < columns; ++j) {
       const int n = begin + WeightOrder<C>::source(j);  // of the block's keys
@@ -376,7 +432,7 @@ class Worker {
           const Range range = visible(problem_, *s_q_, token(row + i));
           if (key + n < range.begin || key + n >= range.end) continue;
           Acc* const o = o_ + (row + i) * width_ + d;
-          store(o, load(o) + load(value) * weight_at(weights_ + i * kStride, j));
+          store(o, load(o) + load(value) * weight_at(weights + i * kStride, j));
         }
       }
     }
@@ -387,6 +443,25 @@ class Worker {
   float* exact(float*& buffer, int64_t n) {
     if (!buffer) buffer = scratch_.take<float>(n);
     return buffer;
+  }
+  void set_exceptional_queries() {
+    for (int row = 0; row < rows_; ++row) {
+      // A part shows what is too large, or NaN.
+      if (row % kRows == 0) {
+        const auto* const parts = reinterpret_cast<const BFloat16*>(q_ + row * depth_);
+        tiles_[row / kRows].exceptional = 0;
+        if (largest_magnitude(parts, 0, 1, kRows * depth_ * 3) < kLimit) {
+          row += kRows - 1;
+          continue;
+        }
+      }
+      const T* const from = address(static_cast<const T*>(p_.q), p_.q_stride, cursor(row));
+      if (magnitudes(from, 0, 1, p_.head_dim, kLimit).all_below) continue;
+      tiles_[row / kRows].exceptional |= 1u << row % kRows;
+      Elem* const to = q_ + row * depth_;
+      copy_rows<C>(to, depth_, without_exceptional(from, 0, 1, p_.head_dim), 0, 1, static_cast<int>(p_.head_dim));
+      if (p_.scale < 0) negate(to, depth_);
+    }
   }
   // The scores of exceptional queries and keys.
   void set_exceptional_scores(int row, int rows, int begin, int columns) {
@@ -575,8 +650,12 @@ class Worker {
   Acc* l_;         // [chunk_rows, lanes] row sums, to be added up
   Elem* k_;        // packed K^T [depth, keys]
   Elem* v_;        // packed V [keys, width]
-  Acc* s_;         // [kRows, kStride] scores
+  Acc* s_;         // [kRows, kStride] scores; two for SplitF32, and of the weights
   Elem* weights_;  // [kRows, kStride] P, in the place of the scores where they have the same type
+#if defined(PYKERNELS_HAS_AMX)
+  Stage softmax_stage_{}, values_stage_{};  // what `overlap` has begun
+  int phase_ = 0;                           // which half of s_ the former has
+#endif
   // For what is rare, taken when first needed.
   T* cleaned_ = nullptr;
   bool exact_k_ready_ = false, exact_v_ready_ = false;
@@ -620,7 +699,7 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
     rows += here;
     longest = most(longest, here);
   }
-  int64_t limit = most<int64_t>(4 * tile_rows, (int64_t{640} << 10) / row_bytes);
+  int64_t limit = most<int64_t>(4 * tile_rows, (int64_t{1400} << 10) / row_bytes);
   if (parallel.threads > 1) limit = least(limit, most<int64_t>(128, rows * problem.key_heads / (4 * parallel.threads)));
   const int64_t pieces = most<int64_t>(1, (longest + limit - 1) / limit);
   problem.chunk_rows = most<int64_t>(tile_rows, round_up((longest + pieces - 1) / pieces, tile_rows));

@@ -152,11 +152,15 @@ struct Softmax {
     return reduce_max<Acc>(max<Acc>(a, b));
   }
 
+  PYKERNELS_INLINE void move_on(int i) {
+    const Acc here = row_max(scores + i * stride) * factor;
+    if (here > m[i]) rescale(i, here);
+  }
+
   PYKERNELS_INLINE void exact_row(int i) {
     const Acc* const s = scores + i * stride;
     Elem* const w = weights + i * stride;
-    const Acc here = row_max(s) * factor;
-    if (here > m[i]) rescale(i, here);
+    move_on(i);
     const Vec<Acc> base = splat(m[i] == -static_cast<Acc>(kInfinity) ? 0 : -m[i]);
     Vec<Acc> sum = load(l + i * kLane);
     if constexpr (kHasFastExp2<C>) {
@@ -170,15 +174,6 @@ struct Softmax {
         _mm512_storeu_si512(w + j, _mm512_permutexvar_epi64(order, bits));
       }
 #endif
-    } else if constexpr (kIsSplit<C>) {
-#if defined(PYKERNELS_HAS_AMX)
-      for (int j = 0; j < columns; j += 32) {
-        const Vec<float> a = exp2<float>(load(s + j) * factor + base);
-        const Vec<float> b = exp2<float>(load(s + j + 16) * factor + base);
-        sum += a + b;
-        store_row(w + j, split(a, b));
-      }
-#endif
     } else {
       for (int j = 0; j < columns; j += kLane) {
         const Vec<Acc> weight = exp2<Acc>(load(s + j) * factor + base);
@@ -189,9 +184,36 @@ struct Softmax {
     store(l + i * kLane, sum);
   }
 
+#if defined(PYKERNELS_HAS_AMX)
+  // The work on a row for SplitF32 comes in three pieces, to go beside products of other tiles: the maximum, then the weights
+  // of either half.
+  int pieces() const { return 3 * rows; }
+  __attribute__((noinline)) void piece(int n) {
+    const int i = n / 3, middle = columns / 64 * 32;
+    if (n % 3 == 0) return move_on(i);
+    const float* const s = scores + i * stride;
+    Elem* const w = weights + i * stride;
+    const Vec<float> base = splat(m[i] == -kInfinity ? 0 : -m[i]);
+    Vec<float> sum = load(l + i * kLane);
+    for (int j = n % 3 == 1 ? 0 : middle; j < (n % 3 == 1 ? middle : columns); j += 32) {
+      const Vec<float> a = exp2<float>(load(s + j) * factor + base);
+      const Vec<float> b = exp2<float>(load(s + j + 16) * factor + base);
+      sum += a + b;
+      store_row(w + j, split(a, b));
+    }
+    store(l + i * kLane, sum);
+  }
+#endif
+
   // For any scores: infinities and NaN have their effect on the weights.
   void exact() {
-    for (int i = 0; i < rows; ++i) exact_row(i);
+    if constexpr (kIsSplit<C>) {
+#if defined(PYKERNELS_HAS_AMX)
+      for (int n = 0; n < pieces(); ++n) piece(n);
+#endif
+    } else {
+      for (int i = 0; i < rows; ++i) exact_row(i);
+    }
   }
 
 #if defined(PYKERNELS_HAS_BF16_DOT) && defined(__AVX512VBMI__)
