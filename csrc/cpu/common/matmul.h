@@ -417,6 +417,8 @@ template <class S>
 struct Magnitudes {
   bool all_below;
   S largest;
+  // Not below the limit if one is not.
+  S seen() const { return all_below ? largest : static_cast<S>(kInfinity); }
 };
 template <class T>
 Magnitudes<Wide<T>> magnitudes(const T* x, int64_t stride, int64_t rows, int64_t columns, Wide<T> limit) {
@@ -495,6 +497,19 @@ PYKERNELS_INLINE SplitParts split(Vec<float> low, Vec<float> high) {
 // 32 elements of a row of A.
 PYKERNELS_INLINE void store_row(SplitF32::Elem* a, const SplitParts& x) {
   __builtin_memcpy(a, x.part, sizeof(x.part));
+}
+// The parts of two rows, (low, high) each, regrouped as those of (low, low) and (high, high).
+PYKERNELS_INLINE SplitParts lower_halves(const SplitParts& a, const SplitParts& b) {
+  SplitParts result;
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) result.part[i] = (a.part[i] & 0xffffu) | (b.part[i] << 16);
+  return result;
+}
+PYKERNELS_INLINE SplitParts upper_halves(const SplitParts& a, const SplitParts& b) {
+  SplitParts result;
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) result.part[i] = (a.part[i] >> 16) | (b.part[i] & 0xffff0000u);
+  return result;
 }
 // Element j of a row of A.
 PYKERNELS_INLINE float split_element(const SplitF32::Elem* a, int j) {
