@@ -164,6 +164,19 @@ def _scaled(q: float, k: float, v: float):
     return lambda *tensors: tuple(x * factor for x, factor in zip(tensors, (q, k, v)))
 
 
+def _far_apart(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every third column of the keys 2^64 as large as the others, of the queries 2^-64; one query the other way about.
+
+    Some values are 2^62 as large as the others too: magnitudes that a kernel on split numbers must take another way.
+    """
+    q, k, v = q.clone(), k.clone(), v.clone()
+    q[..., ::3] *= 2.0**-64
+    k[..., ::3] *= 2.0**64
+    q[:, 7, :, 1], k[..., 1] = q[:, 7, :, 1] * 2.0**64, k[..., 1] * 2.0**-64
+    v[:, 1::5, :, ::4] *= 2.0**62
+    return q, k, v
+
+
 def _denormal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Every other column of queries and keys, and every other value, denormal (in float32 and bfloat16)."""
     q, k, v = q.clone(), k.clone(), v.clone()
@@ -185,6 +198,20 @@ EXTREMES = (
     ),
     attention_case("softcap-saturated", tq=60, head_dim=32, values=_scaled(3, 3, 1), softcap=1.0),
     attention_case("denormal", tq=40, head_dim=32, values=_denormal, causal=True),
+    attention_case(
+        "far-apart",
+        tq=70,
+        tk=200,
+        heads_q=4,
+        heads_k=2,
+        head_dim=32,
+        values=_far_apart,
+        causal=True,
+        dtypes=(torch.float32, torch.bfloat16, torch.float64),
+    ),
+    attention_case(
+        "tiny-values", tq=70, tk=150, head_dim=32, values=_scaled(1, 1, 1e-31), dtypes=(torch.float32, torch.float64)
+    ),
     # The instructions that multiply bfloat16 take denormals as zero, so this leaves bfloat16 out.
     attention_case(
         "denormal-values",

@@ -561,14 +561,8 @@ def test_nan_and_infinity_reach_what_they_must_and_nothing_else(target, dtype, v
     assert not out[1, 60:, :2, 7].isfinite().any()
     elsewhere = torch.ones_like(out, dtype=torch.bool)
     elsewhere[1, :, :2, 7] = False
-    # On AMX the head itself takes another way to the same numbers, one that keeps hidden values from being multiplied.
-    fused = dtype == torch.bfloat16 and target.isa == "amx"
-    close = dict(rtol=4 * torch.finfo(dtype).eps if fused else 0, atol=0)
-    torch.testing.assert_close(out[elsewhere], clean_out[elsewhere], **close)
-    torch.testing.assert_close(lse, clean_lse, **close)
-    elsewhere[1, :, :2] = False
     assert torch.equal(out[elsewhere], clean_out[elsewhere])
-    assert torch.equal(lse[:, 2:], clean_lse[:, 2:]) and torch.equal(lse[0], clean_lse[0])
+    assert torch.equal(lse, clean_lse)
 
 
 @on_compiled

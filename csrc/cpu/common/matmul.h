@@ -1,8 +1,8 @@
 // Block matrix products C (+)= A B on operands packed in scratch memory, and the functions that pack them.
 //
 // A compute type says how: F32 and F64 (fused multiply-add) everywhere; BF16 (products of bf16 pairs, summed in fp32)
-// where the ISA has bf16 dot products or AMX tiles (PYKERNELS_HAS_BF16_DOT). ComputeFor<T> is the one for tensors of
-// type T.
+// where the ISA has bf16 dot products or AMX tiles (PYKERNELS_HAS_BF16_DOT); SplitF32 (fp32 as sums of bf16) with AMX.
+// ComputeFor<T> is the one for tensors of type T whatever their values; see SplitF32 for those that it serves.
 //
 // Layouts, for C [rows, columns], A [rows, depth], B [depth, columns]:
 //   A  row-major, any leading dimension. Depth is padded with zeros to a multiple of kDepthAlign.
@@ -14,6 +14,8 @@
 // Ranges of a block are products of their own. A range of k starts at a multiple of kDepthAlign (A moved on by as
 // many elements, PackedB::first), a range of n at a multiple of kPanel (B moved on by whole panels).
 #pragma once
+
+#include <type_traits>
 
 #include "simd.h"
 
@@ -55,6 +57,31 @@ struct BF16 {
   static constexpr int kDepthAlign = 2, kRowAlign = 1, kTileRows = 12;
 #endif
 };
+#endif
+
+#if defined(PYKERNELS_HAS_AMX)
+// fp32 on the bf16 tiles, at twice the rate of fused multiply-adds or more. A number of 24 bits is the sum of three bf16
+// numbers, x = x0 + x1 + x2, each the rest rounded; of the nine products of parts, x0 y0, x0 y1, x1 y0, x1 y1, x0 y2 and
+// x2 y0 are summed in fp32, and those left out are within 2^-24 |x y| (2^-27 on average, of either sign): less than the
+// rounding of a product. The tiles take denormals as zero, and an infinity has no parts, so operands must be below
+// kSplitLargest in magnitude, and what is below kSplitLeast may lose digits: by 2^-126 per product, times the other
+// factor.
+//
+// Depth comes in blocks of 32; k and k + 16 of a block are neighbours in A and B alike. Each block has its three parts one after
+// the other, so that strides and offsets in elements of six bytes hold: in A 32 numbers each, in B 32 x kPanel.
+struct SplitF32 {
+  struct Elem {
+    uint16_t bits[3];
+  };
+  using Acc = float;
+  static constexpr int kPair = 2, kDepthAlign = 32, kRowAlign = 16, kTileRows = 32, kColumnAlign = 16, kPanel = 32;
+};
+constexpr float kSplitLargest = 0x1p58f, kSplitLeast = 0x1p-90f;
+template <class C>
+constexpr bool kIsSplit = std::is_same_v<C, SplitF32>;
+#else
+template <class C>
+constexpr bool kIsSplit = false;
 #endif
 
 namespace detail {
@@ -233,23 +260,39 @@ struct Panel {
 #if defined(PYKERNELS_HAS_AMX)
 // C block of RowTiles x Vectors tiles of 16 x 16, in tiles 0-3; A in 4-5, B in 6-7.
 template <int RowTiles, int Vectors>
+PYKERNELS_INLINE void amx_zero_c() {
+  amx::zero<0>();
+  if constexpr (Vectors > 1) amx::zero<1>();
+  if constexpr (RowTiles > 1) amx::zero<2>();
+  if constexpr (RowTiles > 1 && Vectors > 1) amx::zero<3>();
+}
+template <int RowTiles, int Vectors>
+PYKERNELS_INLINE void amx_load_c(const float* c, int64_t ldc) {
+  const float* const c1 = c + 16 * ldc;
+  amx::load<0>(c, ldc * 4);
+  if constexpr (Vectors > 1) amx::load<1>(c + 16, ldc * 4);
+  if constexpr (RowTiles > 1) amx::load<2>(c1, ldc * 4);
+  if constexpr (RowTiles > 1 && Vectors > 1) amx::load<3>(c1 + 16, ldc * 4);
+}
+template <int RowTiles, int Vectors>
+PYKERNELS_INLINE void amx_store_c(float* c, int64_t ldc) {
+  float* const c1 = c + 16 * ldc;
+  amx::store<0>(c, ldc * 4);
+  if constexpr (Vectors > 1) amx::store<1>(c + 16, ldc * 4);
+  if constexpr (RowTiles > 1) amx::store<2>(c1, ldc * 4);
+  if constexpr (RowTiles > 1 && Vectors > 1) amx::store<3>(c1 + 16, ldc * 4);
+}
+
+template <int RowTiles, int Vectors>
 PYKERNELS_INLINE void amx_tile(int depth, const BFloat16* a, int64_t lda, const BFloat16* b, float* c, int64_t ldc,
                                bool accumulate) {
   constexpr int b_bytes = 2 * 64;
-  const int64_t a_bytes = lda * 2, c_bytes = ldc * 4;
-  float* const c1 = c + 16 * ldc;
+  const int64_t a_bytes = lda * 2;
   const BFloat16* const a1 = a + 16 * lda;
-  if (accumulate) {
-    amx::load<0>(c, c_bytes);
-    if constexpr (Vectors > 1) amx::load<1>(c + 16, c_bytes);
-    if constexpr (RowTiles > 1) amx::load<2>(c1, c_bytes);
-    if constexpr (RowTiles > 1 && Vectors > 1) amx::load<3>(c1 + 16, c_bytes);
-  } else {
-    amx::zero<0>();
-    if constexpr (Vectors > 1) amx::zero<1>();
-    if constexpr (RowTiles > 1) amx::zero<2>();
-    if constexpr (RowTiles > 1 && Vectors > 1) amx::zero<3>();
-  }
+  if (accumulate)
+    amx_load_c<RowTiles, Vectors>(c, ldc);
+  else
+    amx_zero_c<RowTiles, Vectors>();
   for (int k = 0; k < depth; k += 32) {
     amx::load<6>(b, b_bytes);
     amx::load<4>(a + k, a_bytes);
@@ -265,11 +308,74 @@ PYKERNELS_INLINE void amx_tile(int depth, const BFloat16* a, int64_t lda, const 
     }
     b += 2 * 512;
   }
-  amx::store<0>(c, c_bytes);
-  if constexpr (Vectors > 1) amx::store<1>(c + 16, c_bytes);
-  if constexpr (RowTiles > 1) amx::store<2>(c1, c_bytes);
-  if constexpr (RowTiles > 1 && Vectors > 1) amx::store<3>(c1 + 16, c_bytes);
+  amx_store_c<RowTiles, Vectors>(c, ldc);
 }
+
+// Adds a block of 32 in depth to tiles 0-3: the products of parts from small to large, in an order that changes the parts
+// of one side at a time.
+// `beside()` is called after each of the six products, with work for the vector units meanwhile.
+template <int RowTiles, int Vectors, class Beside>
+PYKERNELS_INLINE void split_block(const SplitF32::Elem* a, int64_t lda, const SplitF32::Elem* b, Beside&& beside) {
+  constexpr int b_bytes = 2 * 64;
+  const int64_t a_bytes = lda * 6;
+  const char *const a0 = reinterpret_cast<const char*>(a), *const a1 = a0 + 16 * a_bytes;
+  const char* const b0 = reinterpret_cast<const char*>(b);
+  // The products with new parts of A, and with new parts of B; each tile is loaded right before its first product.
+  const auto next_a = [&](int part) {
+    amx::load<4>(a0 + 64 * part, a_bytes);
+    amx::dot<0, 4, 6>();
+    if constexpr (Vectors > 1) amx::dot<1, 4, 7>();
+    if constexpr (RowTiles > 1) {
+      amx::load<5>(a1 + 64 * part, a_bytes);
+      amx::dot<2, 5, 6>();
+      if constexpr (Vectors > 1) amx::dot<3, 5, 7>();
+    }
+    beside();
+  };
+  const auto next_b = [&](int part) {
+    amx::load<6>(b0 + 2048 * part, b_bytes);
+    amx::dot<0, 4, 6>();
+    if constexpr (RowTiles > 1) amx::dot<2, 5, 6>();
+    if constexpr (Vectors > 1) {
+      amx::load<7>(b0 + 2048 * part + 64, b_bytes);
+      amx::dot<1, 4, 7>();
+      if constexpr (RowTiles > 1) amx::dot<3, 5, 7>();
+    }
+    beside();
+  };
+  amx::load<6>(b0, b_bytes);
+  if constexpr (Vectors > 1) amx::load<7>(b0 + 64, b_bytes);
+  next_a(2);
+  next_a(1);
+  next_b(1);
+  next_a(0);
+  next_b(2);
+  next_b(0);
+}
+
+template <int RowTiles, int Vectors, class Beside>
+PYKERNELS_INLINE void split_tile(int depth, const SplitF32::Elem* a, int64_t lda, const SplitF32::Elem* b, float* c,
+                                 int64_t ldc, bool accumulate, Beside&& beside) {
+  if (accumulate)
+    amx_load_c<RowTiles, Vectors>(c, ldc);
+  else
+    amx_zero_c<RowTiles, Vectors>();
+  for (int k = 0; k < depth; k += 32) split_block<RowTiles, Vectors>(a + k, lda, b + k * SplitF32::kPanel, beside);
+  amx_store_c<RowTiles, Vectors>(c, ldc);
+}
+
+template <int Vectors>
+struct Panel<SplitF32, Vectors> {
+  using Elem = SplitF32::Elem;
+  static __attribute__((noinline)) void multiply(int rows, int depth, const Elem* a, int64_t lda, const Elem* b, float* c,
+                                                 int64_t ldc, bool accumulate) {
+    const auto nothing = [] {};
+    int i = 0;
+    for (; i + 16 < rows; i += 32)
+      split_tile<2, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate, nothing);
+    if (i < rows) split_tile<1, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate, nothing);
+  }
+};
 
 template <int Vectors>
 struct Panel<BF16, Vectors> {
@@ -304,6 +410,40 @@ void matmul(int rows, int columns, int depth, MatrixA<C> a, PackedB<C> b, Matrix
   }
 }
 
+// ---- magnitudes ---------------------------------------------------------------------------------------------------
+
+// Of rows x columns numbers: whether all are below a limit (NaN is not), and the largest of those that are.
+template <class S>
+struct Magnitudes {
+  bool all_below;
+  S largest;
+  // Not below the limit if one is not.
+  S seen() const { return all_below ? largest : static_cast<S>(kInfinity); }
+};
+template <class T>
+Magnitudes<Wide<T>> magnitudes(const T* x, int64_t stride, int64_t rows, int64_t columns, Wide<T> limit) {
+  using S = Wide<T>;
+  constexpr int lanes = kLanes<S>;
+  // As integers magnitudes have the same order, NaN above infinity.
+  const auto largest = [&](auto&& keep) {
+    Mask<S> top{};
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; j += lanes) {
+        const Mask<S> bits = keep((Mask<S>)abs<S>(load_upto(x + i * stride + j, columns - j)));
+        top = bits > top ? bits : top;
+      }
+    using Bits = decltype(top[0] + 0);
+    S lane[lanes];
+    store(lane, (Vec<S>)top);
+    Bits result = 0;
+    for (const S x : lane) result = most(result, bit_cast<Bits>(x));
+    return bit_cast<S>(result);
+  };
+  const S all = largest([](Mask<S> bits) { return bits; });
+  if (all < limit) return {true, all};
+  return {false, largest([&](Mask<S> bits) { return bits & ((Vec<S>)bits < splat(limit)); })};
+}
+
 // ---- packing ------------------------------------------------------------------------------------------------------
 
 namespace detail {
@@ -336,6 +476,54 @@ PYKERNELS_INLINE VecU32 interleave(HalfU16 low, HalfU16 high) {
 
 }  // namespace detail
 
+#if defined(PYKERNELS_HAS_AMX)
+// The three parts of 32 numbers, those of `low` in the lower halves of lanes.
+struct SplitParts {
+  VecU32 part[3];
+};
+PYKERNELS_INLINE SplitParts split(Vec<float> low, Vec<float> high) {
+  SplitParts result;
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    VecU32 a = (VecU32)low, b = (VecU32)high;
+    // Rounded to nearest; what is left for the last has no more bits than it holds.
+    if (i < 2) a += 0x8000u, b += 0x8000u;
+    // (a >> 16) | (b & 0xffff0000)
+    result.part[i] = (VecU32)_mm512_ternarylogic_epi32((__m512i)(a >> 16), (__m512i)b, _mm512_set1_epi32(~0xffff), 0xf8);
+    if (i < 2) low -= (Vec<float>)(a & 0xffff0000u), high -= (Vec<float>)(b & 0xffff0000u);
+  }
+  return result;
+}
+// 32 elements of a row of A.
+PYKERNELS_INLINE void store_row(SplitF32::Elem* a, const SplitParts& x) {
+  __builtin_memcpy(a, x.part, sizeof(x.part));
+}
+// The parts of two rows, (low, high) each, regrouped as those of (low, low) and (high, high).
+PYKERNELS_INLINE SplitParts lower_halves(const SplitParts& a, const SplitParts& b) {
+  SplitParts result;
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) result.part[i] = (a.part[i] & 0xffffu) | (b.part[i] << 16);
+  return result;
+}
+PYKERNELS_INLINE SplitParts upper_halves(const SplitParts& a, const SplitParts& b) {
+  SplitParts result;
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) result.part[i] = (a.part[i] >> 16) | (b.part[i] & 0xffff0000u);
+  return result;
+}
+// Element j of a row of A.
+PYKERNELS_INLINE float split_element(const SplitF32::Elem* a, int j) {
+  const auto* const parts = reinterpret_cast<const BFloat16*>(a + j / 32 * 32) + 2 * (j % 16) + j % 32 / 16;
+  return to_float(parts[0]) + to_float(parts[32]) + to_float(parts[64]);
+}
+// 16 columns of row `row` and `row` + 16 of B.
+PYKERNELS_INLINE void store_pair(SplitF32::Elem* block, int row, int column, const SplitParts& x) {
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i)
+    __builtin_memcpy(reinterpret_cast<char*>(block) + i * 2048 + row * 128 + column * 4, &x.part[i], 64);
+}
+#endif
+
 // An Order of pack_rows: the row of the source that row k of B takes, a permutation of each kBlock rows (to a
 // multiple of which the depth is then padded).
 struct NaturalOrder {
@@ -352,6 +540,20 @@ void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64
   const int columns_padded = round_up(columns, C::kColumnAlign);
   for (int first = 0; first < columns_padded; first += C::kPanel, b += panel_stride) {
     const int width = least(C::kPanel, columns_padded - first);
+#if defined(PYKERNELS_HAS_AMX)
+    if constexpr (kIsSplit<C>) {
+      static_assert(Order::kBlock == 1);
+      for (int k = 0; k < depth_padded; k += 32)
+        for (int i = 0; i < 16; ++i)
+          for (int n = 0; n < width; n += lanes) {
+            const auto row = [&](int r) {
+              return load_upto(source + (r < depth ? r : 0) * stride + first + n, r < depth ? columns - first - n : 0);
+            };
+            store_pair(b + k * C::kPanel, i, n, split(row(k + i), row(k + i + 16)));
+          }
+      continue;
+    }
+#endif
     for (int k = 0; k < depth_padded; k += C::kPair) {
       typename C::Elem* const row = b + k * C::kPanel;
       const int row0 = Order::source(k), row1 = C::kPair == 1 ? row0 : Order::source(k + 1);
@@ -385,7 +587,18 @@ void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, in
       const int64_t rows = columns - first - n;  // of the source, from the next
       const T* const from = source + (first + n) * stride;
       for (int k = 0; k < depth_padded; k += lanes * C::kPair) {
-        if constexpr (C::kPair == 1) {
+        if constexpr (kIsSplit<C>) {
+#if defined(PYKERNELS_HAS_AMX)
+          Vec<Acc> square[2][lanes];
+          for (int h = 0; h < 2; ++h) {
+            const int first_k = k + h * lanes;
+            for (int i = 0; i < lanes; ++i)
+              square[h][i] = i < rows ? load_upto(from + i * stride + first_k, depth - first_k) : Vec<Acc>{};
+            transpose(square[h]);
+          }
+          for (int i = 0; i < lanes; ++i) store_pair(b + k * C::kPanel, i, n, split(square[0][i], square[1][i]));
+#endif
+        } else if constexpr (C::kPair == 1) {
           Vec<Acc> square[lanes];
           for (int i = 0; i < lanes; ++i)
             square[i] = i < rows ? load_upto(from + i * stride + k, depth - k) : Vec<Acc>{};
@@ -407,13 +620,18 @@ void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, in
 }
 
 // A[m][k] = source[m * stride + k], zeros from depth to lda (at least depth rounded up to kDepthAlign).
+// For SplitF32 lda is a multiple of kDepthAlign.
 template <class C, class T>
 void copy_rows(typename C::Elem* a, int64_t lda, const T* source, int64_t stride, int rows, int depth) {
   using Acc = typename C::Acc;
   constexpr int lanes = kLanes<Acc>;
   for (int m = 0; m < rows; ++m, a += lda, source += stride)
-    for (int k = 0; k < lda; k += lanes) {
-      if constexpr (C::kPair == 1) {
+    for (int k = 0; k < lda; k += kIsSplit<C> ? 2 * lanes : lanes) {
+      if constexpr (kIsSplit<C>) {
+#if defined(PYKERNELS_HAS_AMX)
+        store_row(a + k, split(load_upto(source + k, depth - k), load_upto(source + k + lanes, depth - k - lanes)));
+#endif
+      } else if constexpr (C::kPair == 1) {
         store_upto(a + k, load_upto(source + k, depth - k), lda - k);
       } else {
 #if defined(PYKERNELS_HAS_BF16_DOT)
@@ -431,7 +649,17 @@ void copy_columns(typename C::Elem* a, int64_t lda, const T* source, int64_t str
   constexpr int lanes = kLanes<Acc>;
   for (int m = 0; m < rows; m += lanes)
     for (int k = 0; k < lda; k += lanes * C::kPair) {
-      if constexpr (C::kPair == 1) {
+      if constexpr (kIsSplit<C>) {
+#if defined(PYKERNELS_HAS_AMX)
+        Vec<Acc> square[2][lanes];
+        for (int h = 0; h < 2; ++h) {
+          for (int i = 0, row = k + h * lanes; i < lanes; ++i, ++row)
+            square[h][i] = row < depth ? load_upto(source + row * stride + m, rows - m) : Vec<Acc>{};
+          transpose(square[h]);
+        }
+        for (int i = 0; i < least(lanes, rows - m); ++i) store_row(a + (m + i) * lda + k, split(square[0][i], square[1][i]));
+#endif
+      } else if constexpr (C::kPair == 1) {
         Vec<Acc> square[lanes];
         for (int i = 0; i < lanes; ++i)
           square[i] = k + i < depth ? load_upto(source + (k + i) * stride + m, rows - m) : Vec<Acc>{};

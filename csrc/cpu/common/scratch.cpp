@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -12,19 +13,11 @@ namespace {
 
 // Blocks are at least this long; only the pages that a kernel touches become real.
 constexpr size_t kLeastBytes = size_t{4} << 20;
+// Tiles of matrices take rows from many small pages at a time: huge ones spare the translations.
+constexpr size_t kPage = size_t{2} << 20;
 // Longer blocks are given back at once, and so is what would bring the idle ones above the sum.
 constexpr size_t kMostBytesKept = size_t{64} << 20, kMostBytesKeptInAll = size_t{512} << 20;
 constexpr int kMostBlocksKept = 256;
-
-// From this size on a block asks for huge pages: a transform that strides through it would miss the translation buffer everywhere.
-constexpr size_t kHugePageBytes = size_t{2} << 20;
-
-void* want_huge_pages(void* block, size_t bytes) {
-#if defined(__linux__)
-  if (bytes >= kHugePageBytes) madvise(block, bytes / kHugePageBytes * kHugePageBytes, MADV_HUGEPAGE);  // a hint: may fail
-#endif
-  return block;
-}
 
 struct Pool {
   std::mutex mutex;
@@ -55,16 +48,19 @@ void* scratch_acquire(size_t bytes, size_t* granted) {
       p.bytes_in_all -= *granted;
       for (int j = i + 1; j < p.count; ++j) p.idle[j - 1] = p.idle[j];
       --p.count;
-      return want_huge_pages(block, bytes);
+      return block;
     }
   }
-  *granted = bytes <= kLeastBytes ? kLeastBytes : (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
-  void* const block = std::aligned_alloc(kHugePageBytes, *granted);
+  *granted = bytes <= kLeastBytes ? kLeastBytes : (bytes + kPage - 1) / kPage * kPage;
+  void* const block = std::aligned_alloc(kPage, *granted);
   if (!block) {
     std::fprintf(stderr, "pykernels: out of memory: no %zu bytes of scratch\n", *granted);
     std::abort();
   }
-  return want_huge_pages(block, bytes);
+#if defined(__linux__)
+  madvise(block, *granted, MADV_HUGEPAGE);  // a hint: where it fails, small pages serve
+#endif
+  return block;
 }
 
 void scratch_release(void* block, size_t granted) {

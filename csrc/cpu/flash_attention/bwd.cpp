@@ -30,18 +30,14 @@ constexpr int64_t kCacheBytes = int64_t{768} << 10;  // of L2 for a block of key
 
 template <class C>
 constexpr int kQueries = 128;
-#if defined(PYKERNELS_HAS_AMX)
 template <class C>
-constexpr int kStrip = sizeof(typename C::Elem) == 2 ? 64 : 48;
-#else
-template <class C>
-constexpr int kStrip = 48;
-#endif
+constexpr int kStrip = C::kRowAlign > 1 ? 64 : 48;
 
 // The stride of rows of n elements: rows a multiple of 512 bytes apart would share few cache sets.
 template <class E>
 PYKERNELS_INLINE constexpr int64_t row_stride(int64_t n) {
-  return n * sizeof(E) % 512 ? n : n + 64 / static_cast<int64_t>(sizeof(E));
+  constexpr int64_t more = sizeof(E) % 4 == 2 ? 32 : 64 / static_cast<int64_t>(sizeof(E));
+  return n * sizeof(E) % 512 ? n : n + more;
 }
 
 // ---- geometry ----------------------------------------------------------------------------------------------------------
@@ -180,6 +176,9 @@ struct Panel {
   // factor: of S, to units of log 2; under a softcap to units of the softcap, which is `cap` in units of log 2.
   template <bool Softcap, bool Cut>
   void run() const {
+#if defined(PYKERNELS_HAS_AMX)
+    if constexpr (kIsSplit<C>) return run_split<Softcap, Cut>();
+#endif
     for (int j = 0; j < rows; j += C::kPair) {
       Vec<Acc> p[C::kPair][kVectors], d[C::kPair][kVectors];
 #pragma GCC unroll 2
@@ -212,6 +211,29 @@ struct Panel {
       }
     }
   }
+
+#if defined(PYKERNELS_HAS_AMX)
+  // Rows that are neighbours in a right operand together.
+  template <bool Softcap, bool Cut>
+  void run_split() const {
+    for (int block = 0; block < rows; block += 32)
+      for (int i = 0; i < 16; ++i) {
+        SplitParts row[2];
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; ++r) {
+          const int j = block + i + 16 * r;
+          Vec<Acc> p[2], d[2];
+#pragma GCC unroll 2
+          for (int c = 0; c < 2; ++c) element<Softcap, Cut>(j, c, p[c], d[c]);
+          store_row(weights + j * stride, split(p[0], p[1]));
+          row[r] = split(d[0], d[1]);
+          store_row(ds + j * stride, row[r]);
+        }
+        store_pair(ds_packed + block * C::kPanel, i, 0, lower_halves(row[0], row[1]));
+        store_pair(ds_packed + block * C::kPanel, i, 16, upper_halves(row[0], row[1]));
+      }
+  }
+#endif
 };
 
 // ---- a block of keys ---------------------------------------------------------------------------------------------------
@@ -334,11 +356,40 @@ class KeyBlock {
   PanelRange* panels_;      // the panels of queries that see a strip
 };
 
+// ---- what values a unit has --------------------------------------------------------------------------------------------
+
+// The largest magnitudes of a unit's tensors, gathered while they are packed. They decide afterwards whether SplitF32 served:
+// for all of the unit or for none of it, so that nothing depends on the threads or on other units.
+struct UnitRange {
+  enum Tensor { kQ, kK, kV, kOutGradient, kDelta, kTensors };
+  uint32_t bits[kTensors];  // of floats, in the order of which infinity comes after all numbers, and NaN after infinity
+
+  void add(Tensor tensor, float largest) {
+    const uint32_t value = bit_cast<uint32_t>(largest);
+    uint32_t seen = __atomic_load_n(&bits[tensor], __ATOMIC_RELAXED);
+    while (seen < value && !__atomic_compare_exchange_n(&bits[tensor], &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
+#if defined(PYKERNELS_HAS_AMX)
+  // No product of the magnitudes allowed, nor a sum of many, overflows, and what falls below the normal numbers is small beside
+  // the largest of each gradient (zeros give zeros, exactly).
+  bool split_serves() const {
+    float x[kTensors];
+    for (int i = 0; i < kTensors; ++i) {
+      x[i] = bit_cast<float>(bits[i]);
+      if (!(x[i] < (i == kDelta ? 0x1p70f : 0x1p30f))) return false;
+    }
+    const float dp = most(x[kOutGradient] * x[kV], x[kDelta]);
+    const auto fits = [](float y) { return y == 0 || y > 0x1p-75f; };
+    return fits(x[kOutGradient]) && fits(dp) && fits(dp * x[kQ]) && fits(dp * x[kK]);
+  }
+#endif
+};
+
 // ---- loading and storing -----------------------------------------------------------------------------------------------
 
-template <class T>
-class Worker : KeyBlock<ComputeFor<T>> {
-  using C = ComputeFor<T>;
+template <class T, class C>
+class Worker : KeyBlock<C> {
   using Base = KeyBlock<C>;
   using typename Base::Acc;
   using typename Base::Elem;
@@ -350,8 +401,8 @@ class Worker : KeyBlock<ComputeFor<T>> {
 
   // Task (unit, block of keys); `blocks` are the unit's packed queries, `turns` whose turn it is to add to each.
   template <class Blocks>
-  void run(const Sequence& s, int64_t head_k, int64_t key_block, Blocks&& blocks, int64_t* turns) {
-    load_keys(s, head_k, key_block * size_);
+  void run(const Sequence& s, int64_t head_k, int64_t key_block, Blocks&& blocks, int64_t* turns, UnitRange* range_of_unit) {
+    load_keys(s, head_k, key_block * size_, range_of_unit);
     const int64_t query_blocks = (s.tq + kQ - 1) / kQ;
     for (int64_t g = 0; g < problem_.group; ++g)
       for (int64_t i = 0; i < query_blocks; ++i) {
@@ -375,7 +426,7 @@ class Worker : KeyBlock<ComputeFor<T>> {
   }
 
  private:
-  void load_keys(const Sequence& s, int64_t head_k, int64_t key) {
+  void load_keys(const Sequence& s, int64_t head_k, int64_t key, [[maybe_unused]] UnitRange* range) {
     const FlashAttentionParams& f = problem_.f;
     this->first_key_ = key;
     keys_ = static_cast<int>(least(size_, s.tk - key));
@@ -383,6 +434,10 @@ class Worker : KeyBlock<ComputeFor<T>> {
                        (s.k0 + key) * f.k_stride.token;
     const T* const v = static_cast<const T*>(f.v) + s.batch * f.v_stride.batch + head_k * f.v_stride.head +
                        (s.k0 + key) * f.v_stride.token;
+    if constexpr (kIsSplit<C>) {
+      range->add(UnitRange::kK, magnitudes(k, f.k_stride.token, keys_, head_dim_, kInfinity).seen());
+      range->add(UnitRange::kV, magnitudes(v, f.v_stride.token, keys_, value_dim_, kInfinity).seen());
+    }
     copy_rows<C>(this->k_, this->k_stride_, k, f.k_stride.token, keys_, head_dim_);
     copy_rows<C>(this->v_, this->v_stride_, v, f.v_stride.token, keys_, value_dim_);
     copy_columns<C>(this->kt_, this->kt_stride_, k, f.k_stride.token, head_dim_, keys_);
@@ -421,19 +476,20 @@ class Worker : KeyBlock<ComputeFor<T>> {
 };
 
 // Packs a block of queries of one head; its dQ is zeroed, and written where no key is seen.
-template <class T>
+template <class T, class C>
 class Packer {
-  using C = ComputeFor<T>;
   using Acc = typename C::Acc;
   static constexpr int kQ = kQueries<C>, kLane = kLanes<Acc>;
 
  public:
   Packer(const Problem& problem, Scratch& scratch) : problem_(problem), f_(problem.f) {
     staged_ = scratch.take<T>(kQ * most(f_.head_dim, f_.value_dim));
-    out_columns_ = scratch.take<typename C::Elem>(packed_size<C>(f_.value_dim, kQ));
+    out_ = scratch.take<typename C::Elem>(packed_size<C>(f_.value_dim, kQ));
+    if constexpr (kIsSplit<C>) products_ = scratch.take<Acc>(C::kPanel * C::kPanel);
   }
 
-  void run(const Sequence& s, int64_t head, int64_t query_block, bool unseen, const QueryBlock<C>& to) {
+  void run(const Sequence& s, int64_t head, int64_t query_block, bool unseen, const QueryBlock<C>& to,
+           [[maybe_unused]] UnitRange* range) {
     const FlashAttentionBackwardParams& p = problem_.p;
     const int64_t first = query_block * kQ, token = s.q0 + first;
     const int n = static_cast<int>(least<int64_t>(kQ, s.tq - first));
@@ -444,7 +500,18 @@ class Packer {
     }
     pack(static_cast<const T*>(f_.q), f_.q_stride, s, head, token, n, f_.head_dim, to.q_columns, to.q_rows);
     pack(static_cast<const T*>(p.dout), p.dout_stride, s, head, token, n, f_.value_dim, to.dout_columns, to.dout_rows);
-    pack(static_cast<const T*>(f_.out), f_.out_stride, s, head, token, n, f_.value_dim, out_columns_, nullptr);
+    if constexpr (kIsSplit<C>) {
+      const T* const out = rows_of(static_cast<const T*>(f_.out), f_.out_stride, s, head, token);
+      copy_rows<C>(out_, round_up(f_.value_dim, C::kDepthAlign), out, f_.out_stride.token, n, static_cast<int>(f_.value_dim));
+      const auto add = [&](UnitRange::Tensor tensor, const void* base, const Strides3& stride, int64_t dim) {
+        range->add(tensor, magnitudes(rows_of(static_cast<const T*>(base), stride, s, head, token), stride.token, n, dim,
+                                      kInfinity).seen());
+      };
+      add(UnitRange::kQ, f_.q, f_.q_stride, f_.head_dim);
+      add(UnitRange::kOutGradient, p.dout, p.dout_stride, f_.value_dim);
+    } else {
+      pack(static_cast<const T*>(f_.out), f_.out_stride, s, head, token, n, f_.value_dim, out_, nullptr);
+    }
     __builtin_memset(to.dq, 0, static_cast<size_t>(QueryBlocks<C>::dq_bytes(f_)));
     const int64_t row = (s.batch * f_.heads_q + head) * f_.seqlen_q + token;
     dot(to, n);
@@ -455,13 +522,18 @@ class Packer {
       to.lse[i] = lse == -static_cast<Acc>(kInfinity) ? static_cast<Acc>(kInfinity) : lse * static_cast<Acc>(kLog2e);
     }
     for (int i = n; i < kQ; ++i) to.lse[i] = static_cast<Acc>(kInfinity), to.delta[i] = 0;
+    if constexpr (kIsSplit<C>) range->add(UnitRange::kDelta, magnitudes(to.delta, 0, 1, n, kInfinity).seen());
   }
 
  private:
+  static const T* rows_of(const T* base, const Strides3& stride, const Sequence& s, int64_t head, int64_t token) {
+    return base + s.batch * stride.batch + head * stride.head + token * stride.token;
+  }
+
   // By columns and, unless null, by rows, with zeros for the rows that are missing to whole panels.
   void pack(const T* base, const Strides3& stride, const Sequence& s, int64_t head, int64_t token, int n, int64_t dim,
             typename C::Elem* columns, typename C::Elem* rows) {
-    const T* from = base + s.batch * stride.batch + head * stride.head + token * stride.token;
+    const T* from = rows_of(base, stride, s, head, token);
     int64_t from_stride = stride.token;
     const int padded = round_up(n, C::kPanel);
     if (n < padded) {
@@ -476,10 +548,22 @@ class Packer {
 
   // delta = rowsum(dO out), in the order of summation of dP = dO V^T: where a row sees one key, dP - delta is zero exactly.
   void dot(const QueryBlock<C>& block, int n) {
-    const int64_t depth = round_up(f_.value_dim, C::kPair), panel = packed_panel<C>(f_.value_dim);
+    const int64_t panel = packed_panel<C>(f_.value_dim);
+    if constexpr (kIsSplit<C>) {
+      // Only on the tiles are sums in that order: the diagonal of a product.
+      const int64_t stride = round_up(f_.value_dim, C::kDepthAlign);
+      for (int i = 0; i < n; i += C::kPanel) {
+        const int rows = least(C::kPanel, n - i);
+        matmul<C>(rows, rows, static_cast<int>(stride), {out_ + i * stride, stride}, {block.dout_columns + i / C::kPanel * panel, panel},
+                  {products_, C::kPanel}, false);
+        for (int r = 0; r < rows; ++r) block.delta[i + r] = products_[r * C::kPanel + r];
+      }
+      return;
+    }
+    const int64_t depth = round_up(f_.value_dim, C::kPair);
     for (int i = 0; i < n; i += kLane) {
       const int64_t first = i / C::kPanel * panel + i % C::kPanel * C::kPair;
-      const typename C::Elem *a = out_columns_ + first, *b = block.dout_columns + first;
+      const typename C::Elem *a = out_ + first, *b = block.dout_columns + first;
       Vec<Acc> sum{};
       for (int64_t d = 0; d < depth; d += C::kPair, a += C::kPanel * C::kPair, b += C::kPanel * C::kPair) {
 #if defined(PYKERNELS_HAS_BF16_DOT)
@@ -496,7 +580,8 @@ class Packer {
   const Problem& problem_;
   const FlashAttentionParams& f_;
   T* staged_;
-  typename C::Elem* out_columns_;  // packed out^T
+  typename C::Elem* out_;    // packed out^T; for SplitF32 out, a left operand
+  Acc* products_ = nullptr;  // [kPanel, kPanel]
 };
 
 // ---- the passes --------------------------------------------------------------------------------------------------------
@@ -533,32 +618,21 @@ struct Task {
   int64_t unit, key_block;
 };
 
-template <class T>
-void backward(const FlashAttentionBackwardParams& p, const Parallel& parallel) {
-  using C = ComputeFor<T>;
+// The gradients of the units listed. `ranges`, by unit, is filled in for SplitF32.
+template <class T, class C>
+void backward_units(const Problem& problem, const Parallel& parallel, const int64_t* list, int64_t units, UnitRange* ranges) {
+  const FlashAttentionBackwardParams& p = problem.p;
   const FlashAttentionParams& f = p.forward;
-  const Problem problem{p, f, f.heads_q / f.heads_k, f.window_left < 0 ? kUnbounded : least(f.window_left, kUnbounded),
-                        f.window_right < 0 ? kUnbounded : least(f.window_right, kUnbounded)};
-  const int64_t sequences = problem.sequences(), units = sequences * f.heads_k;
-  if (f.cu_seqlens_q) {
-    const Sequence first = sequences ? problem.sequence(0) : Sequence{0, 0, 0, 0, 0};
-    const Sequence last = sequences ? problem.sequence(sequences - 1) : first;
-    const auto unused = [&](Range q, Range k) {
-      write_unused<T>(p.dq, p.dq_stride, f.heads_q, f.head_dim, q);
-      write_unused<T>(p.dk, p.dk_stride, f.heads_k, f.head_dim, k);
-      write_unused<T>(p.dv, p.dv_stride, f.heads_k, f.value_dim, k);
-    };
-    unused({0, first.q0}, {0, first.k0});
-    unused({last.q0 + last.tq, f.seqlen_q}, {last.k0 + last.tk, f.seqlen_k});
-  }
-
   // The size of the blocks decides how dQ's sums are grouped: fixed where results must not depend on the threads.
   const int64_t keys = keys_of_block<C>(problem, p.deterministic ? 2 : parallel.threads);
   const QueryBlocks<C> layout(f);
+  // All by place in the list.
+  const auto sequence_of = [&](int64_t unit) { return problem.sequence(list[unit] / f.heads_k); };
+  const auto head_of = [&](int64_t unit) { return list[unit] % f.heads_k; };
   const auto query_blocks = [&](int64_t unit) {
-    return problem.group * ((problem.sequence(unit / f.heads_k).tq + kQueries<C> - 1) / kQueries<C>);
+    return problem.group * ((sequence_of(unit).tq + kQueries<C> - 1) / kQueries<C>);
   };
-  const auto key_blocks_of = [&](int64_t unit) { return (problem.sequence(unit / f.heads_k).tk + keys - 1) / keys; };
+  const auto key_blocks_of = [&](int64_t unit) { return (sequence_of(unit).tk + keys - 1) / keys; };
 
   for (int64_t begin = 0, end; begin < units; begin = end) {
     // The wave: units [begin, end).
@@ -592,30 +666,68 @@ void backward(const FlashAttentionBackwardParams& p, const Parallel& parallel) {
     }
 
     run_tasks(parallel, blocks, [&](TaskQueue& queue) {
+      const Tiles tiles;
       Scratch own;
-      Packer<T> packer(problem, own);
+      Packer<T, C> packer(problem, own);
       int64_t u = begin;
       for (int64_t i; (i = queue.next()) >= 0;) {
         while (i >= first[u - begin + 1]) ++u;
-        const Sequence s = problem.sequence(u / f.heads_k);
+        const Sequence s = sequence_of(u);
         const int64_t per_head = query_blocks(u) / problem.group, index = i - first[u - begin];
         const Range range = key_blocks<C>(problem, s, index % per_head, keys);
         turns[i] = range.begin;
-        packer.run(s, u % f.heads_k * problem.group + index / per_head, index % per_head, range.begin == range.end,
-                   layout.at(packed, i));
+        packer.run(s, head_of(u) * problem.group + index / per_head, index % per_head, range.begin == range.end,
+                   layout.at(packed, i), ranges ? ranges + list[u] : nullptr);
       }
     });
     run_tasks(parallel, tasks, [&](TaskQueue& queue) {
       const Tiles tiles;
       Scratch own;
-      Worker<T> worker(problem, keys, own);
+      Worker<T, C> worker(problem, keys, own);
       for (int64_t i; (i = queue.next()) >= 0;) {
         const int64_t u = task[i].unit, base = first[u - begin];
-        worker.run(problem.sequence(u / f.heads_k), u % f.heads_k, task[i].key_block,
-                   [&](int64_t block) { return layout.at(packed, base + block); }, turns + base);
+        worker.run(sequence_of(u), head_of(u), task[i].key_block, [&](int64_t block) { return layout.at(packed, base + block); },
+                   turns + base, ranges ? ranges + list[u] : nullptr);
       }
     });
   }
+}
+
+template <class T>
+void backward(const FlashAttentionBackwardParams& p, const Parallel& parallel) {
+  const FlashAttentionParams& f = p.forward;
+  const Problem problem{p, f, f.heads_q / f.heads_k, f.window_left < 0 ? kUnbounded : least(f.window_left, kUnbounded),
+                        f.window_right < 0 ? kUnbounded : least(f.window_right, kUnbounded)};
+  const int64_t sequences = problem.sequences(), units = sequences * f.heads_k;
+  if (f.cu_seqlens_q) {
+    const Sequence first = sequences ? problem.sequence(0) : Sequence{0, 0, 0, 0, 0};
+    const Sequence last = sequences ? problem.sequence(sequences - 1) : first;
+    const auto unused = [&](Range q, Range k) {
+      write_unused<T>(p.dq, p.dq_stride, f.heads_q, f.head_dim, q);
+      write_unused<T>(p.dk, p.dk_stride, f.heads_k, f.head_dim, k);
+      write_unused<T>(p.dv, p.dv_stride, f.heads_k, f.value_dim, k);
+    };
+    unused({0, first.q0}, {0, first.k0});
+    unused({last.q0 + last.tq, f.seqlen_q}, {last.k0 + last.tk, f.seqlen_k});
+  }
+
+  Scratch scratch;
+  int64_t* const list = scratch.take<int64_t>(units);
+  for (int64_t u = 0; u < units; ++u) list[u] = u;
+  int64_t left = units;
+#if defined(PYKERNELS_HAS_AMX)
+  // fp32 and fp16 on the tiles; again, and otherwise, the units whose values turn out not to allow that.
+  if constexpr (std::is_same_v<ComputeFor<T>, F32>)
+    if (f.head_dim + f.value_dim > 32 && f.scale < 0x1p30 && f.scale > -0x1p30) {
+      UnitRange* const ranges = scratch.take<UnitRange>(units);
+      __builtin_memset(ranges, 0, sizeof(UnitRange) * units);
+      backward_units<T, SplitF32>(problem, parallel, list, units, ranges);
+      left = 0;
+      for (int64_t u = 0; u < units; ++u)
+        if (!ranges[u].split_serves()) list[left++] = u;
+    }
+#endif
+  backward_units<T, ComputeFor<T>>(problem, parallel, list, left, nullptr);
 }
 
 }  // namespace

@@ -81,44 +81,49 @@ void sort_chunks(Chunk* chunks, int64_t n) {
   }
 }
 
-template <class T>
+template <class C>
 struct Shape {
-  using C = ComputeFor<T>;
-#if defined(PYKERNELS_HAS_AMX)
-  static constexpr int kRows = sizeof(typename C::Elem) == 2 ? 32 : 48;
-  static constexpr int kKeys = sizeof(typename C::Elem) == 2 ? 256 : 128;
-#else
-  static constexpr int kRows = 48;
-  static constexpr int kKeys = 128;
-#endif
+  static constexpr bool kTiles = C::kRowAlign > 1;  // of AMX
+  static constexpr int kRows = kTiles ? 32 : 48;
+  static constexpr int kKeys = kTiles && sizeof(typename C::Elem) == 2 ? 256 : 128;
   static_assert(kRows % C::kRowAlign == 0 && kKeys % C::kPanel == 0 && kKeys % C::kDepthAlign == 0);
 };
 
 // One thread's buffers, and the work of a task.
-template <class T>
+template <class T, class C>
 class Worker {
-  using C = ComputeFor<T>;
   using Elem = typename C::Elem;
   using Acc = typename C::Acc;
-  static constexpr int kRows = Shape<T>::kRows, kKeys = Shape<T>::kKeys, kLane = kLanes<Acc>;
-  static constexpr int kStride = kKeys + 64 / static_cast<int>(sizeof(Elem));  // of s_ and weights_; not a power of two
+  static constexpr int kRows = Shape<C>::kRows, kKeys = Shape<C>::kKeys, kLane = kLanes<Acc>;
+  // Of s_ and weights_; not a power of two.
+  static constexpr int kStride = kKeys + (Shape<C>::kTiles ? 32 : 64 / static_cast<int>(sizeof(Elem)));
   static constexpr int kAhead = 16;  // rows of q fetched in advance
   static constexpr bool kFastExp = kHasFastExp2<C>;
+  // What the products take: other values are packed as zeros, and what they bring is put in place afterwards, so that rows
+  // that do not see them come out the same in every bit.
+#if defined(PYKERNELS_HAS_AMX)
+  static constexpr Acc kLimit = kIsSplit<C> ? static_cast<Acc>(kSplitLargest) : static_cast<Acc>(kInfinity);
+#else
+  static constexpr Acc kLimit = static_cast<Acc>(kInfinity);
+#endif
 
  public:
   Worker(const Problem& problem, Scratch& scratch)
       : problem_(problem),
         p_(problem.p),
+        scratch_(scratch),
         depth_(static_cast<int>(round_up(p_.head_dim, C::kDepthAlign))),
         width_(static_cast<int>(round_up(p_.value_dim, C::kColumnAlign))) {
     q_ = scratch.take<Elem>(problem.chunk_rows * depth_);
     o_ = scratch.take<Acc>(problem.chunk_rows * width_);
     m_ = scratch.take<Acc>(problem.chunk_rows);
+    tiles_ = scratch.take<QueryTile>(problem.chunk_rows / kRows);
     l_ = scratch.take<Acc>(problem.chunk_rows * kLane);
     k_ = scratch.take<Elem>(packed_size<C>(depth_, kKeys));
     v_ = scratch.take<Elem>(packed_size<C>(kKeys, width_));
-    s_ = scratch.take<Acc>(kRows * kStride);
-    weights_ = sizeof(Elem) == sizeof(Acc) ? reinterpret_cast<Elem*>(s_) : scratch.take<Elem>(kRows * kStride);
+    constexpr int buffers = kIsSplit<C> ? 2 : 1;
+    s_ = scratch.take<Acc>(buffers * kRows * kStride);
+    weights_ = sizeof(Elem) == sizeof(Acc) ? reinterpret_cast<Elem*>(s_) : scratch.take<Elem>(buffers * kRows * kStride);
   }
 
   void run(const Sequence& s, int64_t batch, int64_t head_k, int64_t chunk) {
@@ -137,6 +142,9 @@ class Worker {
         prefetch_keys(key + kKeys, end, t, tiles);
         tile(t * kRows, key);
       }
+#if defined(PYKERNELS_HAS_AMX)
+      if constexpr (kIsSplit<C>) finish();
+#endif
     }
     write();
   }
@@ -190,7 +198,6 @@ class Worker {
   void load_queries(int64_t first_key, int64_t end_key) {
     const T* const q = static_cast<const T*>(p_.q);
     const int padded = round_up(rows_, kRows);
-    Acc largest = 0;
     Cursor at = cursor(0), ahead = cursor(kAhead);
     for (int row = 0; row < rows_; ++row, at.advance(), ahead.advance()) {
       if (row + kAhead < rows_) prefetch_row(address(q, p_.q_stride, ahead), p_.head_dim);
@@ -202,44 +209,79 @@ class Worker {
       if (p_.scale < 0) negate(to, depth_);
     }
     __builtin_memset(q_ + rows_ * depth_, 0, (padded - rows_) * depth_ * sizeof(Elem));
-    if constexpr (kFastExp) largest = largest_magnitude(q_, depth_, rows_, depth_);
-    largest_q_ = largest;
+#if defined(PYKERNELS_HAS_AMX)
+    if constexpr (kIsSplit<C>) set_exceptional_queries();
+#endif
+    if constexpr (kFastExp)
+      for (int row = 0; row < padded; row += kRows)
+        tiles_[row / kRows].largest = largest_magnitude(q_ + row * depth_, depth_, kRows, depth_);
     __builtin_memset(o_, 0, sizeof(Acc) * padded * width_);
     __builtin_memset(l_, 0, sizeof(Acc) * padded * kLane);
     // Rows beyond the last have a maximum at once: theirs, of zeros.
     for (int row = 0; row < padded; ++row) m_[row] = row < rows_ ? -static_cast<Acc>(kInfinity) : 0;
   }
 
-  static void negate(Elem* x, int n) {
-    for (int i = 0; i < n; ++i) {
-      if constexpr (sizeof(Elem) == 2)
-        x[i].bits ^= 0x8000u;
-      else
-        x[i] = -x[i];
+  template <class E>
+  static void negate(E* x, int n) {
+    if constexpr (sizeof(E) % 4 == 2) {
+      uint16_t* const halves = reinterpret_cast<uint16_t*>(x);
+      for (int i = 0; i < n * static_cast<int>(sizeof(E) / 2); ++i) halves[i] ^= 0x8000u;
+    } else {
+      for (int i = 0; i < n; ++i) x[i] = -x[i];
     }
+  }
+
+  // A copy with zeros for what is not below kLimit, good until the next. Its stride is `columns`.
+  const T* without_exceptional(const T* from, int64_t stride, int rows, int64_t columns) {
+    if (!cleaned_) cleaned_ = scratch_.take<T>(kKeys * most(p_.head_dim, p_.value_dim));
+    for (int i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) {
+        const Acc x = to_float(from[i * stride + j]);
+        cleaned_[i * columns + j] = (x < 0 ? -x : x) < kLimit ? from[i * stride + j] : T{};
+      }
+    return cleaned_;
   }
 
   // Packs keys [key, key + n) and their values.
   void load_keys(int64_t key, int n) {
     const T* const k = keys() + key * p_.k_stride.token;
     const T* const v = values() + key * p_.v_stride.token;
-    pack_columns<C>(k_, packed_panel<C>(depth_), k, p_.k_stride.token, static_cast<int>(p_.head_dim), n);
-    pack_rows<C, WeightOrder<C>>(v_, packed_panel<C>(kKeys), v, p_.v_stride.token, n, static_cast<int>(p_.value_dim));
-    finite_values_ = all_finite(v, p_.v_stride.token, n, p_.value_dim);
+    const int head_dim = static_cast<int>(p_.head_dim), value_dim = static_cast<int>(p_.value_dim);
+    keys_ = n;
+    k_source_ = k;
+    v_source_ = v;
+    exact_k_ready_ = exact_v_ready_ = false;
+
+    exceptional_keys_ = false;
+    if constexpr (kIsSplit<C>) exceptional_keys_ = !magnitudes(k, p_.k_stride.token, n, head_dim, kLimit).all_below;
+    if (exceptional_keys_) {
+      for (int j = 0; j < n; ++j)
+        exceptional_key_[j] = !magnitudes(k + j * p_.k_stride.token, 0, 1, head_dim, kLimit).all_below;
+      __builtin_memset(exceptional_key_ + n, 0, kKeys - n);
+      pack_columns<C>(k_, packed_panel<C>(depth_), without_exceptional(k, p_.k_stride.token, n, head_dim), head_dim,
+                      head_dim, n);
+    } else {
+      pack_columns<C>(k_, packed_panel<C>(depth_), k, p_.k_stride.token, head_dim, n);
+    }
+
+    const Magnitudes<Acc> values = magnitudes(v, p_.v_stride.token, n, value_dim, kLimit);
+    exceptional_values_ = !values.all_below;
+    if (exceptional_values_) {
+      for (int j = 0; j < n; ++j)
+        exceptional_value_[j] = !magnitudes(v + j * p_.v_stride.token, 0, 1, value_dim, kLimit).all_below;
+      pack_rows<C, WeightOrder<C>>(v_, packed_panel<C>(kKeys), without_exceptional(v, p_.v_stride.token, n, value_dim),
+                                   value_dim, n, value_dim);
+    } else {
+      pack_rows<C, WeightOrder<C>>(v_, packed_panel<C>(kKeys), v, p_.v_stride.token, n, value_dim);
+    }
+#if defined(PYKERNELS_HAS_AMX)
+    if constexpr (kIsSplit<C>) tiny_values_ = values.largest > 0 && values.largest < kSplitLeast;
+#endif
     if constexpr (kFastExp) {
       const double scale = p_.scale < 0 ? -p_.scale : p_.scale;
-      const Acc bound = largest_magnitude(k, p_.k_stride.token, n, p_.head_dim) * largest_q_ *
-                        static_cast<Acc>(static_cast<double>(p_.head_dim) * scale * kLog2e);
-      fast_ = bound < kFastExp2Bound;  // false for NaN
+      score_bound_ = largest_magnitude(k, p_.k_stride.token, n, p_.head_dim) *
+                     static_cast<Acc>(static_cast<double>(p_.head_dim) * scale * kLog2e);
     }
-  }
-
-  static bool all_finite(const T* x, int64_t stride, int64_t rows, int64_t columns) {
-    Vec<Acc> sum{};  // of 0 x: zero, or NaN
-    for (int64_t i = 0; i < rows; ++i, x += stride)
-      for (int64_t j = 0; j < columns; j += kLane) sum += load_upto(x + j, columns - j) * static_cast<Acc>(0);
-    const Acc all = reduce_add<Acc>(sum);
-    return all == all;
   }
 
   // Rows [row, row + kRows) against the packed block of keys from `key` on.
@@ -255,71 +297,209 @@ class Worker {
     const int64_t first_key = key + begin;
     const bool edge = last.begin > first_key || first.end < first_key + padded;
 #if defined(PYKERNELS_HAS_AMX)
-    if constexpr (kFastExp)
-      if (fast_ && !(edge && !finite_values_) && fused_tile(row, key, begin, padded, first, last)) return;
+    if constexpr (kIsSplit<C>) {
+      if (p_.softcap <= 0 && p_.scale != 0 && !tiny_values_ && !exceptional_keys_ && !tiles_[row / kRows].exceptional)
+        return overlap({row, rows, begin, padded, key, edge});
+      finish();
+    }
+#endif
+    // Whether the scores may go to the table of exponentials; not if one is NaN.
+    [[maybe_unused]] bool fast = false;
+    if constexpr (kFastExp) fast = score_bound_ * tiles_[row / kRows].largest < kFastExp2Bound;
+    bool done = false;
+#if defined(PYKERNELS_HAS_AMX)
+    if constexpr (kFastExp) done = fast && fused_tile(row, key, begin, padded, first, last);
+#endif
+    if (!done) {
+      scores(row, rows, begin, columns, padded);
+      if (edge) hide(s_, row, rows, first_key, padded);
+      Softmax<C> softmax{rows,    padded,   s_, weights_, kStride, factor_, m_ + row, l_ + row * kLane, o_ + row * width_,
+                         width_};
+      if constexpr (kFastExp)
+        fast ? softmax.fast() : softmax.exact();
+      else
+        softmax.exact();
+      add_values(row, rows, begin, columns, padded);
+    }
+    if (exceptional_values_) add_exceptional_values(row, rows, key, begin, padded, weights_);
+  }
+
+#if defined(PYKERNELS_HAS_AMX)
+  // The tiles of a block of keys for SplitF32, three at a time: while the tile unit multiplies the scores of one and the values
+  // of another, the vector unit turns the scores of the one between into weights.
+  struct Stage {
+    int row, rows, begin, columns;  // columns: 0 if there is none
+    int64_t key;
+    bool edge;
+  };
+  void overlap(const Stage& next) {
+    const Stage now = softmax_stage_, last = values_stage_;
+    float *const s_now = s_ + phase_ * kRows * kStride, *const s_next = s_ + (1 - phase_) * kRows * kStride;
+    Elem *const w_now = weights_ + phase_ * kRows * kStride, *const w_last = weights_ + (1 - phase_) * kRows * kStride;
+    const Acc factor = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
+    Softmax<C> softmax{now.columns ? kRows : 0, now.columns, s_now, w_now, kStride, factor, m_ + now.row, l_ + now.row * kLane,
+                       o_ + now.row * width_, width_};
+    // Spread evenly over the products.
+    const int pieces = softmax.pieces();
+    const int products = 6 * (next.columns / 32 * (depth_ / 32) + (width_ + 31) / 32 * (last.columns / 32));
+    int done = 0, due = 0;
+    const auto beside = [&] {
+      due += pieces;
+      while (done < pieces && done * products < due) softmax.piece(done++);
+    };
+    const int64_t k_panel = packed_panel<C>(depth_), v_panel = packed_panel<C>(kKeys);
+    for (int n = 0; n < next.columns; n += 32)
+      detail::split_tile<2, 2>(depth_, q_ + next.row * depth_, depth_, k_ + (next.begin + n) / 32 * k_panel, s_next + n, kStride,
+                               false, beside);
+    for (int d = 0; d < width_ && last.columns; d += 32) {
+      const Elem* const v = v_ + d / 32 * v_panel + last.begin * C::kPanel;
+      Acc* const o = o_ + last.row * width_ + d;
+      if (d + 16 < width_)
+        detail::split_tile<2, 2>(last.columns, w_last, kStride, v, o, width_, true, beside);
+      else
+        detail::split_tile<2, 1>(last.columns, w_last, kStride, v, o, width_, true, beside);
+    }
+    while (done < pieces) softmax.piece(done++);
+    if (last.columns && exceptional_values_) add_exceptional_values(last.row, last.rows, last.key, last.begin, last.columns, w_last);
+    if (next.edge) hide(s_next, next.row, next.rows, next.key + next.begin, next.columns);
+    values_stage_ = now;
+    softmax_stage_ = next;
+    phase_ = 1 - phase_;
+  }
+  void finish() {
+    const Stage none{};
+    if (softmax_stage_.columns) overlap(none);
+    if (values_stage_.columns) overlap(none);
+  }
 #endif
 
+  // Scores of a tile for columns [begin, begin + columns) of the block, in s_; what takes them to units of log 2, in
+  // factor_.
+  void scores(int row, int rows, int begin, int columns, int padded) {
     matmul<C>(rows, columns, depth_, {q_ + row * depth_, depth_},
               {k_ + begin / C::kPanel * packed_panel<C>(depth_), packed_panel<C>(depth_)}, {s_, kStride}, false);
-
+#if defined(PYKERNELS_HAS_AMX)
+    if constexpr (kIsSplit<C>)
+      if (exceptional_keys_ || tiles_[row / kRows].exceptional) set_exceptional_scores(row, rows, begin, columns);
+#endif
     const Acc scale = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
-    Acc factor = scale;  // of the scores in s_, to units of log 2
+    factor_ = scale;
     if (p_.softcap > 0) {
       const Acc in = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) / p_.softcap);
       const Acc out = static_cast<Acc>(p_.softcap * kLog2e);
       for (int i = 0; i < rows; ++i)
         for (int j = 0; j < padded; j += kLane)
           store(s_ + i * kStride + j, tanh<Acc>(load(s_ + i * kStride + j) * in) * out);
-      factor = 1;
+      factor_ = 1;
     } else if (scale == 0) {
       // Not a factor: hidden scores stay -infinity.
       for (int i = 0; i < rows; ++i)
         for (int j = 0; j < padded; j += kLane) store(s_ + i * kStride + j, load(s_ + i * kStride + j) * scale);
-      factor = 1;
+      factor_ = 1;
     }
-    if (edge) {
-      Cursor at = cursor(row);
-      for (int i = 0; i < rows; ++i, at.advance()) {
-        const Range range = visible(problem_, *s_q_, at.token);
-        mask_row(s_ + i * kStride, padded, range.begin - first_key, range.end - first_key);
-      }
-    }
-
-    Acc* const m = m_ + row;
-    Acc* const l = l_ + row * kLane;
-    Acc* const o = o_ + row * width_;
-    Softmax<C> softmax{rows, padded, s_, weights_, kStride, factor, m, l, o, width_};
-    if constexpr (kFastExp) {
-      if (fast_)
-        softmax.fast();
-      else
-        softmax.exact();
-    } else {
-      softmax.exact();
-    }
-    if (edge && !finite_values_)
-      add_visible(row, rows, first_key, padded);
-    else
-      matmul<C>(rows, width_, WeightOrder<C>::kBlock > 1 ? padded : columns, {weights_, kStride},
-                {v_, packed_panel<C>(kKeys), begin}, {o, width_}, true);
   }
 
-  // O += P V over what each row sees: zero weights would make NaN of the infinities and NaN in values that are hidden
-  // from it.
-  void add_visible(int row, int rows, int64_t first_key, int columns) {
+  void hide(Acc* s, int row, int rows, int64_t first_key, int columns) {
+    Cursor at = cursor(row);
+    for (int i = 0; i < rows; ++i, at.advance()) {
+      const Range range = visible(problem_, *s_q_, at.token);
+      mask_row(s + i * kStride, columns, range.begin - first_key, range.end - first_key);
+    }
+  }
+
+  // O += P V.
+  void add_values(int row, int rows, int begin, int columns, int padded) {
+#if defined(PYKERNELS_HAS_AMX)
+    if constexpr (kIsSplit<C>)
+      if (tiny_values_) return add_tiny_values(row, rows, begin, columns);
+#endif
+    matmul<C>(rows, width_, WeightOrder<C>::kBlock > 1 ? padded : columns, {weights_, kStride},
+              {v_, packed_panel<C>(kKeys), begin}, {o_ + row * width_, width_}, true);
+  }
+
+  // O += P V over the values left out of the packed V, for the rows that see them: zero weights would make NaN of the
+  // infinities and NaN that are hidden from a row.
+  void add_exceptional_values(int row, int rows, int64_t key, int begin, int columns, const Elem* weights) {
+    alignas(64) Acc value[kLane];
+    for (int j = 0; j < columns; ++j) {
+      const int n = begin + WeightOrder<C>::source(j);  // of the block's keys
+      if (n >= keys_ || !exceptional_value_[n]) continue;
+      const T* const v = v_source_ + n * p_.v_stride.token;
+      for (int64_t d = 0; d < p_.value_dim; d += kLane) {
+        const Vec<Acc> x = load_upto(v + d, p_.value_dim - d);
+        store(value, (abs<Acc>(x) < splat(kLimit)) ? Vec<Acc>{} : x);
+        for (int i = 0; i < rows; ++i) {
+          const Range range = visible(problem_, *s_q_, token(row + i));
+          if (key + n < range.begin || key + n >= range.end) continue;
+          Acc* const o = o_ + (row + i) * width_ + d;
+          store(o, load(o) + load(value) * weight_at(weights + i * kStride, j));
+        }
+      }
+    }
+  }
+
+#if defined(PYKERNELS_HAS_AMX)
+  // What SplitF32 does not serve, by fused multiply-adds.
+  float* exact(float*& buffer, int64_t n) {
+    if (!buffer) buffer = scratch_.take<float>(n);
+    return buffer;
+  }
+  void set_exceptional_queries() {
+    for (int row = 0; row < rows_; ++row) {
+      // A part shows what is too large, or NaN.
+      if (row % kRows == 0) {
+        const auto* const parts = reinterpret_cast<const BFloat16*>(q_ + row * depth_);
+        tiles_[row / kRows].exceptional = 0;
+        if (largest_magnitude(parts, 0, 1, kRows * depth_ * 3) < kLimit) {
+          row += kRows - 1;
+          continue;
+        }
+      }
+      const T* const from = address(static_cast<const T*>(p_.q), p_.q_stride, cursor(row));
+      if (magnitudes(from, 0, 1, p_.head_dim, kLimit).all_below) continue;
+      tiles_[row / kRows].exceptional |= 1u << row % kRows;
+      Elem* const to = q_ + row * depth_;
+      copy_rows<C>(to, depth_, without_exceptional(from, 0, 1, p_.head_dim), 0, 1, static_cast<int>(p_.head_dim));
+      if (p_.scale < 0) negate(to, depth_);
+    }
+  }
+  // The scores of exceptional queries and keys.
+  void set_exceptional_scores(int row, int rows, int begin, int columns) {
+    const int64_t head_dim = p_.head_dim, panel = packed_panel<F32>(head_dim);
+    float* const q = exact(exact_q_, kRows * head_dim);
+    float* const k = exact(exact_k_, packed_size<F32>(head_dim, kKeys));
+    float* const s = exact(exact_s_, kRows * kStride);
+    if (!exact_k_ready_) {
+      pack_columns<F32>(k, panel, k_source_, p_.k_stride.token, static_cast<int>(head_dim), keys_);
+      exact_k_ready_ = true;
+    }
+    Cursor at = cursor(row);
+    for (int i = 0; i < rows; ++i, at.advance())
+      copy_rows<F32>(q + i * head_dim, head_dim, address(static_cast<const T*>(p_.q), p_.q_stride, at), 0, 1,
+                     static_cast<int>(head_dim));
+    if (p_.scale < 0) negate(q, static_cast<int>(rows * head_dim));
+    matmul<F32>(rows, keys_, static_cast<int>(head_dim), {q, head_dim}, {k, panel}, {s, kStride}, false);
     for (int i = 0; i < rows; ++i) {
-      const Range range = visible(problem_, *s_q_, token(row + i));
-      Acc* const o = o_ + (row + i) * width_;
-      for (int j = 0; j < columns; ++j) {
-        const int64_t key = first_key + WeightOrder<C>::source(j);
-        if (key < range.begin || key >= range.end) continue;
-        const Acc weight = to_float(weights_[i * kStride + j]);
-        const T* const v = values() + key * p_.v_stride.token;
-        for (int64_t d = 0; d < p_.value_dim; d += kLane)
-          store(o + d, load(o + d) + load_upto(v + d, p_.value_dim - d) * weight);
-      }
+      const bool whole = tiles_[row / kRows].exceptional >> i & 1;
+      for (int j = 0; j < columns; ++j)
+        if (whole || (exceptional_keys_ && exceptional_key_[begin + j])) s_[i * kStride + j] = s[i * kStride + begin + j];
     }
   }
+  // O += P V where the values are so small that parts of them would be lost.
+  void add_tiny_values(int row, int rows, int begin, int columns) {
+    const int64_t panel = packed_panel<F32>(kKeys);
+    float* const v = exact(exact_v_, packed_size<F32>(kKeys, width_));
+    float* const weights = exact(exact_s_, kRows * kStride);
+    if (!exact_v_ready_) {
+      const T* const from = exceptional_values_ ? without_exceptional(v_source_, p_.v_stride.token, keys_, p_.value_dim) : v_source_;
+      pack_rows<F32>(v, panel, from, exceptional_values_ ? p_.value_dim : p_.v_stride.token, keys_, static_cast<int>(p_.value_dim));
+      exact_v_ready_ = true;
+    }
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; ++j) weights[i * kStride + j] = weight_at(weights_ + i * kStride, j);
+    matmul<F32>(rows, width_, columns, {weights, kStride}, {v, panel, begin}, {o_ + row * width_, width_}, true);
+  }
+#endif
 
 #if defined(PYKERNELS_HAS_AMX)
   // The same in one pass for bf16 on AMX: while the tile unit multiplies the next 32 keys, the vector unit turns the
@@ -445,22 +625,41 @@ class Worker {
 
   const Problem& problem_;
   const FlashAttentionParams& p_;
+  Scratch& scratch_;
   const int depth_, width_;  // padded head and value dims
   // The current task.
   const Sequence* s_q_ = nullptr;
   int64_t batch_ = 0, head_k_ = 0, first_row_ = 0;
   int rows_ = 0;
-  Acc largest_q_ = 0;
-  // Of the block of keys: whether its scores may go to the table of exponentials, and whether all values are finite.
-  bool fast_ = false, finite_values_ = true;
+  // The current block of keys: where it comes from, what is exceptional (has elements not below kLimit), whether its values are
+  // too small for SplitF32, and what times the largest magnitude of queries bounds its scores.
+  const T *k_source_ = nullptr, *v_source_ = nullptr;
+  int keys_ = 0;
+  bool exceptional_keys_ = false, exceptional_values_ = false, tiny_values_ = false;
+  bool exceptional_key_[kKeys], exceptional_value_[kKeys];
+  Acc score_bound_ = 0;
+  Acc factor_ = 1;  // of the scores in s_, to units of log 2
+  struct QueryTile {
+    Acc largest;           // magnitude, for bf16
+    uint32_t exceptional;  // rows, as bits, for SplitF32
+  };
+  QueryTile* tiles_;  // [chunk_rows / kRows]
   Elem* q_;        // [chunk_rows, depth]
   Acc* o_;         // [chunk_rows, width]
   Acc* m_;         // [chunk_rows] row maxima, in units of log 2
   Acc* l_;         // [chunk_rows, lanes] row sums, to be added up
   Elem* k_;        // packed K^T [depth, keys]
   Elem* v_;        // packed V [keys, width]
-  Acc* s_;         // [kRows, kStride] scores
+  Acc* s_;         // [kRows, kStride] scores; two for SplitF32, and of the weights
   Elem* weights_;  // [kRows, kStride] P, in the place of the scores where they have the same type
+#if defined(PYKERNELS_HAS_AMX)
+  Stage softmax_stage_{}, values_stage_{};  // what `overlap` has begun
+  int phase_ = 0;                           // which half of s_ the former has
+#endif
+  // For what is rare, taken when first needed.
+  T* cleaned_ = nullptr;
+  bool exact_k_ready_ = false, exact_v_ready_ = false;
+  float *exact_q_ = nullptr, *exact_k_ = nullptr, *exact_v_ = nullptr, *exact_s_ = nullptr;
 };
 
 // Tokens of packed input that belong to no sequence.
@@ -474,10 +673,9 @@ void write_unused(const FlashAttentionParams& p, int64_t begin, int64_t end) {
     }
 }
 
-template <class T>
+template <class T, class C>
 void forward(const FlashAttentionParams& p, const Parallel& parallel) {
-  using C = ComputeFor<T>;
-  constexpr int tile_rows = Shape<T>::kRows;
+  constexpr int tile_rows = Shape<C>::kRows;
   Problem problem{p, p.heads_q / p.heads_k, 0, p.window_left < 0 ? kUnbounded : p.window_left,
                   p.window_right < 0 ? kUnbounded : p.window_right, p.batch * p.heads_k};
   const int64_t sequences = p.cu_seqlens_q ? p.sequences : 1;
@@ -501,7 +699,7 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
     rows += here;
     longest = most(longest, here);
   }
-  int64_t limit = most<int64_t>(4 * tile_rows, (int64_t{640} << 10) / row_bytes);
+  int64_t limit = most<int64_t>(4 * tile_rows, (int64_t{1400} << 10) / row_bytes);
   if (parallel.threads > 1) limit = least(limit, most<int64_t>(128, rows * problem.key_heads / (4 * parallel.threads)));
   const int64_t pieces = most<int64_t>(1, (longest + limit - 1) / limit);
   problem.chunk_rows = most<int64_t>(tile_rows, round_up((longest + pieces - 1) / pieces, tile_rows));
@@ -527,7 +725,7 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
   run_tasks(parallel, count * problem.key_heads, [&](TaskQueue& queue) {
     const Tiles tiles;
     Scratch scratch;
-    Worker<T> worker(problem, scratch);
+    Worker<T, C> worker(problem, scratch);
     for (int64_t task; (task = queue.next()) >= 0;) {
       const Chunk& chunk = chunks[task / problem.key_heads];
       const int64_t bh = task % problem.key_heads;
@@ -536,18 +734,31 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
   });
 }
 
+// fp32 and fp16 go through the tiles of AMX where there are, but for shapes that would fill them with zeros. That choice
+// is by shape and scale alone; what single blocks hold is looked at when they are packed.
+template <class T>
+void forward_fp32(const FlashAttentionParams& p, const Parallel& parallel) {
+#if defined(PYKERNELS_HAS_AMX)
+  const int64_t rows = p.cu_seqlens_q ? p.seqlen_q / most<int64_t>(1, p.sequences) : p.seqlen_q;
+  const bool filled = p.head_dim + p.value_dim > 32 && rows * (p.heads_q / p.heads_k) > 16;
+  // Times a larger scale, what denormals lose might show.
+  if (filled && p.scale < 0x1p30 && p.scale > -0x1p30) return forward<T, SplitF32>(p, parallel);
+#endif
+  forward<T, ComputeFor<T>>(p, parallel);
+}
+
 }  // namespace
 
 void flash_attention_fwd(const FlashAttentionParams& params, const Parallel& parallel) {
   switch (params.dtype) {
     case DType::kFloat32:
-      return forward<float>(params, parallel);
+      return forward_fp32<float>(params, parallel);
     case DType::kBFloat16:
-      return forward<BFloat16>(params, parallel);
+      return forward<BFloat16, ComputeFor<BFloat16>>(params, parallel);
     case DType::kFloat16:
-      return forward<Float16>(params, parallel);
+      return forward_fp32<Float16>(params, parallel);
     case DType::kFloat64:
-      return forward<double>(params, parallel);
+      return forward<double, ComputeFor<double>>(params, parallel);
   }
 }
 

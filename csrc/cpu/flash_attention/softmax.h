@@ -40,7 +40,7 @@ constexpr float kFastExp2Bound = 0x1p12f;
 constexpr float kFastExp2Least = 3;
 // Scores are rounded up to a multiple of this many columns by the caller, hidden ones at the end.
 template <class C>
-constexpr int kSoftmaxColumns = kHasFastExp2<C> ? 32 : C::kColumnAlign;
+constexpr int kSoftmaxColumns = kHasFastExp2<C> || kIsSplit<C> ? 32 : C::kColumnAlign;
 
 #if defined(PYKERNELS_HAS_BF16_DOT) && defined(__AVX512VBMI__)
 // What a linear mantissa of seven bits, f / 128, has too much of 2^(f / 128) - 1, in units of its last bit, for f = 2
@@ -107,6 +107,16 @@ struct WeightOrderOf<true> {
 template <class C>
 using WeightOrder = typename WeightOrderOf<kHasFastExp2<C>>::type;
 
+// Weight j of a row.
+template <class S>
+PYKERNELS_INLINE S weight_at(const S* row, int j) {
+  return row[j];
+}
+PYKERNELS_INLINE float weight_at(const BFloat16* row, int j) { return to_float(row[j]); }
+#if defined(PYKERNELS_HAS_AMX)
+PYKERNELS_INLINE float weight_at(const SplitF32::Elem* row, int j) { return split_element(row, j); }
+#endif
+
 template <class C>
 struct Softmax {
   using Elem = typename C::Elem;
@@ -142,11 +152,15 @@ struct Softmax {
     return reduce_max<Acc>(max<Acc>(a, b));
   }
 
+  PYKERNELS_INLINE void move_on(int i) {
+    const Acc here = row_max(scores + i * stride) * factor;
+    if (here > m[i]) rescale(i, here);
+  }
+
   PYKERNELS_INLINE void exact_row(int i) {
     const Acc* const s = scores + i * stride;
     Elem* const w = weights + i * stride;
-    const Acc here = row_max(s) * factor;
-    if (here > m[i]) rescale(i, here);
+    move_on(i);
     const Vec<Acc> base = splat(m[i] == -static_cast<Acc>(kInfinity) ? 0 : -m[i]);
     Vec<Acc> sum = load(l + i * kLane);
     if constexpr (kHasFastExp2<C>) {
@@ -170,9 +184,36 @@ struct Softmax {
     store(l + i * kLane, sum);
   }
 
+#if defined(PYKERNELS_HAS_AMX)
+  // The work on a row for SplitF32 comes in three pieces, to go beside products of other tiles: the maximum, then the weights
+  // of either half.
+  int pieces() const { return 3 * rows; }
+  __attribute__((noinline)) void piece(int n) {
+    const int i = n / 3, middle = columns / 64 * 32;
+    if (n % 3 == 0) return move_on(i);
+    const float* const s = scores + i * stride;
+    Elem* const w = weights + i * stride;
+    const Vec<float> base = splat(m[i] == -kInfinity ? 0 : -m[i]);
+    Vec<float> sum = load(l + i * kLane);
+    for (int j = n % 3 == 1 ? 0 : middle; j < (n % 3 == 1 ? middle : columns); j += 32) {
+      const Vec<float> a = exp2<float>(load(s + j) * factor + base);
+      const Vec<float> b = exp2<float>(load(s + j + 16) * factor + base);
+      sum += a + b;
+      store_row(w + j, split(a, b));
+    }
+    store(l + i * kLane, sum);
+  }
+#endif
+
   // For any scores: infinities and NaN have their effect on the weights.
   void exact() {
-    for (int i = 0; i < rows; ++i) exact_row(i);
+    if constexpr (kIsSplit<C>) {
+#if defined(PYKERNELS_HAS_AMX)
+      for (int n = 0; n < pieces(); ++n) piece(n);
+#endif
+    } else {
+      for (int i = 0; i < rows; ++i) exact_row(i);
+    }
   }
 
 #if defined(PYKERNELS_HAS_BF16_DOT) && defined(__AVX512VBMI__)
