@@ -303,7 +303,8 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
         return flash_attention(q, k, v, dropout_p=dropout, **packed, **options), None
     if mask.cu_seqlens is None:
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if tokens == 1 and dropout == 0 and not needs_grad:  # there are kernels for one token
+        # There are kernels for one token; but under autocast dtypes may differ, which flash_attention alone sees to.
+        if tokens == 1 and dropout == 0 and not needs_grad and q.dtype == k.dtype == v.dtype:
             return flash_attention_decode(q, k, v, mask.lengths, causal=False, **options), None
         return flash_attention(q, k[:, :mask.keys], v[:, :mask.keys], dropout_p=dropout, **options), None
     of_queries, of_keys = mask.cu_seqlens

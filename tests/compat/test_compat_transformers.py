@@ -1,7 +1,7 @@
 """pykernels.compat.transformers: models compute what they compute without us, within the error budget of attention.
 
-The reference is the model in float64, the yardstick the unpatched model in the same dtype: outputs may be off by twice its
-error and four units in the last place, and so may the worst of a model's many gradients by its worst.
+The reference is the model in float64, the yardstick the unpatched model in the same dtype: outputs may be off by twice
+its error and four units in the last place, and so may the worst of a model's many gradients by its worst.
 """
 
 from __future__ import annotations
@@ -266,6 +266,27 @@ def test_prompt_in_chunks(name):
         whole = unpatched(name, torch.float32)(**arguments, position_ids=positions).logits
     kept = arguments["attention_mask"].bool()
     torch.testing.assert_close(torch.cat(parts, 1)[kept], whole[kept], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_autocast(name):
+    """Queries, keys and values come in different dtypes then."""
+    made, arguments = model(name), inputs(name, "left")
+    logits, lengths = [], []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for made in (unpatched(name, torch.float32), model(name)):
+            logits.append(made(**arguments).logits[arguments["attention_mask"].bool()].float())
+            lengths.append(made.generate(**inputs(name), max_new_tokens=3, do_sample=False).shape)
+    assert lengths[0] == lengths[1] and float((logits[1] - logits[0]).abs().max() / logits[0].abs().max()) < 5e-2
+
+
+def test_one_token_under_autocast():
+    mask, (q, k, v) = compat._make_mask(2, 1, 5, 4), (torch.randn(2, 2, n, 8) for n in (1, 5, 5))
+    expected, _ = compat._attention(torch.nn.Identity(), q, k, v, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = compat._attention(torch.nn.Identity(), q, k, v.bfloat16(), mask)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=3e-2)
 
 
 def test_beams():
