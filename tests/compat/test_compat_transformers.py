@@ -142,10 +142,13 @@ def check(name: str, dtype: torch.dtype, arguments: dict[str, Tensor], grad: boo
     assert actual.keys() == expected.keys() and len(actual) > (10 if grad else 0)
     # Softmax does not feel a bias of all keys: its gradient is 0, and what comes is the rounding of others.
     scale = {key: x.abs().max() for key, x in expected.items()}
-    scale |= {key: max(scale.values()) for key, x in scale.items() if key.endswith("key.bias") and x < 1e-9}
+    of_keys = {key for key in scale if key.endswith(("key.bias", "k_proj.bias"))}
+    assert all((x < 1e-9 * max(scale.values())) == (key in of_keys) for key, x in scale.items())
+    scale |= dict.fromkeys(of_keys, max(scale.values()))
     errors, allowed = (
         {key: float((x[key] - expected[key]).abs().max() / scale[key]) for key in expected} for x in (actual, yardstick)
     )
+    assert max(allowed.values()) < 32 * torch.finfo(dtype).eps  # else it would bound nothing
     assert errors["out"] <= 2 * allowed["out"] + 4 * torch.finfo(dtype).eps
     worst = max(errors, key=errors.get)
     assert errors[worst] <= 2 * max(allowed.values()) + 4 * torch.finfo(dtype).eps, (worst, errors[worst])
