@@ -1,4 +1,4 @@
-"""Attention of Hugging Face Transformers' models (version 5) on `flash_attention` and `flash_attention_decode`.
+"""Attention of Hugging Face Transformers' models (5.4 or newer) on `flash_attention` and `flash_attention_decode`.
 
     pykernels.compat.transformers.enable()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="pykernels")
@@ -56,7 +56,8 @@ _AND = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _BIDIRECTIONAL_WINDOW = masking_utils.sliding_window_bidirectional_overlay(1).__code__
 _PACKED = masking_utils.packed_sequence_mask_function(None).__code__
-_REMAPPED = masking_utils.remap_positions_for_packed_sequence(masking_utils.causal_mask_function, None).__code__
+_remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)  # Transformers 5.4 has none
+_REMAPPED = None if _remap is None else _remap(masking_utils.causal_mask_function, None).__code__
 
 
 def _smaller(a: int | None, b: int | None) -> int | None:
@@ -66,6 +67,8 @@ def _smaller(a: int | None, b: int | None) -> int | None:
 def _pattern(function: Callable) -> _Pattern:
     """What a mask function means; raises ValueError for one whose meaning is not known to be ours."""
     code = getattr(function, "__code__", None)
+    if code is None:
+        raise ValueError(f"a mask function must be a Python function, got {function!r}")
     if code is _CAUSAL:
         return _Pattern(right=0)
     if code is _BIDIRECTIONAL:
@@ -99,12 +102,12 @@ def _check_patterns() -> None:
     q, k = torch.arange(size)[:, None], torch.arange(size)
     sequences = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2]])
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]])
+    causal_window = masking_utils.sliding_window_causal_mask_function(window)
+    in_sequences = causal_window if _remap is None else _remap(causal_window, positions)
     for function in (
-        masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function,
-        masking_utils.sliding_window_causal_mask_function(window),
+        masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function, causal_window,
         masking_utils.sliding_window_bidirectional_mask_function(window),
-        masking_utils.packed_sequence_compatibility_function(
-            masking_utils.sliding_window_causal_mask_function(window), positions, sequences),
+        masking_utils.and_masks(masking_utils.packed_sequence_mask_function(sequences), in_sequences),
     ):
         pattern = _pattern(function)
         expected = torch.ones(size, size, dtype=torch.bool)
@@ -300,7 +303,8 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
         return flash_attention(q, k, v, dropout_p=dropout, **packed, **options), None
     if mask.cu_seqlens is None:
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if tokens == 1 and dropout == 0 and not needs_grad:  # there are kernels for one token
+        # There are kernels for one token; but under autocast dtypes may differ, which flash_attention alone sees to.
+        if tokens == 1 and dropout == 0 and not needs_grad and q.dtype == k.dtype == v.dtype:
             return flash_attention_decode(q, k, v, mask.lengths, causal=False, **options), None
         return flash_attention(q, k[:, :mask.keys], v[:, :mask.keys], dropout_p=dropout, **options), None
     of_queries, of_keys = mask.cu_seqlens

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pykernels import _library
 from pykernels.compat import flash_attn as fa
 
 INFINITE = (-1, -1)
@@ -211,6 +212,7 @@ def test_gradients():
     )
 
 
+@pytest.mark.skipif(_library.error() is not None, reason="the reference looks into cu_seqlens")
 def test_compiles_whole():
     q, cu = randn(7, 2, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
 
