@@ -182,6 +182,23 @@ def _dot(b_a, b_h, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _update(b_h, b_b, b_c, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """b_h + b^T c, one of b and c in fp32: the one that carries factors.
+
+    Its rounding is shared by a whole row or column of the state, so that few errors average out. In bfloat16 other
+    roundings hide that; in float16 what it loses is added too.
+    """
+    if dtype == tl.float16:
+        if b_b.dtype == tl.float32:
+            b_low = (b_b - b_b.to(dtype).to(tl.float32)).to(dtype)
+            b_h = tl.dot(tl.trans(b_low), b_c, b_h, input_precision=PRECISION)
+        else:
+            b_low = (b_c - b_c.to(dtype).to(tl.float32)).to(dtype)
+            b_h = tl.dot(tl.trans(b_b), b_low, b_h, input_precision=PRECISION)
+    return tl.dot(tl.trans(b_b.to(dtype)), b_c.to(dtype), b_h, input_precision=PRECISION)
+
+
+@triton.jit
 def _add(p, b_x, m):
     """*p += b_x; no other program touches p."""
     tl.store(p, tl.load(p, mask=m, other=0.0) + b_x, mask=m)
@@ -430,12 +447,12 @@ def linear_attention_walk_kernel(
             b_z *= b_total
         if CHANNEL_IN:
             b_by = b_b.to(tl.float32) * b_y
-            b_h = tl.dot(tl.trans(b_by.to(b_b.dtype)), b_c, b_h, input_precision=PRECISION)
+            b_h = _update(b_h, b_by, b_c, b_c.dtype, PRECISION)
             if COLUMN:
                 b_z += tl.sum(b_by * b_e[:, None] if DESCENDING else b_by, 0)
         else:
             b_cy = b_c.to(tl.float32) * (b_y if KIND == CHANNEL else b_y[:, None])
-            b_h = tl.dot(tl.trans(b_b), b_cy.to(b_c.dtype), b_h, input_precision=PRECISION)
+            b_h = _update(b_h, b_b, b_cy, b_c.dtype, PRECISION)
             if COLUMN:
                 b_w = b_cy if TRANSPOSED else b_b.to(tl.float32) * b_y[:, None]
                 b_z += tl.sum(b_w * b_e[:, None] if DESCENDING else b_w, 0)
