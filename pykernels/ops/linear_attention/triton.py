@@ -766,17 +766,15 @@ def linear_attention_step_kernel(
     if NORMALIZE:
         b_v = tl.where(o_v == V, 1.0, b_v)
     COLUMNS: tl.constexpr = V + NORMALIZE
-    b_g = 0.0
-    if KIND == HEAD or KIND == TOKEN:
-        b_g = tl.load(decay + i_b * stride_gb + i_h * stride_gh)
+    p_g = decay
+    if KIND != NONE:
+        p_g = decay + i_b * stride_gb + i_h * stride_gh
     b_o = tl.zeros([BV], dtype=tl.float32)
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < K
         b_q = load(q + i_b * stride_qb + i_h // G * stride_qh + o_k, m_k).to(tl.float32) * scale
         b_k = load(k + i_b * stride_kb + i_h // G * stride_kh + o_k, m_k).to(tl.float32)
-        if KIND == CHANNEL:
-            b_g = load(decay + i_b * stride_gb + i_h * stride_gh + o_k, m_k)[:, None]
         p_s = state + slot * stride_sb + i_h * stride_sh + (o_k * COLUMNS)[:, None] + o_v[None, :]
         m_s = _below(o_k, K, exists)[:, None] & (o_v < COLUMNS)[None, :]
         b_s = tl.load(p_s, mask=m_s, other=0.0)  # [BK, BV]
@@ -784,7 +782,11 @@ def linear_attention_step_kernel(
         if BONUS:
             b_u = load(bonus + i_h * K + o_k, m_k)
             b_o += tl.sum((b_s + b_u[:, None] * b_new) * b_q[:, None], 0)
-        b_s = b_s * _exp(b_g) + b_new if KIND != NONE else b_s + b_new
+        if KIND == CHANNEL:
+            b_s *= _exp(load(p_g + o_k, m_k))[:, None]
+        elif KIND != NONE:
+            b_s *= _exp(tl.load(p_g))
+        b_s += b_new
         if not BONUS:
             b_o += tl.sum(b_s * b_q[:, None], 0)
         tl.store(p_s, b_s, mask=m_s)
