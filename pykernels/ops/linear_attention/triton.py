@@ -182,6 +182,23 @@ def _dot(b_a, b_h, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _update(b_h, b_b, b_c, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """b_h + b^T c, one of b and c in fp32: the one that carries factors.
+
+    Its rounding is shared by a whole row or column of the state, so that few errors average out. In bfloat16 other
+    roundings hide that; in float16 what it loses is added too.
+    """
+    if dtype == tl.float16:
+        if b_b.dtype == tl.float32:
+            b_low = (b_b - b_b.to(dtype).to(tl.float32)).to(dtype)
+            b_h = tl.dot(tl.trans(b_low), b_c, b_h, input_precision=PRECISION)
+        else:
+            b_low = (b_c - b_c.to(dtype).to(tl.float32)).to(dtype)
+            b_h = tl.dot(tl.trans(b_b), b_low, b_h, input_precision=PRECISION)
+    return tl.dot(tl.trans(b_b.to(dtype)), b_c.to(dtype), b_h, input_precision=PRECISION)
+
+
+@triton.jit
 def _add(p, b_x, m):
     """*p += b_x; no other program touches p."""
     tl.store(p, tl.load(p, mask=m, other=0.0) + b_x, mask=m)
@@ -430,12 +447,12 @@ def linear_attention_walk_kernel(
             b_z *= b_total
         if CHANNEL_IN:
             b_by = b_b.to(tl.float32) * b_y
-            b_h = tl.dot(tl.trans(b_by.to(b_b.dtype)), b_c, b_h, input_precision=PRECISION)
+            b_h = _update(b_h, b_by, b_c, b_c.dtype, PRECISION)
             if COLUMN:
                 b_z += tl.sum(b_by * b_e[:, None] if DESCENDING else b_by, 0)
         else:
             b_cy = b_c.to(tl.float32) * (b_y if KIND == CHANNEL else b_y[:, None])
-            b_h = tl.dot(tl.trans(b_b), b_cy.to(b_c.dtype), b_h, input_precision=PRECISION)
+            b_h = _update(b_h, b_b, b_cy, b_c.dtype, PRECISION)
             if COLUMN:
                 b_w = b_cy if TRANSPOSED else b_b.to(tl.float32) * b_y[:, None]
                 b_z += tl.sum(b_w * b_e[:, None] if DESCENDING else b_w, 0)
@@ -749,17 +766,15 @@ def linear_attention_step_kernel(
     if NORMALIZE:
         b_v = tl.where(o_v == V, 1.0, b_v)
     COLUMNS: tl.constexpr = V + NORMALIZE
-    b_g = 0.0
-    if KIND == HEAD or KIND == TOKEN:
-        b_g = tl.load(decay + i_b * stride_gb + i_h * stride_gh)
+    p_g = decay
+    if KIND != NONE:
+        p_g = decay + i_b * stride_gb + i_h * stride_gh
     b_o = tl.zeros([BV], dtype=tl.float32)
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < K
         b_q = load(q + i_b * stride_qb + i_h // G * stride_qh + o_k, m_k).to(tl.float32) * scale
         b_k = load(k + i_b * stride_kb + i_h // G * stride_kh + o_k, m_k).to(tl.float32)
-        if KIND == CHANNEL:
-            b_g = load(decay + i_b * stride_gb + i_h * stride_gh + o_k, m_k)[:, None]
         p_s = state + slot * stride_sb + i_h * stride_sh + (o_k * COLUMNS)[:, None] + o_v[None, :]
         m_s = _below(o_k, K, exists)[:, None] & (o_v < COLUMNS)[None, :]
         b_s = tl.load(p_s, mask=m_s, other=0.0)  # [BK, BV]
@@ -767,7 +782,11 @@ def linear_attention_step_kernel(
         if BONUS:
             b_u = load(bonus + i_h * K + o_k, m_k)
             b_o += tl.sum((b_s + b_u[:, None] * b_new) * b_q[:, None], 0)
-        b_s = b_s * _exp(b_g) + b_new if KIND != NONE else b_s + b_new
+        if KIND == CHANNEL:
+            b_s *= _exp(load(p_g + o_k, m_k))[:, None]
+        elif KIND != NONE:
+            b_s *= _exp(tl.load(p_g))
+        b_s += b_new
         if not BONUS:
             b_o += tl.sum(b_s * b_q[:, None], 0)
         tl.store(p_s, b_s, mask=m_s)
