@@ -409,20 +409,22 @@ class Worker {
   // O += P V over the values left out of the packed V, for the rows that see them: zero weights would make NaN of the
   // infinities and NaN that are hidden from a row.
   void add_exceptional_values(int row, int rows, int64_t key, int begin, int columns, const Elem* weights) {
-    alignas(64) Acc value[kLane];
+    if (!exceptional_row_) exceptional_row_ = scratch_.take<Acc>(width_);
+    Range ranges[kRows];
+    for (int i = 0; i < rows; ++i) ranges[i] = visible(problem_, *s_q_, token(row + i));
     for (int j = 0; j < columns; ++j) {
       const int n = begin + WeightOrder<C>::source(j);  // of the block's keys
       if (n >= keys_ || !exceptional_value_[n]) continue;
       const T* const v = v_source_ + n * p_.v_stride.token;
-      for (int64_t d = 0; d < p_.value_dim; d += kLane) {
+      for (int64_t d = 0; d < width_; d += kLane) {
         const Vec<Acc> x = load_upto(v + d, p_.value_dim - d);
-        store(value, (abs<Acc>(x) < splat(kLimit)) ? Vec<Acc>{} : x);
-        for (int i = 0; i < rows; ++i) {
-          const Range range = visible(problem_, *s_q_, token(row + i));
-          if (key + n < range.begin || key + n >= range.end) continue;
-          Acc* const o = o_ + (row + i) * width_ + d;
-          store(o, load(o) + load(value) * weight_at(weights + i * kStride, j));
-        }
+        store(exceptional_row_ + d, (abs<Acc>(x) < splat(kLimit)) ? Vec<Acc>{} : x);
+      }
+      for (int i = 0; i < rows; ++i) {
+        if (key + n < ranges[i].begin || key + n >= ranges[i].end) continue;
+        const Acc weight = weight_at(weights + i * kStride, j);
+        Acc* const o = o_ + (row + i) * width_;
+        for (int64_t d = 0; d < width_; d += kLane) store(o + d, load(o + d) + load(exceptional_row_ + d) * weight);
       }
     }
   }
@@ -647,6 +649,7 @@ class Worker {
 #endif
   // For what is rare, taken when first needed.
   T* cleaned_ = nullptr;
+  Acc* exceptional_row_ = nullptr;
   bool exact_k_ready_ = false, exact_v_ready_ = false;
   float *exact_q_ = nullptr, *exact_k_ = nullptr, *exact_v_ = nullptr, *exact_s_ = nullptr;
 };
