@@ -514,7 +514,7 @@ def test_nan_and_infinity_reach_what_they_must_and_nothing_else(target, dtype, v
     if dtype not in dtypes(OP.op, target):
         return  # this target has no such dtype
     q, k, v = (
-        x.abs() for x in _qkv(target, dtype, batch=2, tq=100, tk=100, heads_q=4)
+        x.abs() for x in _qkv(target, dtype, batch=2, tq=100, tk=100, heads_q=4, head_dim=32, value_dim=32)
     )  # positive, so that inf * q is inf
 
     def call():
@@ -563,6 +563,31 @@ def test_nan_and_infinity_reach_what_they_must_and_nothing_else(target, dtype, v
     elsewhere[1, :, :2, 7] = False
     assert torch.equal(out[elsewhere], clean_out[elsewhere])
     assert torch.equal(lse, clean_lse)
+
+
+@on_compiled
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("value", (float("nan"), 2.0**100), ids=str)
+def test_gradients_of_other_heads_stay_the_same_bitwise(target, dtype, value):
+    """Whatever one head and batch entry holds, also what makes a kernel take another way for it."""
+    if dtype not in dtypes(OP.op, target):
+        return  # this target has no such dtype
+    leaves = _qkv(target, dtype, batch=2, tq=70, tk=70, heads_q=4, head_dim=32, value_dim=32)
+    cotangent = torch.randn_like(leaves[0])
+
+    def gradients():
+        args = [x.clone().requires_grad_() for x in leaves]
+        with target.active():
+            out = flash_attention(*args, causal=True, backend=target.backend)
+            return torch.autograd.grad(out, args, cotangent)
+
+    clean = gradients()
+    leaves[1][1, 40, 1, 5] = value
+    for x, before in zip(gradients(), clean):
+        half = x.shape[2] // 2
+        assert before.abs().max() > 0
+        assert torch.equal(x[0], before[0]) and torch.equal(x[1, :, :half], before[1, :, :half])
+        assert not torch.equal(x[1, :, half:], before[1, :, half:])
 
 
 @on_compiled

@@ -247,9 +247,10 @@ void last_rows(int rows, int depth, const typename C::Elem* a, int64_t lda, cons
 // One panel of B against all rows.
 template <class C, int Vectors>
 struct Panel {
+  template <class Beside>
   static __attribute__((noinline)) void multiply(int rows, int depth, const typename C::Elem* a, int64_t lda,
                                                  const typename C::Elem* b, typename C::Acc* c, int64_t ldc,
-                                                 bool accumulate) {
+                                                 bool accumulate, Beside&) {
     int i = 0;
     for (; i + C::kTileRows <= rows; i += C::kTileRows)
       register_tile<C, C::kTileRows, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
@@ -283,9 +284,9 @@ PYKERNELS_INLINE void amx_store_c(float* c, int64_t ldc) {
   if constexpr (RowTiles > 1 && Vectors > 1) amx::store<3>(c1 + 16, ldc * 4);
 }
 
-template <int RowTiles, int Vectors>
+template <int RowTiles, int Vectors, class Beside>
 PYKERNELS_INLINE void amx_tile(int depth, const BFloat16* a, int64_t lda, const BFloat16* b, float* c, int64_t ldc,
-                               bool accumulate) {
+                               bool accumulate, Beside& beside) {
   constexpr int b_bytes = 2 * 64;
   const int64_t a_bytes = lda * 2;
   const BFloat16* const a1 = a + 16 * lda;
@@ -307,15 +308,15 @@ PYKERNELS_INLINE void amx_tile(int depth, const BFloat16* a, int64_t lda, const 
       if constexpr (Vectors > 1) amx::dot<3, 5, 7>();
     }
     b += 2 * 512;
+    beside();
   }
   amx_store_c<RowTiles, Vectors>(c, ldc);
 }
 
 // Adds a block of 32 in depth to tiles 0-3: the products of parts from small to large, in an order that changes the parts
 // of one side at a time.
-// `beside()` is called after each of the six products, with work for the vector units meanwhile.
 template <int RowTiles, int Vectors, class Beside>
-PYKERNELS_INLINE void split_block(const SplitF32::Elem* a, int64_t lda, const SplitF32::Elem* b, Beside&& beside) {
+PYKERNELS_INLINE void split_block(const SplitF32::Elem* a, int64_t lda, const SplitF32::Elem* b, Beside& beside) {
   constexpr int b_bytes = 2 * 64;
   const int64_t a_bytes = lda * 6;
   const char *const a0 = reinterpret_cast<const char*>(a), *const a1 = a0 + 16 * a_bytes;
@@ -354,8 +355,8 @@ PYKERNELS_INLINE void split_block(const SplitF32::Elem* a, int64_t lda, const Sp
 }
 
 template <int RowTiles, int Vectors, class Beside>
-PYKERNELS_INLINE void split_tile(int depth, const SplitF32::Elem* a, int64_t lda, const SplitF32::Elem* b, float* c,
-                                 int64_t ldc, bool accumulate, Beside&& beside) {
+PYKERNELS_INLINE void amx_tile(int depth, const SplitF32::Elem* a, int64_t lda, const SplitF32::Elem* b, float* c,
+                               int64_t ldc, bool accumulate, Beside& beside) {
   if (accumulate)
     amx_load_c<RowTiles, Vectors>(c, ldc);
   else
@@ -364,51 +365,76 @@ PYKERNELS_INLINE void split_tile(int depth, const SplitF32::Elem* a, int64_t lda
   amx_store_c<RowTiles, Vectors>(c, ldc);
 }
 
-template <int Vectors>
-struct Panel<SplitF32, Vectors> {
-  using Elem = SplitF32::Elem;
+template <class C, int Vectors>
+struct TilePanel {
+  using Elem = typename C::Elem;
+  template <class Beside>
   static __attribute__((noinline)) void multiply(int rows, int depth, const Elem* a, int64_t lda, const Elem* b, float* c,
-                                                 int64_t ldc, bool accumulate) {
-    const auto nothing = [] {};
+                                                 int64_t ldc, bool accumulate, Beside& beside) {
     int i = 0;
     for (; i + 16 < rows; i += 32)
-      split_tile<2, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate, nothing);
-    if (i < rows) split_tile<1, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate, nothing);
+      amx_tile<2, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate, beside);
+    if (i < rows) amx_tile<1, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate, beside);
   }
 };
-
 template <int Vectors>
-struct Panel<BF16, Vectors> {
-  static __attribute__((noinline)) void multiply(int rows, int depth, const BFloat16* a, int64_t lda, const BFloat16* b,
-                                                 float* c, int64_t ldc, bool accumulate) {
-    int i = 0;
-    for (; i + 16 < rows; i += 32)
-      amx_tile<2, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
-    if (i < rows) amx_tile<1, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
-  }
-};
+struct Panel<BF16, Vectors> : TilePanel<BF16, Vectors> {};
+template <int Vectors>
+struct Panel<SplitF32, Vectors> : TilePanel<SplitF32, Vectors> {};
 #endif
 
 // The product with a panel of so many columns, Vectors vectors of them at most.
-template <class C, int Vectors>
+template <class C, int Vectors, class Beside>
 PYKERNELS_INLINE auto panel_product(int columns) {
   if constexpr (Vectors > 1)
-    if (columns <= (Vectors - 1) * C::kColumnAlign) return panel_product<C, Vectors - 1>(columns);
-  return &Panel<C, Vectors>::multiply;
+    if (columns <= (Vectors - 1) * C::kColumnAlign) return panel_product<C, Vectors - 1, Beside>(columns);
+  return &Panel<C, Vectors>::template multiply<Beside>;
 }
 
 }  // namespace detail
 
+struct Nothing {
+  PYKERNELS_INLINE void operator()() const {}
+};
+
 // C = A B, or C += A B. `depth` is rounded up to kDepthAlign (the padding of A and B is read).
-template <class C>
-void matmul(int rows, int columns, int depth, MatrixA<C> a, PackedB<C> b, MatrixC<C> c, bool accumulate) {
+//
+// With AMX, `beside()` is called tile_products<C>(...) times while the tiles are multiplied: with work for the vector units,
+// that has nothing to do with this product.
+template <class C, class Beside = const Nothing>
+void matmul(int rows, int columns, int depth, MatrixA<C> a, PackedB<C> b, MatrixC<C> c, bool accumulate,
+            Beside& beside = Nothing{}) {
   depth = round_up(depth, C::kDepthAlign);
   const typename C::Elem* panel = b.data;
   for (int n = 0; n < columns; n += C::kPanel, panel += b.panel_stride) {
-    const auto multiply = detail::panel_product<C, C::kPanel / C::kColumnAlign>(columns - n);
-    multiply(rows, depth, a.data, a.stride, panel + b.first * C::kPanel, c.data + n, c.stride, accumulate);
+    const auto multiply = detail::panel_product<C, C::kPanel / C::kColumnAlign, Beside>(columns - n);
+    multiply(rows, depth, a.data, a.stride, panel + b.first * C::kPanel, c.data + n, c.stride, accumulate, beside);
   }
 }
+
+template <class C>
+PYKERNELS_INLINE constexpr int tile_products(int rows, int columns, int depth) {
+  const int blocks = (rows + 31) / 32 * ((columns + C::kPanel - 1) / C::kPanel) * (round_up(depth, C::kDepthAlign) / C::kDepthAlign);
+  return C::kRowAlign == 1 ? 0 : kIsSplit<C> ? 6 * blocks : blocks;
+}
+
+// Spreads the pieces of some vector work evenly over a number of calls: what `matmul` does beside its products.
+template <class Work>
+class Spread {
+ public:
+  Spread(const Work& work, int pieces, int calls) : work_(work), pieces_(pieces), calls_(calls) {}
+  PYKERNELS_INLINE void operator()() {
+    due_ += pieces_;
+    while (done_ < pieces_ && done_ * calls_ < due_) work_(done_++);
+  }
+  void finish() {
+    while (done_ < pieces_) work_(done_++);
+  }
+
+ private:
+  Work work_;
+  int pieces_, calls_, done_ = 0, due_ = 0;
+};
 
 // ---- magnitudes ---------------------------------------------------------------------------------------------------
 

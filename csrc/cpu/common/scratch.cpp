@@ -4,17 +4,11 @@
 #include <cstdlib>
 #include <mutex>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace pykernels::cpu {
 namespace {
 
 // Blocks are at least this long; only the pages that a kernel touches become real.
 constexpr size_t kLeastBytes = size_t{4} << 20;
-// Tiles of matrices take rows from many small pages at a time: huge ones spare the translations.
-constexpr size_t kPage = size_t{2} << 20;
 // Longer blocks are given back at once, and so is what would bring the idle ones above the sum.
 constexpr size_t kMostBytesKept = size_t{64} << 20, kMostBytesKeptInAll = size_t{512} << 20;
 constexpr int kMostBlocksKept = 256;
@@ -51,15 +45,12 @@ void* scratch_acquire(size_t bytes, size_t* granted) {
       return block;
     }
   }
-  *granted = bytes <= kLeastBytes ? kLeastBytes : (bytes + kPage - 1) / kPage * kPage;
-  void* const block = std::aligned_alloc(kPage, *granted);
+  *granted = bytes <= kLeastBytes ? kLeastBytes : (bytes + 4095) / 4096 * 4096;
+  void* const block = std::aligned_alloc(4096, *granted);
   if (!block) {
     std::fprintf(stderr, "pykernels: out of memory: no %zu bytes of scratch\n", *granted);
     std::abort();
   }
-#if defined(__linux__)
-  madvise(block, *granted, MADV_HUGEPAGE);  // a hint: where it fails, small pages serve
-#endif
   return block;
 }
 

@@ -339,27 +339,16 @@ class Worker {
     const Acc factor = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
     Softmax<C> softmax{now.columns ? kRows : 0, now.columns, s_now, w_now, kStride, factor, m_ + now.row, l_ + now.row * kLane,
                        o_ + now.row * width_, width_};
-    // Spread evenly over the products.
-    const int pieces = softmax.pieces();
-    const int products = 6 * (next.columns / 32 * (depth_ / 32) + (width_ + 31) / 32 * (last.columns / 32));
-    int done = 0, due = 0;
-    const auto beside = [&] {
-      due += pieces;
-      while (done < pieces && done * products < due) softmax.piece(done++);
-    };
-    const int64_t k_panel = packed_panel<C>(depth_), v_panel = packed_panel<C>(kKeys);
-    for (int n = 0; n < next.columns; n += 32)
-      detail::split_tile<2, 2>(depth_, q_ + next.row * depth_, depth_, k_ + (next.begin + n) / 32 * k_panel, s_next + n, kStride,
-                               false, beside);
-    for (int d = 0; d < width_ && last.columns; d += 32) {
-      const Elem* const v = v_ + d / 32 * v_panel + last.begin * C::kPanel;
-      Acc* const o = o_ + last.row * width_ + d;
-      if (d + 16 < width_)
-        detail::split_tile<2, 2>(last.columns, w_last, kStride, v, o, width_, true, beside);
-      else
-        detail::split_tile<2, 1>(last.columns, w_last, kStride, v, o, width_, true, beside);
-    }
-    while (done < pieces) softmax.piece(done++);
+    const auto piece = [&](int n) { softmax.piece(n); };
+    Spread<decltype(piece)> beside(
+        piece, softmax.pieces(),
+        tile_products<C>(kRows, next.columns, depth_) + tile_products<C>(kRows, last.columns ? width_ : 0, last.columns));
+    matmul<C>(kRows, next.columns, depth_, {q_ + next.row * depth_, depth_},
+              {k_ + next.begin / C::kPanel * packed_panel<C>(depth_), packed_panel<C>(depth_)}, {s_next, kStride}, false, beside);
+    if (last.columns)
+      matmul<C>(kRows, width_, last.columns, {w_last, kStride}, {v_, packed_panel<C>(kKeys), last.begin},
+                {o_ + last.row * width_, width_}, true, beside);
+    beside.finish();
     if (last.columns && exceptional_values_) add_exceptional_values(last.row, last.rows, last.key, last.begin, last.columns, w_last);
     if (next.edge) hide(s_next, next.row, next.rows, next.key + next.begin, next.columns);
     values_stage_ = now;
@@ -420,20 +409,22 @@ class Worker {
   // O += P V over the values left out of the packed V, for the rows that see them: zero weights would make NaN of the
   // infinities and NaN that are hidden from a row.
   void add_exceptional_values(int row, int rows, int64_t key, int begin, int columns, const Elem* weights) {
-    alignas(64) Acc value[kLane];
+    if (!exceptional_row_) exceptional_row_ = scratch_.take<Acc>(width_);
+    Range ranges[kRows];
+    for (int i = 0; i < rows; ++i) ranges[i] = visible(problem_, *s_q_, token(row + i));
     for (int j = 0; j < columns; ++j) {
       const int n = begin + WeightOrder<C>::source(j);  // of the block's keys
       if (n >= keys_ || !exceptional_value_[n]) continue;
       const T* const v = v_source_ + n * p_.v_stride.token;
-      for (int64_t d = 0; d < p_.value_dim; d += kLane) {
+      for (int64_t d = 0; d < width_; d += kLane) {
         const Vec<Acc> x = load_upto(v + d, p_.value_dim - d);
-        store(value, (abs<Acc>(x) < splat(kLimit)) ? Vec<Acc>{} : x);
-        for (int i = 0; i < rows; ++i) {
-          const Range range = visible(problem_, *s_q_, token(row + i));
-          if (key + n < range.begin || key + n >= range.end) continue;
-          Acc* const o = o_ + (row + i) * width_ + d;
-          store(o, load(o) + load(value) * weight_at(weights + i * kStride, j));
-        }
+        store(exceptional_row_ + d, (abs<Acc>(x) < splat(kLimit)) ? Vec<Acc>{} : x);
+      }
+      for (int i = 0; i < rows; ++i) {
+        if (key + n < ranges[i].begin || key + n >= ranges[i].end) continue;
+        const Acc weight = weight_at(weights + i * kStride, j);
+        Acc* const o = o_ + (row + i) * width_;
+        for (int64_t d = 0; d < width_; d += kLane) store(o + d, load(o + d) + load(exceptional_row_ + d) * weight);
       }
     }
   }
@@ -658,6 +649,7 @@ class Worker {
 #endif
   // For what is rare, taken when first needed.
   T* cleaned_ = nullptr;
+  Acc* exceptional_row_ = nullptr;
   bool exact_k_ready_ = false, exact_v_ready_ = false;
   float *exact_q_ = nullptr, *exact_k_ = nullptr, *exact_v_ = nullptr, *exact_s_ = nullptr;
 };
@@ -688,8 +680,8 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
     }
   }
 
-  // Rows per chunk: queries and accumulators take half a megabyte of L2, more chunks than threads where there are
-  // rows enough.
+  // Rows per chunk: queries and accumulators take half a megabyte of L2, with AMX more (such processors have two), so that
+  // keys and values are packed few times; more chunks than threads where there are rows enough.
   const int64_t row_bytes = round_up(p.head_dim, C::kDepthAlign) * sizeof(typename C::Elem) +
                             (round_up(p.value_dim, C::kColumnAlign) + kLanes<typename C::Acc>) *
                                 sizeof(typename C::Acc);
@@ -699,7 +691,8 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
     rows += here;
     longest = most(longest, here);
   }
-  int64_t limit = most<int64_t>(4 * tile_rows, (int64_t{1400} << 10) / row_bytes);
+  constexpr int64_t cached = int64_t{Shape<C>::kTiles ? 1200 : 640} << 10;
+  int64_t limit = most<int64_t>(4 * tile_rows, cached / row_bytes);
   if (parallel.threads > 1) limit = least(limit, most<int64_t>(128, rows * problem.key_heads / (4 * parallel.threads)));
   const int64_t pieces = most<int64_t>(1, (longest + limit - 1) / limit);
   problem.chunk_rows = most<int64_t>(tile_rows, round_up((longest + pieces - 1) / pieces, tile_rows));
@@ -734,15 +727,16 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
   });
 }
 
-// fp32 and fp16 go through the tiles of AMX where there are, but for shapes that would fill them with zeros. That choice
-// is by shape and scale alone; what single blocks hold is looked at when they are packed.
+// fp32 and fp16 go through the tiles of AMX where there are, but for shapes that would fill them with zeros or have too few
+// queries to make up for packing. That choice is by shape and scale alone; what single blocks hold is looked at when they are
+// packed.
 template <class T>
 void forward_fp32(const FlashAttentionParams& p, const Parallel& parallel) {
 #if defined(PYKERNELS_HAS_AMX)
-  const int64_t rows = p.cu_seqlens_q ? p.seqlen_q / most<int64_t>(1, p.sequences) : p.seqlen_q;
-  const bool filled = p.head_dim + p.value_dim > 32 && rows * (p.heads_q / p.heads_k) > 16;
+  const int64_t queries = p.cu_seqlens_q ? p.seqlen_q / most<int64_t>(1, p.sequences) : p.seqlen_q;
+  const bool pays = p.head_dim + p.value_dim > 32 && queries * (p.heads_q / p.heads_k) >= 64;
   // Times a larger scale, what denormals lose might show.
-  if (filled && p.scale < 0x1p30 && p.scale > -0x1p30) return forward<T, SplitF32>(p, parallel);
+  if (pays && p.scale < 0x1p30 && p.scale > -0x1p30) return forward<T, SplitF32>(p, parallel);
 #endif
   forward<T, ComputeFor<T>>(p, parallel);
 }
