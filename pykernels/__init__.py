@@ -5,7 +5,7 @@ from __future__ import annotations
 from ._library import release_scratch
 from ._version import __version__
 from .backends import BackendUnavailable, use_backend
-from .ops.fft_conv import fft_conv
+from .ops.fft_conv import fft_conv, fft_conv_init, fft_conv_step
 from .ops.flash_attention import flash_attention, flash_attention_decode
 from .ops.linear_attention import linear_attention, linear_attention_step
 from .ops.retention import retention, retention_step
@@ -14,6 +14,8 @@ __all__ = [
     "BackendUnavailable",
     "__version__",
     "fft_conv",
+    "fft_conv_init",
+    "fft_conv_step",
     "flash_attention",
     "flash_attention_decode",
     "linear_attention",

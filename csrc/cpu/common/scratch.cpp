@@ -1,5 +1,7 @@
 #include "scratch.h"
 
+#include "pages.h"
+
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
@@ -16,16 +18,6 @@ constexpr size_t kLeastBytes = size_t{4} << 20;
 constexpr size_t kMostBytesKept = size_t{64} << 20, kMostBytesKeptInAll = size_t{512} << 20;
 constexpr int kMostBlocksKept = 256;
 
-// From this size on a block asks for huge pages: a transform that strides through it would miss the translation buffer everywhere.
-constexpr size_t kHugePageBytes = size_t{2} << 20;
-
-void* want_huge_pages(void* block, size_t bytes) {
-#if defined(__linux__)
-  if (bytes >= kHugePageBytes) madvise(block, bytes / kHugePageBytes * kHugePageBytes, MADV_HUGEPAGE);  // a hint: may fail
-#endif
-  return block;
-}
-
 struct Pool {
   std::mutex mutex;
   int count = 0;
@@ -41,7 +33,19 @@ Pool& pool() {
   return *instance;
 }
 
+constexpr size_t kHugePageBytes = size_t{2} << 20;
+
 }  // namespace
+
+void want_huge_pages(void* start, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + bytes) / kHugePageBytes * kHugePageBytes;
+  if (last >= first + 2 * kHugePageBytes) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)start, (void)bytes;
+#endif
+}
 
 void* scratch_acquire(size_t bytes, size_t* granted) {
   {
@@ -55,7 +59,8 @@ void* scratch_acquire(size_t bytes, size_t* granted) {
       p.bytes_in_all -= *granted;
       for (int j = i + 1; j < p.count; ++j) p.idle[j - 1] = p.idle[j];
       --p.count;
-      return want_huge_pages(block, bytes);
+      if (bytes >= kHugePageBytes) want_huge_pages(block, *granted);  // strided passes would miss the translation buffer
+      return block;
     }
   }
   *granted = bytes <= kLeastBytes ? kLeastBytes : (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
@@ -64,7 +69,8 @@ void* scratch_acquire(size_t bytes, size_t* granted) {
     std::fprintf(stderr, "pykernels: out of memory: no %zu bytes of scratch\n", *granted);
     std::abort();
   }
-  return want_huge_pages(block, bytes);
+  if (bytes >= kHugePageBytes) want_huge_pages(block, *granted);
+  return block;
 }
 
 void scratch_release(void* block, size_t granted) {

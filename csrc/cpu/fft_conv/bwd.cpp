@@ -96,6 +96,9 @@ void run(const FFTConvBackwardParams& b, const Parallel& parallel) {
     return;
   }
 
+  void* const gradients[] = {b.du, b.dpre_gate, b.dpost_gate};
+  for (void* gradient : gradients)
+    if (gradient) want_huge_pages(gradient, sizeof(T) * static_cast<size_t>(p.batch * p.channels * p.length));
   const Taps taps(p);
   const int64_t count = taps.count(), per_group = p.channels / p.groups, rows = p.batch * per_group;
   const Way way = choose_way(taps, rows);

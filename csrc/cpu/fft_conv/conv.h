@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../include/pykernels/fft_conv.h"
+#include "../common/pages.h"
 #include "../common/scratch.h"
 #include "fft.h"
 

@@ -40,6 +40,8 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
   using S = Wide<T>;
   constexpr int lanes = kLanes<S>;
   if (p.batch == 0 || p.channels == 0 || p.length == 0) return;
+  if (p.out_stride.batch == p.channels * p.length && p.out_stride.channel == p.length)
+    want_huge_pages(p.out, sizeof(T) * static_cast<size_t>(p.batch * p.channels * p.length));
   const Taps taps(p);
   const int64_t rows = p.batch * (p.channels / p.groups);
   const Way way = choose_way(taps, rows);

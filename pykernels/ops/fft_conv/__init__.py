@@ -1,6 +1,7 @@
 """Long convolution: a kernel as long as the sequence, causal, two-sided or circular, with gates, in time L log L.
 
-The definition is `reference.py`; `registration.py` makes ops of the backends; README.md derives the transforms and gradients.
+The definition is `reference.py`; `registration.py` makes ops of the backends; `decode.py` is the convolution of a sequence that comes
+token by token; README.md derives the transforms and gradients.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _check_gate_type(name: str, gate: Tensor, u: Tensor) -> Tensor:
 def fft_conv(u: Tensor, k: Tensor, *, k_rev: Tensor | None = None, k_rev_lag: int = 1, D: Tensor | None = None,
              pre_gate: Tensor | None = None, post_gate: Tensor | None = None, mode: str = "causal",
              backend: str = "auto") -> Tensor:
-    r"""Long depthwise convolution, with gates before and after it and a skip connection:
+    r"""Long depthwise convolution, with gates before and after it and a skip connection.
 
     .. math::
         x = pre \odot u, \qquad c_n = \sum_{i \ge 0} k_i\, x_{n-i} + \sum_{i \ge 0} k^{rev}_i\, x_{n+i+lag}, \qquad
@@ -219,6 +220,7 @@ def fft_conv_step(u_t: Tensor, state: FFTConvState, *, pre_gate: Tensor | None =
     Raises:
         TypeError, ValueError: as in `fft_conv`; nothing is changed then.
         RuntimeError: grad mode is on and an input requires grad.
+        BackendUnavailable: the state's backend can't serve it.
     """
     if not isinstance(state, FFTConvState):
         raise TypeError(f"state must be an FFTConvState, which fft_conv_init makes, got {type(state).__name__}")
