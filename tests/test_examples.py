@@ -25,9 +25,9 @@ def train_lm() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_language_model_learns_and_decodes(train_lm: ModuleType, dtype: str, capsys: pytest.CaptureFixture) -> None:
-    assert train_lm.main([*SMALL, "--steps", "80", "--dtype", dtype]) == 0
+@pytest.mark.parametrize("mixer, dtype", [("attention", "fp32"), ("attention", "bf16"), ("hyena", "fp32"), ("hyena", "bf16")])
+def test_language_model_learns_and_decodes(train_lm: ModuleType, mixer: str, dtype: str, capsys: pytest.CaptureFixture) -> None:
+    assert train_lm.main([*SMALL, "--mixer", mixer, "--steps", "80", "--dtype", dtype]) == 0
     out = capsys.readouterr().out
     loss, entropy = map(float, re.search(r"held-out loss ([\d.]+) .*unigram entropy ([\d.]+)", out).groups())
     assert 2.5 < entropy < 4.0
