@@ -35,8 +35,14 @@ class _LongMixer(nn.Module):
     def _mix(self, x: Tensor, convolve: _Convolve) -> Tensor:
         raise NotImplementedError
 
-    def init_state(self, batch: int, max_tokens: int | None = None, *, device: torch.device | str | None = None,
-                   dtype: torch.dtype | None = None) -> LongConvState:
+    def init_state(
+        self,
+        batch: int,
+        max_tokens: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LongConvState:
         """The state before any token, for sequences of up to `max_tokens` (None: the layer's, which is also the most).
 
         Batch, device and dtype are those of the first tokens that come.
@@ -66,22 +72,39 @@ class _LongMixer(nn.Module):
 
     def _advance(self, state: LongConvState, tokens: int) -> None:
         if state.tokens + tokens > state.max_tokens:
-            raise ValueError(f"x must keep the sequence within the state's max_tokens of {state.max_tokens}, got {tokens} more "
-                             f"after {state.tokens}")
+            raise ValueError(
+                f"x must keep the sequence within the state's max_tokens of {state.max_tokens}, got {tokens} more "
+                f"after {state.tokens}"
+            )
         state.tokens += tokens
 
     def _whole(self, u: Tensor, kernel: Callable[[int], Tensor], **options: Tensor | None) -> Tensor:
         return fft_conv(u, kernel(u.shape[2]), backend=self.backend, **options)
 
-    def _prefix(self, state: LongConvState, u: Tensor, kernel: Callable[[int], Tensor], *, D: Tensor | None = None,
-                pre_gate: Tensor | None = None, post_gate: Tensor | None = None) -> Tensor:
+    def _prefix(
+        self,
+        state: LongConvState,
+        u: Tensor,
+        kernel: Callable[[int], Tensor],
+        *,
+        D: Tensor | None = None,
+        pre_gate: Tensor | None = None,
+        post_gate: Tensor | None = None,
+    ) -> Tensor:
         k = kernel(state.max_tokens)
         state.convolutions.append(fft_conv_init(k, u, D=D, pre_gate=pre_gate, backend=self.backend))
         return fft_conv(u, k, D=D, pre_gate=pre_gate, post_gate=post_gate, backend=self.backend)
 
     @staticmethod
-    def _next(states, u: Tensor, kernel: Callable[[int], Tensor], *, D: Tensor | None = None, pre_gate: Tensor | None = None,
-              post_gate: Tensor | None = None) -> Tensor:
+    def _next(
+        states,
+        u: Tensor,
+        kernel: Callable[[int], Tensor],
+        *,
+        D: Tensor | None = None,
+        pre_gate: Tensor | None = None,
+        post_gate: Tensor | None = None,
+    ) -> Tensor:
         pre, post = (None if gate is None else gate[..., 0] for gate in (pre_gate, post_gate))
         return fft_conv_step(u[..., 0], next(states), pre_gate=pre, post_gate=post)[..., None]
 
@@ -103,8 +126,16 @@ class LongConv(_LongMixer):
     See `pykernels.nn` for how it is called.
     """
 
-    def __init__(self, dim: int, max_tokens: int, *, threshold: float = 0.0, backend: str = "auto",
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        max_tokens: int,
+        *,
+        threshold: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if dim < 1 or max_tokens < 1:
             raise ValueError(f"dim and max_tokens must be at least 1, got {dim} and {max_tokens}")
@@ -117,7 +148,9 @@ class LongConv(_LongMixer):
     def reset_parameters(self) -> None:
         """Kernels of unit norm that fade at Hyena's rates."""
         t = torch.arange(self.max_tokens, device=self.kernel.device, dtype=torch.float64) / self.max_tokens
-        kernel = torch.randn_like(self.kernel, dtype=torch.float64) * torch.exp(-_decay_rates(self.dim, t.device)[:, None] * t)
+        kernel = torch.randn_like(self.kernel, dtype=torch.float64) * torch.exp(
+            -_decay_rates(self.dim, t.device)[:, None] * t
+        )
         self.kernel.copy_(kernel / kernel.norm(dim=1, keepdim=True))
         self.skip.fill_(1)
 
@@ -143,8 +176,18 @@ class HyenaFilter(nn.Module):
         frequency: the initial value of that parameter.
     """
 
-    def __init__(self, dim: int, max_tokens: int, *, embedding: int = 3, width: int = 64, layers: int = 3, frequency: float = 1.0,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        max_tokens: int,
+        *,
+        embedding: int = 3,
+        width: int = 64,
+        layers: int = 3,
+        frequency: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if embedding < 3 or embedding % 2 == 0:
             raise ValueError(f"embedding must be odd and at least 3, got {embedding}")
@@ -190,10 +233,25 @@ class HyenaOperator(_LongMixer):
     See `pykernels.nn` for how it is called. Source: Poli et al., Hyena Hierarchy (arXiv:2302.10866).
     """
 
-    def __init__(self, dim: int, max_tokens: int, *, order: int = 2, short_taps: int = 3, backend: str = "auto",
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None, **filter_options: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        max_tokens: int,
+        *,
+        order: int = 2,
+        short_taps: int = 3,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **filter_options: float,
+    ) -> None:
         super().__init__()
-        for name, value, least in (("dim", dim, 1), ("max_tokens", max_tokens, 1), ("order", order, 2), ("short_taps", short_taps, 1)):
+        for name, value, least in (
+            ("dim", dim, 1),
+            ("max_tokens", max_tokens, 1),
+            ("order", order, 2),
+            ("short_taps", short_taps, 1),
+        ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.dim, self.max_tokens, self.order, self.backend = dim, max_tokens, order, backend
@@ -205,7 +263,7 @@ class HyenaOperator(_LongMixer):
         self.filter = HyenaFilter((order - 1) * dim, max_tokens, **filter_options, **options)
         self.skip = nn.Parameter(torch.randn(order - 1, dim, **options))
         for parameter in (self.short_kernel, self.short_bias):  # as of torch.nn.Conv1d
-            nn.init.uniform_(parameter, -short_taps ** -0.5, short_taps ** -0.5)
+            nn.init.uniform_(parameter, -(short_taps**-0.5), short_taps**-0.5)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, max_tokens={self.max_tokens}, order={self.order}, backend={self.backend!r}"
@@ -217,5 +275,11 @@ class HyenaOperator(_LongMixer):
         *gates, v = streams.unflatten(1, (self.order + 1, self.dim)).unbind(1)
         for i in range(self.order - 1, 0, -1):
             rows, last = slice((i - 1) * self.dim, i * self.dim), gates[0] if i == 1 else None
-            v = convolve(v, lambda tokens, rows=rows: self.filter(tokens)[rows], D=self.skip[i - 1], pre_gate=gates[i], post_gate=last)
+            v = convolve(
+                v,
+                lambda tokens, rows=rows: self.filter(tokens)[rows],
+                D=self.skip[i - 1],
+                pre_gate=gates[i],
+                post_gate=last,
+            )
         return self.out_proj(v.transpose(1, 2))

@@ -117,7 +117,9 @@ def test_every_parameter_gets_a_gradient(layer):
     layer = LAYERS[layer](dtype=F64)
     x = torch.randn(2, 100, 6, dtype=F64, requires_grad=True)
     layer(x).sin().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in (x, *layer.parameters()))
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in (x, *layer.parameters())
+    )
 
 
 def test_compile():
@@ -128,12 +130,20 @@ def test_compile():
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("make, match", (
-    (lambda: LongConv(0, 5), "dim"), (lambda: LongConv(4, 0), "max_tokens"), (lambda: HyenaOperator(4, 0), "max_tokens"),
-    (lambda: HyenaOperator(4, 8, order=1), "order"), (lambda: HyenaOperator(4, 8, short_taps=0), "short_taps"),
-    (lambda: HyenaOperator(4, 8, embedding=4), "embedding.*4"), (lambda: HyenaFilter(4, 8, layers=0), "layers.*0"),
-    (lambda: LongConv(4, 8).init_state(1, 9), "max_tokens.*8.*9"), (lambda: LongConv(4, 8)(torch.zeros(1, 9, 4)), "max_tokens = 8.*9"),
-))
+@pytest.mark.parametrize(
+    "make, match",
+    (
+        (lambda: LongConv(0, 5), "dim"),
+        (lambda: LongConv(4, 0), "max_tokens"),
+        (lambda: HyenaOperator(4, 0), "max_tokens"),
+        (lambda: HyenaOperator(4, 8, order=1), "order"),
+        (lambda: HyenaOperator(4, 8, short_taps=0), "short_taps"),
+        (lambda: HyenaOperator(4, 8, embedding=4), "embedding.*4"),
+        (lambda: HyenaFilter(4, 8, layers=0), "layers.*0"),
+        (lambda: LongConv(4, 8).init_state(1, 9), "max_tokens.*8.*9"),
+        (lambda: LongConv(4, 8)(torch.zeros(1, 9, 4)), "max_tokens = 8.*9"),
+    ),
+)
 def test_bad_arguments(make, match):
     with pytest.raises(ValueError, match=match):
         make()

@@ -25,14 +25,29 @@ def steps(state, u: Tensor, pre: Tensor | None = None, post: Tensor | None = Non
     def at(x, t):
         return None if x is None else x[..., t]
 
-    return torch.stack([fft_conv_step(u[..., t], state, pre_gate=at(pre, t), post_gate=at(post, t)) for t in range(u.shape[2])], 2)
+    return torch.stack(
+        [fft_conv_step(u[..., t], state, pre_gate=at(pre, t), post_gate=at(post, t)) for t in range(u.shape[2])], 2
+    )
 
 
 @on_backends
-@pytest.mark.parametrize("prefix, tokens, taps", (
-    (0, 5, 1), (0, 3 * BLOCK, 1), (0, 200, 3), (0, 2 * BLOCK + 1, BLOCK), (0, 300, BLOCK + 1), (0, 700, 300), (0, 600, 1000),
-    (1, 150, 100), (37, 400, 1000), (500, 300, BLOCK), (500, 300, 130), (90, 1100, 257),
-))
+@pytest.mark.parametrize(
+    "prefix, tokens, taps",
+    (
+        (0, 5, 1),
+        (0, 3 * BLOCK, 1),
+        (0, 200, 3),
+        (0, 2 * BLOCK + 1, BLOCK),
+        (0, 300, BLOCK + 1),
+        (0, 700, 300),
+        (0, 600, 1000),
+        (1, 150, 100),
+        (37, 400, 1000),
+        (500, 300, BLOCK),
+        (500, 300, 130),
+        (90, 1100, 257),
+    ),
+)
 def test_steps_equal_the_whole_sequence(backend, prefix, tokens, taps):
     u, k, D = torch.randn(2, 6, prefix + tokens, dtype=F64), torch.randn(3, taps, dtype=F64), torch.randn(6, dtype=F64)
     whole = fft_conv(u, k, D=D, backend=backend)
@@ -73,7 +88,7 @@ def test_sequences_do_not_mix():
     u, k = torch.randn(3, 2, 200), torch.randn(2, 150)
     together = steps(fft_conv_init(k, u[..., :20]), u[..., 20:])
     for b in range(3):
-        assert torch.equal(steps(fft_conv_init(k, u[b:b + 1, :, :20]), u[b:b + 1, :, 20:]), together[b:b + 1])
+        assert torch.equal(steps(fft_conv_init(k, u[b : b + 1, :, :20]), u[b : b + 1, :, 20:]), together[b : b + 1])
 
 
 def test_steps_cost_far_less_than_a_sum_over_the_kernel():
@@ -110,36 +125,46 @@ def test_states_are_for_inference():
             fft_conv_step(state=state, **args)
 
 
-@pytest.mark.parametrize("args, exception, match", (
-    ({"k": [1.0]}, TypeError, r"\bk\b.*tensor.*list"),
-    ({"k": torch.zeros(2, 3, 4)}, ValueError, r"\bk\b.*2 axes"),
-    ({"k": torch.zeros(2, 0)}, ValueError, r"\bk\b.*at least one tap"),
-    ({"u_prefix": torch.zeros(2, 4)}, ValueError, r"u_prefix.*3 axes"),
-    ({"u_prefix": torch.zeros(1, 3, 4)}, ValueError, r"\bk\b.*3 channels.*2 rows"),
-    ({"u_prefix": torch.zeros(1, 2, 4), "batch": 1}, ValueError, r"batch.*None.*u_prefix"),
-    ({"u_prefix": torch.zeros(1, 2, 4), "pre_gate": torch.zeros(1, 2, 3)}, ValueError, r"pre_gate.*L=4.*\[1, 2, 3\]"),
-    ({"pre_gate": torch.zeros(1, 2, 3)}, ValueError, r"pre_gate.*without u_prefix"),
-    ({"batch": -1}, ValueError, r"batch.*-1"),
-    ({"channels": 2.0}, ValueError, r"channels.*2\.0"),
-    ({"dtype": torch.int32}, TypeError, r"int32"),
-    ({"D": torch.zeros(3)}, ValueError, r"\bD\b.*D=2.*\[3\]"),
-    ({"backend": "gpu"}, ValueError, r"backend.*'gpu'"),
-))
+@pytest.mark.parametrize(
+    "args, exception, match",
+    (
+        ({"k": [1.0]}, TypeError, r"\bk\b.*tensor.*list"),
+        ({"k": torch.zeros(2, 3, 4)}, ValueError, r"\bk\b.*2 axes"),
+        ({"k": torch.zeros(2, 0)}, ValueError, r"\bk\b.*at least one tap"),
+        ({"u_prefix": torch.zeros(2, 4)}, ValueError, r"u_prefix.*3 axes"),
+        ({"u_prefix": torch.zeros(1, 3, 4)}, ValueError, r"\bk\b.*3 channels.*2 rows"),
+        ({"u_prefix": torch.zeros(1, 2, 4), "batch": 1}, ValueError, r"batch.*None.*u_prefix"),
+        (
+            {"u_prefix": torch.zeros(1, 2, 4), "pre_gate": torch.zeros(1, 2, 3)},
+            ValueError,
+            r"pre_gate.*L=4.*\[1, 2, 3\]",
+        ),
+        ({"pre_gate": torch.zeros(1, 2, 3)}, ValueError, r"pre_gate.*without u_prefix"),
+        ({"batch": -1}, ValueError, r"batch.*-1"),
+        ({"channels": 2.0}, ValueError, r"channels.*2\.0"),
+        ({"dtype": torch.int32}, TypeError, r"int32"),
+        ({"D": torch.zeros(3)}, ValueError, r"\bD\b.*D=2.*\[3\]"),
+        ({"backend": "gpu"}, ValueError, r"backend.*'gpu'"),
+    ),
+)
 def test_bad_input_of_init(args, exception, match):
     with pytest.raises(exception, match=match):
         fft_conv_init(**{"k": torch.zeros(2, 5), **args})
 
 
-@pytest.mark.parametrize("args, exception, match", (
-    ({"state": None}, TypeError, r"state.*fft_conv_init.*NoneType"),
-    ({"u_t": [0.0]}, TypeError, r"u_t.*tensor.*list"),
-    ({"u_t": torch.zeros(2, 2, 1)}, ValueError, r"u_t.*2 axes"),
-    ({"u_t": torch.zeros(3, 2)}, ValueError, r"u_t.*B=2.*\[3, 2\]"),
-    ({"u_t": torch.zeros(2, 2).half()}, TypeError, r"u_t.*float32.*float16"),
-    ({"u_t": torch.zeros(2, 2, device="meta")}, ValueError, r"u_t.*device"),
-    ({"pre_gate": torch.zeros(2, 3)}, ValueError, r"pre_gate.*D=2.*\[2, 3\]"),
-    ({"post_gate": torch.zeros(2, 2).double()}, TypeError, r"post_gate.*float32.*float64"),
-))
+@pytest.mark.parametrize(
+    "args, exception, match",
+    (
+        ({"state": None}, TypeError, r"state.*fft_conv_init.*NoneType"),
+        ({"u_t": [0.0]}, TypeError, r"u_t.*tensor.*list"),
+        ({"u_t": torch.zeros(2, 2, 1)}, ValueError, r"u_t.*2 axes"),
+        ({"u_t": torch.zeros(3, 2)}, ValueError, r"u_t.*B=2.*\[3, 2\]"),
+        ({"u_t": torch.zeros(2, 2).half()}, TypeError, r"u_t.*float32.*float16"),
+        ({"u_t": torch.zeros(2, 2, device="meta")}, ValueError, r"u_t.*device"),
+        ({"pre_gate": torch.zeros(2, 3)}, ValueError, r"pre_gate.*D=2.*\[2, 3\]"),
+        ({"post_gate": torch.zeros(2, 2).double()}, TypeError, r"post_gate.*float32.*float64"),
+    ),
+)
 def test_bad_input_of_step_changes_nothing(args, exception, match):
     state = fft_conv_init(torch.randn(2, 5), torch.randn(2, 2, 3))
     before = state.inputs.clone(), state.pending.clone(), state.tokens

@@ -43,11 +43,15 @@ def _check_kernel(name: str, k: object, u: Tensor) -> Tensor:
     return _wide(name, k, u)
 
 
-def _check_kernels(k: object, k_rev: object, k_rev_lag: object, D: object, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _check_kernels(
+    k: object, k_rev: object, k_rev_lag: object, D: object, u: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     k = _check_kernel("k", k, u)
     channels, groups = u.shape[1], k.shape[0]
     if channels % groups if groups else channels:
-        raise ValueError(f"k must have one row per channel or per group of channels: u has {channels} channels, k {groups} rows")
+        raise ValueError(
+            f"k must have one row per channel or per group of channels: u has {channels} channels, k {groups} rows"
+        )
     if type(k_rev_lag) is not int or k_rev_lag not in (0, 1):
         raise ValueError(f"k_rev_lag must be 0 or 1, got {k_rev_lag!r}")
     if k_rev is not None:
@@ -73,9 +77,18 @@ def _check_gate_type(name: str, gate: Tensor, u: Tensor) -> Tensor:
     return gate
 
 
-def fft_conv(u: Tensor, k: Tensor, *, k_rev: Tensor | None = None, k_rev_lag: int = 1, D: Tensor | None = None,
-             pre_gate: Tensor | None = None, post_gate: Tensor | None = None, mode: str = "causal",
-             backend: str = "auto") -> Tensor:
+def fft_conv(
+    u: Tensor,
+    k: Tensor,
+    *,
+    k_rev: Tensor | None = None,
+    k_rev_lag: int = 1,
+    D: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    mode: str = "causal",
+    backend: str = "auto",
+) -> Tensor:
     r"""Long depthwise convolution, with gates before and after it and a skip connection.
 
     .. math::
@@ -115,7 +128,10 @@ def fft_conv(u: Tensor, k: Tensor, *, k_rev: Tensor | None = None, k_rev_lag: in
     _checks.tensor("u", u, "B D L")
     _checks.main_dtype("u", u)
     k, k_rev, D = _check_kernels(k, k_rev, k_rev_lag, D, u)
-    gates = [None if gate is None else _check_gate(name, gate, u) for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate))]
+    gates = [
+        None if gate is None else _check_gate(name, gate, u)
+        for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate))
+    ]
     if mode not in _MODES:
         raise ValueError(f"mode must be 'causal' or 'circular', got {mode!r}")
     dtype = u.dtype
@@ -125,7 +141,9 @@ def fft_conv(u: Tensor, k: Tensor, *, k_rev: Tensor | None = None, k_rev_lag: in
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     on = {"k_rev": k_rev, "D": D, "pre_gate": gates[0], "post_gate": gates[1]}
     options = frozenset(name for name, x in on.items() if x is not None) | {mode}
-    chosen = resolve(OP, Query(u.device.type, u.dtype, {"length": u.shape[2], "taps": k.shape[1]}, options, grad), backend)
+    chosen = resolve(
+        OP, Query(u.device.type, u.dtype, {"length": u.shape[2], "taps": k.shape[1]}, options, grad), backend
+    )
     settings = k_rev_lag, mode == "circular"
     if chosen == "reference":
         out = reference.fft_conv(*tensors, *settings)
@@ -140,13 +158,23 @@ def _check_no_gradient(function: str, tensors: dict[str, object]) -> None:
     if torch.is_grad_enabled():
         for name, x in tensors.items():
             if isinstance(x, Tensor) and x.requires_grad:
-                raise RuntimeError(f"{name} requires grad, but {function} is for inference (states are written in place): call it "
-                                   "under torch.no_grad(), or use fft_conv")
+                raise RuntimeError(
+                    f"{name} requires grad, but {function} is for inference (states are written in place): call it "
+                    "under torch.no_grad(), or use fft_conv"
+                )
 
 
-def fft_conv_init(k: Tensor, u_prefix: Tensor | None = None, *, D: Tensor | None = None, pre_gate: Tensor | None = None,
-                  batch: int | None = None, channels: int | None = None, dtype: torch.dtype | None = None,
-                  backend: str = "auto") -> FFTConvState:
+def fft_conv_init(
+    k: Tensor,
+    u_prefix: Tensor | None = None,
+    *,
+    D: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    batch: int | None = None,
+    channels: int | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> FFTConvState:
     """The state from which `fft_conv_step` continues a causal `fft_conv` token by token.
 
     Args:
@@ -196,14 +224,18 @@ def fft_conv_init(k: Tensor, u_prefix: Tensor | None = None, *, D: Tensor | None
 
 
 def _step_query(u: Tensor, k: Tensor) -> Query:
-    return Query(u.device.type, k.dtype, {"length": 2 * decode.capacity(k.shape[1]), "taps": k.shape[1]}, frozenset({"causal"}))
+    return Query(
+        u.device.type, k.dtype, {"length": 2 * decode.capacity(k.shape[1]), "taps": k.shape[1]}, frozenset({"causal"})
+    )
 
 
 def _convolution(backend: str):
     return lambda x, k: fft_conv(x, k, backend=backend)
 
 
-def fft_conv_step(u_t: Tensor, state: FFTConvState, *, pre_gate: Tensor | None = None, post_gate: Tensor | None = None) -> Tensor:
+def fft_conv_step(
+    u_t: Tensor, state: FFTConvState, *, pre_gate: Tensor | None = None, post_gate: Tensor | None = None
+) -> Tensor:
     """One token of a causal `fft_conv`: the same output as of the whole sequence so far, in O(log^2 K) per token on average.
 
     Most steps cost a sum over at most 64 taps. Every 64th token adds a convolution of 64 tokens or more, every K-th one of K.

@@ -50,8 +50,8 @@ def start(convolve, x: Tensor, k: Tensor, D: Tensor | None, dtype: torch.dtype, 
     reach = min(x.shape[2], k.shape[1] - 1)  # samples that later outputs depend on
     inputs, pending = x.new_zeros(2, *x.shape[:2], size)
     if reach:
-        inputs[..., size - reach:] = x[..., x.shape[2] - reach:]
-        pending += convolve(_pad(inputs[..., size - reach:], 0, size), k)[..., reach:]
+        inputs[..., size - reach :] = x[..., x.shape[2] - reach :]
+        pending += convolve(_pad(inputs[..., size - reach :], 0, size), k)[..., reach:]
     return FFTConvState(_pad(k, 0, size - k.shape[1]).contiguous(), D, inputs, pending, 0, dtype, backend)
 
 
@@ -60,9 +60,9 @@ def step(convolve, x: Tensor, state: FFTConvState) -> Tensor:
     size, t = state.capacity, state.tokens
     at, first = t % size, t % size // BLOCK * BLOCK
     state.inputs[..., at] = x
-    block = state.inputs[..., first:at + 1]
+    block = state.inputs[..., first : at + 1]
     k = state.k if state.k.shape[0] == x.shape[1] else state.k.repeat_interleave(x.shape[1] // state.k.shape[0], 0)
-    out = state.pending[..., at] + (block * k[:, :at + 1 - first].flip(1)).sum(-1)
+    out = state.pending[..., at] + (block * k[:, : at + 1 - first].flip(1)).sum(-1)
     if state.D is not None:
         out = out + state.D * x
     state.pending[..., at] = 0
@@ -70,6 +70,6 @@ def step(convolve, x: Tensor, state: FFTConvState) -> Tensor:
     if t % BLOCK == 0:
         side = min(t & -t, size)
         begin, end = (t - side) % size, t % size
-        square = _pad(state.inputs[..., begin:begin + side], 0, side)
-        state.pending[..., end:end + side] += convolve(square, state.k[:, :2 * side])[..., side:]
+        square = _pad(state.inputs[..., begin : begin + side], 0, side)
+        state.pending[..., end : end + side] += convolve(square, state.k[:, : 2 * side])[..., side:]
     return out
