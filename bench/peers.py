@@ -250,15 +250,15 @@ PEERS += [Peer("torch in place", "linear_attention_step", lambda case: None,
 
 
 def _long(tuned: bool) -> Callable[[Case], str | None]:
-    """Torch's transforms lose most of their time to the page faults of fresh memory, unless glibc is told to keep it: both are
-    measured, each in a process of its own."""
+    """Torch's transforms lose much of their time to the page faults of fresh memory, unless glibc is told to keep it:
+    both are measured, each in a process of its own."""
 
     def missing(case: Case) -> str | None:
         if case.options == "plain":
             return "measured with long kernels"
         keeps = all(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"))
         if case.device == "cpu" and keeps != tuned:
-            return f"needs MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ {'set' if tuned else 'unset'} in the environment"
+            return f"needs MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ {'set' if tuned else 'unset'}"
         return "is for CPUs" if tuned and case.device != "cpu" else None
 
     return missing
@@ -281,5 +281,5 @@ def _depthwise(problem, case: Case) -> Mapping[str, Call]:
 PEERS += [
     Peer("torch rfft", "fft_conv", _long(False), _rfft),
     Peer("torch rfft, allocator tuned", "fft_conv", _long(True), _rfft),
-    Peer("torch conv1d", "fft_conv", lambda case: None if case.options == "plain" else "measured with short kernels", _depthwise),
+    Peer("torch conv1d", "fft_conv", lambda case: None if case.options == "plain" else "is for short kernels", _depthwise),
 ]

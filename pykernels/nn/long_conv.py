@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.fft_conv import FFTConvState, fft_conv, fft_conv_init, fft_conv_step
 
-# convolve(u [B, D, T], kernel, D=None, pre_gate=None, post_gate=None), where kernel(tokens) gives that many taps [D, .].
+# convolve(u [B, D, T], kernel, D=None, pre_gate=None, post_gate=None); kernel(tokens) gives that many taps [D, tokens].
 _Convolve = Callable[..., Tensor]
 
 
@@ -26,7 +26,7 @@ class LongConvState:
 
 
 class _LongMixer(nn.Module):
-    """The interface of `pykernels.nn` around `_mix`, which does each of its convolutions by the function it is given."""
+    """The interface of `pykernels.nn` around `_mix`, which convolves by the function it is given."""
 
     dim: int
     max_tokens: int
@@ -115,12 +115,13 @@ def _decay_rates(dim: int, device: torch.device | str | None) -> Tensor:
 
 
 class LongConv(_LongMixer):
-    """A causal convolution of every channel with a kernel as long as the sequence, which is a parameter; x [B, T, dim] -> [B, T, dim].
+    """A convolution with a kernel per channel as long as the sequence, which is a parameter; [B, T, dim] -> the same.
 
     Args:
         dim: number of channels.
         max_tokens: taps of the kernel, and the longest sequence.
-        threshold: kernels are squashed, sign(k) max(|k| - threshold, 0), which regularises them (Fu et al., arXiv:2302.06646).
+        threshold: kernels are squashed, sign(k) max(|k| - threshold, 0), which regularises them (Fu et al.,
+            arXiv:2302.06646).
         backend: as in `pykernels.fft_conv`.
 
     See `pykernels.nn` for how it is called.
@@ -166,7 +167,7 @@ class LongConv(_LongMixer):
 
 
 class HyenaFilter(nn.Module):
-    """Hyena's implicit filter: k_n = (MLP(z_n)) e^{-t_n rate}, with z_n = (t_n, cos f_b w_n, -sin f_b w_n) and t_n in [0, 1].
+    """Hyena's implicit filter: k_n = MLP(z_n) e^{-t_n rate}, z_n = (t_n, cos f_b w_n, -sin f_b w_n), t_n in [0, 1].
 
     Args:
         dim: number of kernels.
@@ -219,8 +220,9 @@ class HyenaFilter(nn.Module):
 class HyenaOperator(_LongMixer):
     """Hyena's mixer, a stand-in for attention: gates and long convolutions in turn; x [B, T, dim] -> [B, T, dim].
 
-    A projection to order + 1 streams, a short causal convolution of each, then v = x_order, and for i from order - 1 down to 1
-    v = conv_i(x_i v) with a skip, and at last out_proj(x_0 v). Of order 2 that is one call of `fft_conv` with both gates.
+    A projection to order + 1 streams, a short causal convolution of each, then v = x_order, and for i from order - 1
+    down to 1 v = conv_i(x_i v) with a skip, and at last out_proj(x_0 v). Of order 2 that is one call of `fft_conv` with
+    both gates.
 
     Args:
         dim: size of the tokens.

@@ -65,8 +65,8 @@ def conv_case(
     scale: float = 1.0,
     dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> Case:
-    """A call of fft_conv with normal inputs, u times `scale`; `narrow` keeps kernels and D in the dtype of u, `wide_gates` has
-    gates in float32 (float64)."""
+    """A call of fft_conv with normal inputs, u times `scale`; `narrow` keeps kernels and D in the dtype of u,
+    `wide_gates` has gates in float32 (float64)."""
     groups = channels if groups is None else groups
     taps = length if taps is None else taps
 

@@ -1,4 +1,4 @@
-"""pykernels.nn.LongConv and HyenaOperator: from their formulas, and the same in one call, in pieces and token by token."""
+"""pykernels.nn.LongConv and HyenaOperator: from their formulas; the same in one call, in pieces and token by token."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def by_torch(u: Tensor, k: Tensor) -> Tensor:
     ]
 
 
-# ---- the definition ----------------------------------------------------------------------------------------------------
+# ---- the definition --------------------------------------------------------------------------------------------------
 
 
 @on_targets
@@ -106,7 +106,7 @@ def test_groups_share_their_kernel(target):
     near(fft_conv(u, k, k_rev=k_rev, backend=target.backend), each)
 
 
-# ---- lengths -----------------------------------------------------------------------------------------------------------
+# ---- lengths ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_short_length():
@@ -199,7 +199,7 @@ def test_any_shape(length, taps, taps_rev, lag, batch, groups, per_group, mode, 
         assert float((ours[name] - x).abs().max()) <= 1e-12 * max(float(x.abs().max()), 1.0), name
 
 
-# ---- rows on their own -------------------------------------------------------------------------------------------------
+# ---- rows on their own -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length, taps", ((700, 700), (700, 9), (6000, 150)))
@@ -227,7 +227,7 @@ def test_a_row_does_not_depend_on_the_others(length, taps, value):
         assert torch.equal(x[2:], y)
 
 
-# ---- dtypes ------------------------------------------------------------------------------------------------------------
+# ---- dtypes ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -250,7 +250,7 @@ def test_autocast_narrows_the_rows_and_leaves_the_kernel():
     )
 
 
-# ---- derivatives -------------------------------------------------------------------------------------------------------
+# ---- derivatives -----------------------------------------------------------------------------------------------------
 
 _ALL = {"skip": True, "pre": True, "post": True}
 
@@ -331,7 +331,7 @@ def test_nothing_but_the_inputs_is_kept_for_backward():
     assert {x.data_ptr() for x in kept} <= {u.data_ptr(), k.data_ptr()}
 
 
-# ---- torch.compile -----------------------------------------------------------------------------------------------------
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
 def test_compile_forward_and_backward_with_dynamic_shapes():

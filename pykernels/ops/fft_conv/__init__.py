@@ -1,7 +1,7 @@
 """Long convolution: a kernel as long as the sequence, causal, two-sided or circular, with gates, in time L log L.
 
-The definition is `reference.py`; `registration.py` makes ops of the backends; `decode.py` is the convolution of a sequence that comes
-token by token; README.md derives the transforms and gradients.
+The definition is `reference.py`; `registration.py` makes ops of the backends; `decode.py` is the convolution of a
+sequence that comes token by token; README.md derives the transforms and gradients.
 """
 
 from __future__ import annotations
@@ -96,19 +96,19 @@ def fft_conv(
         out = post \odot (c + D \odot x)
 
     Args:
-        u: [B, D, L], float32, bfloat16, float16, or float64 on the CPU; any strides; L of any size. Arithmetic is in float32
-            (float64 for float64).
-        k: kernel [D, K], or [G, K] with D a multiple of G: channel d reads row d // (D // G). K >= 1, shorter or longer than L.
-            u's dtype or float32.
+        u: [B, D, L], float32, bfloat16, float16, or float64 on the CPU; any strides; L of any size. Arithmetic is in
+            float32 (float64 for float64).
+        k: kernel [D, K], or [G, K] with D a multiple of G: channel d reads row d // (D // G). K >= 1, shorter or longer
+            than L. u's dtype or float32.
         k_rev: the anticausal side of the kernel, [G, R] with k's rows, or None. u's dtype or float32.
         k_rev_lag: where k_rev starts. 1: k_rev[0] weighs the sample after (lag -1), as in S4, whose kernel is pad(k) +
-            pad(flip(k_rev)). 0: k_rev[0] weighs the sample itself and adds to k[0], as in safari and H3, whose spectrum is
-            K + conj(K_rev).
+            pad(flip(k_rev)). 0: k_rev[0] weighs the sample itself and adds to k[0], as in safari and H3, whose spectrum
+            is K + conj(K_rev).
         D: skip connection [D], or None. u's dtype or float32.
         pre_gate: factor on u [B, D, L], or None; u's dtype, or float32 for 16-bit u (u is then widened).
         post_gate: factor on the result [B, D, L], or None; as pre_gate.
-        mode: "causal": samples outside [0, L) are zero, and taps that reach beyond the sequence have no effect. "circular":
-            positions are modulo L, and longer kernels wrap.
+        mode: "causal": samples outside [0, L) are zero, and taps that reach beyond the sequence have no effect.
+            "circular": positions are modulo L, and longer kernels wrap.
         backend: "auto", "cpu" or "reference" (see pykernels.backends).
 
     Returns:
@@ -118,9 +118,10 @@ def fft_conv(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
         BackendUnavailable: the backend asked for can't serve this call.
 
-    Derivatives of first and second order exist with respect to u, k, k_rev, D, pre_gate and post_gate; the second in eager mode
-    only, computed by the reference. Results do not depend on the thread count, and a batch entry's not on the others. A value that
-    is not finite may make every output of its own batch entry and channel NaN (the transform mixes them all), and no other.
+    Derivatives of first and second order exist with respect to u, k, k_rev, D, pre_gate and post_gate; the second in
+    eager mode only, computed by the reference. Results do not depend on the thread count, and a batch entry's not on
+    the others. A value that is not finite may make every output of its own batch entry and channel NaN (the transform
+    mixes them all), and no other.
 
     Source: Poli et al., Hyena Hierarchy (arXiv:2302.10866); Fu et al., FlashFFTConv (arXiv:2311.05908).
     """
@@ -236,9 +237,10 @@ def _convolution(backend: str):
 def fft_conv_step(
     u_t: Tensor, state: FFTConvState, *, pre_gate: Tensor | None = None, post_gate: Tensor | None = None
 ) -> Tensor:
-    """One token of a causal `fft_conv`: the same output as of the whole sequence so far, in O(log^2 K) per token on average.
+    """One token of a causal `fft_conv`: the output that the whole sequence so far has there.
 
-    Most steps cost a sum over at most 64 taps. Every 64th token adds a convolution of 64 tokens or more, every K-th one of K.
+    O(log^2 K) work per token on average: most steps sum over at most 64 taps, every 64th adds a convolution of 64 tokens
+    or more, every K-th one of K.
 
     Args:
         u_t: [B, D], the dtype of the prefix.

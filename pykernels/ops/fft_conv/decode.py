@@ -1,11 +1,12 @@
 """Token by token: the long convolution of a sequence that is not known yet.
 
-The sequence is cut into blocks of `BLOCK` tokens. What a token adds to later outputs of its own block is summed directly when they
-are due. What it adds to later blocks is done in squares: at a boundary m (in tokens), with S the largest power of two times BLOCK
-that divides m, the S tokens before m are convolved with the kernel into the S outputs after it, and added to those that are
-pending. A pair of blocks a < b is in exactly one of these squares: m is b with all bits below the highest in which a and b differ
-cleared. A token costs O(log^2 K) on average, and memory is O(K) however long the sequence gets, because squares larger than the
-kernel shrink to it and everything is kept in rings of that size.
+The sequence is cut into blocks of `BLOCK` tokens. What a token adds to later outputs of its own block is summed
+directly when they are due. What it adds to later blocks is done in squares: at a boundary m (in tokens), with S the
+largest power of two times BLOCK that divides m, the S tokens before m are convolved with the kernel into the S outputs
+after it, and added to those that are pending. A pair of blocks a < b is in exactly one of these squares: m is b with
+all bits below the highest in which a and b differ cleared. A token costs O(log^2 K) on average, and memory is O(K)
+however long the sequence gets, because squares larger than the kernel shrink to it and everything is kept in rings of
+that size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BLOCK = 64  # a power of two; below it, a direct sum is faster than one square
 
 @dataclasses.dataclass
 class FFTConvState:
-    """What the next outputs of a causal convolution depend on; made by `fft_conv_init`, changed in place by `fft_conv_step`."""
+    """What the next outputs of a causal convolution depend on: `fft_conv_init` makes it, `fft_conv_step` changes it."""
 
     k: Tensor  # [G, C], zeros after the last tap; float32 (float64), as all tensors here
     D: Tensor | None  # [D]

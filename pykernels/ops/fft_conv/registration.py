@@ -1,7 +1,7 @@
 """Long convolution as PyTorch ops: fakes, and autograd around whichever backend runs.
 
-Each backend has its own ops, `fft_conv_{fwd,bwd}_<backend>`, with one schema for all. Autograd is an `autograd.Function` around
-them; its backward is differentiable again in eager mode, through the reference.
+Each backend has its own ops, `fft_conv_{fwd,bwd}_<backend>`, with one schema for all. Autograd is an
+`autograd.Function` around them; its backward is differentiable again in eager mode, through the reference.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def run(part: str, backend: str, *args):
 
 
 def _gradients(backend, dout, tensors, options, input_gradient, kernel_gradient):
-    """-> gradients of `tensors` (u, k, k_rev, D, pre_gate, post_gate): None for those that are None or not asked for."""
+    """-> gradients of `tensors` (u, k, k_rev, D, pre_gate, post_gate); None for what is None or not asked for."""
     result = run("bwd", backend, dout, *tensors, *options, input_gradient, kernel_gradient)
     wanted = (input_gradient, kernel_gradient, kernel_gradient, True, input_gradient, True)
     return tuple(g if x is not None and want else None for g, x, want in zip(result, tensors, wanted))
