@@ -239,8 +239,8 @@ def fft_conv_step(
 ) -> Tensor:
     """One token of a causal `fft_conv`: the output that the whole sequence so far has there.
 
-    O(log^2 K) work per token on average: most steps sum over at most 64 taps, every 64th adds a convolution of 64 tokens
-    or more, every K-th one of K.
+    O(log^2 K) work per token on average: most steps sum over at most 64 taps, every 64th adds a convolution of 64
+    tokens or more, every K-th one of K.
 
     Args:
         u_t: [B, D], the dtype of the prefix.
