@@ -59,7 +59,8 @@ void* scratch_acquire(size_t bytes, size_t* granted) {
       p.bytes_in_all -= *granted;
       for (int j = i + 1; j < p.count; ++j) p.idle[j - 1] = p.idle[j];
       --p.count;
-      if (bytes >= kHugePageBytes) want_huge_pages(block, *granted);  // strided passes would miss the translation buffer
+      // Passes that stride through a long block would miss the translation buffer.
+      if (bytes >= kHugePageBytes) want_huge_pages(block, *granted);
       return block;
     }
   }

@@ -70,7 +70,14 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
         Reader<T> x{at(p.u, p.u_stride), at(p.pre_gate, p.pre_stride), p.length, 0, 0, p.length, p.circular};
         if (p.circular) x.low = -taps.forward, x.high = p.length + taps.reverse;
         Output<T> out{static_cast<T*>(p.out) + b * p.out_stride.batch + channel * p.out_stride.channel,
-                      at(p.post_gate, p.post_stride), &x, Vec<S>{}, p.skip != nullptr, 0, 0, 0, nullptr};
+                      at(p.post_gate, p.post_stride),
+                      &x,
+                      Vec<S>{},
+                      p.skip != nullptr,
+                      0,
+                      0,
+                      0,
+                      nullptr};
         if (p.length <= kLongestAhead && !way.direct) {
           const int64_t after = row + 1, next = group * (p.channels / p.groups) + after / p.batch;
           x.ahead = out.out;

@@ -7,11 +7,11 @@ namespace pykernels::cpu::PYKERNELS_ISA {
 namespace fft {
 namespace {
 
-// A pass of 16 in place of two of 4 moves the data half as often, which pays where a block is beyond this many bytes (half of
-// a second-level cache); inside the caches its registers spill.
+// A pass of 16 in place of two of 4 moves the data half as often, which pays where a block is beyond this many bytes
+// (half of a second-level cache); inside the caches its registers spill.
 constexpr int64_t kBytesOfWidePass = int64_t{1} << 20;
-// The first pass is done together with the analysis up to here. Beyond, that would read 64 places at a time, each in a page of its
-// own: more than the processor fetches ahead for, and more of one cache set than it has ways.
+// The first pass is done together with the analysis up to here. Beyond, that would read 64 places at a time, each in a
+// page of its own: more than the processor fetches ahead for, and more of one cache set than it has ways.
 constexpr int64_t kBytesOfFusedPass = int64_t{1} << 18;
 
 struct Root {
