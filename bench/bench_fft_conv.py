@@ -17,8 +17,15 @@ from . import peers
 from .kit import DTYPES, Call, Case, Expected, devices_and_threads, step
 
 # (B, D, L, K). On GPUs FlashFFTConv's benchmark sizes.
-CPU_SHAPES = [(8, 64, 1024, 1024), (8, 64, 4096, 4096), (8, 32, 16384, 16384), (4, 32, 65536, 65536), (4, 8, 262144, 262144),
-              (4, 2, 1048576, 1048576), (8, 64, 5000, 5000)]
+CPU_SHAPES = [
+    (8, 64, 1024, 1024),
+    (8, 64, 4096, 4096),
+    (8, 32, 16384, 16384),
+    (4, 32, 65536, 65536),
+    (4, 8, 262144, 262144),
+    (4, 2, 1048576, 1048576),
+    (8, 64, 5000, 5000),
+]
 SHORT_SHAPES = [(8, 64, 4096, 16), (8, 64, 4096, 64), (8, 64, 4096, 128)]
 GPU_SHAPES = [(64, 768, 1 << i, 1 << i) for i in (8, 10, 12, 13, 14, 15)]
 
@@ -38,13 +45,29 @@ def cases(places: Places) -> list[tuple[Case, tuple]]:
     found = []
     for device, threads in places:
         long = CPU_SHAPES if device == "cpu" else GPU_SHAPES
-        grid = itertools.chain(itertools.product(long, ("skip", "gated"), ("fp32", "bf16"), (False, True)),
-                               itertools.product(SHORT_SHAPES, ("plain",), ("fp32", "bf16"), (False, True)))
+        grid = itertools.chain(
+            itertools.product(long, ("skip", "gated"), ("fp32", "bf16"), (False, True)),
+            itertools.product(SHORT_SHAPES, ("plain",), ("fp32", "bf16"), (False, True)),
+        )
         for shape, options, dtype, backward in grid:
             if options == "gated" and device == "cpu" and shape[2] not in (1024, 16384):
                 continue
-            found.append((Case("fft_conv", "B{} D{} L{} K{}".format(*shape), options, dtype, "fwd+bwd" if backward else "fwd", device,
-                               threads, _bytes(*shape, options == "gated", dtype, backward), ("copy",)), shape))
+            found.append(
+                (
+                    Case(
+                        "fft_conv",
+                        "B{} D{} L{} K{}".format(*shape),
+                        options,
+                        dtype,
+                        "fwd+bwd" if backward else "fwd",
+                        device,
+                        threads,
+                        _bytes(*shape, options == "gated", dtype, backward),
+                        ("copy",),
+                    ),
+                    shape,
+                )
+            )
     return sorted(found, key=lambda entry: (entry[1], entry[0].options, entry[0].dtype))
 
 

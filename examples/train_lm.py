@@ -23,15 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pykernels.nn import Attention, LinearAttention, Mamba, MultiScaleRetention
+from pykernels.nn import Attention, HyenaOperator, LinearAttention, Mamba, MultiScaleRetention
 
-# How to make each sequence mixer: (dim, backend) -> a layer with the interface of pykernels.nn.
-MIXERS: dict[str, Callable[[int, str], nn.Module]] = {
-    "attention": lambda dim, backend: Attention(dim, heads=dim // 32, key_heads=dim // 64, rotary_base=10000.0,
-                                                backend=backend),
-    "linear_attention": lambda dim, backend: LinearAttention(dim, heads=dim // 32, backend=backend),
-    "mamba": lambda dim, backend: Mamba(dim, backend=backend),
-    "retention": lambda dim, backend: MultiScaleRetention(dim, heads=dim // 64, backend=backend),
+# How to make each sequence mixer: (dim, longest sequence, backend) -> a layer with the interface of pykernels.nn.
+MIXERS: dict[str, Callable[[int, int, str], nn.Module]] = {
+    "attention": lambda dim, tokens, backend: Attention(dim, heads=dim // 32, key_heads=dim // 64, rotary_base=10000.0,
+                                                        backend=backend),
+    "hyena": lambda dim, tokens, backend: HyenaOperator(dim, tokens, backend=backend),
+    "linear_attention": lambda dim, tokens, backend: LinearAttention(dim, heads=dim // 32, backend=backend),
+    "mamba": lambda dim, tokens, backend: Mamba(dim, backend=backend),
+    "retention": lambda dim, tokens, backend: MultiScaleRetention(dim, heads=dim // 64, backend=backend),
 }
 BYTES = 256
 
@@ -54,10 +55,10 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Bytes [B, T] -> logits of the next byte [B, T, 256]."""
 
-    def __init__(self, mixer: str, dim: int, layers: int, backend: str) -> None:
+    def __init__(self, mixer: str, dim: int, layers: int, max_tokens: int, backend: str) -> None:
         super().__init__()
         self.embedding = nn.Embedding(BYTES, dim)
-        self.blocks = nn.ModuleList(Block(MIXERS[mixer](dim, backend), dim) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(MIXERS[mixer](dim, max_tokens, backend), dim) for _ in range(layers))
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, BYTES, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -189,7 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     text, held_out = load_text()
     entropy = unigram_entropy(text)
-    model = LanguageModel(options.mixer, options.dim, options.layers, options.backend).to(options.device)
+    prompt = torch.tensor([list(b"def parse(self, text):\n    ")], device=options.device)
+    new_tokens = 200
+    longest = max(options.context, prompt.shape[1] + new_tokens)
+    model = LanguageModel(options.mixer, options.dim, options.layers, longest, options.backend).to(options.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{options.mixer} model of {parameters / 1e6:.1f}M parameters on {options.device}, {options.dtype}; "
           f"{text.numel() / 1e6:.1f} MB of Python, unigram entropy {entropy:.3f} nats per byte", flush=True)
@@ -197,8 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loss = evaluate(model, held_out, options, precision)
     print(f"held-out loss {loss:.3f} nats per byte ({loss / math.log(2):.2f} bits), unigram entropy {entropy:.3f}")
 
-    prompt = torch.tensor([list(b"def parse(self, text):\n    ")], device=options.device)
-    sequence, logits = generate(model, prompt, 200, 0.7, precision)
+    sequence, logits = generate(model, prompt, new_tokens, 0.7, precision)
     error = decode_error(model, sequence, logits, precision)
     tolerance = 5e-2 if options.dtype == "bf16" else 1e-4
     print(f"generated token by token ({error:.1e} from one call, at most {tolerance:.0e} is rounding):\n")

@@ -25,7 +25,7 @@ def train_lm() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("mixer", ["attention", "mamba"])
+@pytest.mark.parametrize("mixer", ["attention", "hyena", "mamba"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_language_model_learns_and_decodes(train_lm: ModuleType, dtype: str, mixer: str, capsys: pytest.CaptureFixture) -> None:
     assert train_lm.main([*SMALL, "--steps", "80", "--dtype", dtype, "--mixer", mixer]) == 0

@@ -19,7 +19,8 @@ struct Arguments {
   FFTConvParams params{};
 
   Arguments(const Tensor& u_, const Tensor& k_, const std::optional<Tensor>& k_rev_, const std::optional<Tensor>& skip_,
-            const std::optional<Tensor>& pre_gate_, const std::optional<Tensor>& post_gate_, int64_t k_rev_lag, bool circular)
+            const std::optional<Tensor>& pre_gate_, const std::optional<Tensor>& post_gate_, int64_t k_rev_lag,
+            bool circular)
       : u(last_contiguous(u_)),
         k(contiguous_or(k_)),
         k_rev(k_rev_ ? std::optional<Tensor>(contiguous_or(*k_rev_)) : std::nullopt),
@@ -30,7 +31,8 @@ struct Arguments {
     STD_TORCH_CHECK(u.dim() == 3 && k.dim() == 2, "pykernels: u needs 3 axes and k 2");
     p.dtype = dtype_of(u);
     p.batch = u.size(0), p.channels = u.size(1), p.length = u.size(2), p.groups = k.size(0), p.taps = k.size(1);
-    STD_TORCH_CHECK(p.groups > 0 ? p.channels % p.groups == 0 : p.channels == 0, "pykernels: u's channels are no multiple of k's");
+    STD_TORCH_CHECK(p.groups > 0 ? p.channels % p.groups == 0 : p.channels == 0,
+                    "pykernels: u's channels are no multiple of k's");
     STD_TORCH_CHECK(p.taps >= 1, "pykernels: k has no taps");
     STD_TORCH_CHECK(k_rev_lag == 0 || k_rev_lag == 1, "pykernels: k_rev_lag must be 0 or 1");
     const ScalarType wide = accumulator_of(u);
@@ -71,8 +73,8 @@ Tensor fwd_cpu(const Tensor& u, const Tensor& k, std::optional<Tensor> k_rev, st
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
     const Tensor& dout_, const Tensor& u, const Tensor& k, std::optional<Tensor> k_rev, std::optional<Tensor> skip,
-    std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate, int64_t k_rev_lag, bool circular, bool input_gradient,
-    bool kernel_gradient) {
+    std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate, int64_t k_rev_lag, bool circular,
+    bool input_gradient, bool kernel_gradient) {
   const Arguments arguments(u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag, circular);
   FFTConvBackwardParams b{};
   b.forward = arguments.params;
@@ -101,10 +103,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pykernels, m) {
   m.def(
-      "fft_conv_fwd_cpu(Tensor u, Tensor k, Tensor? k_rev, Tensor? D, Tensor? pre_gate, Tensor? post_gate, int k_rev_lag, "
+      "fft_conv_fwd_cpu(Tensor u, Tensor k, Tensor? k_rev, Tensor? D, Tensor? pre_gate, Tensor? post_gate, int "
+      "k_rev_lag, "
       "bool circular) -> Tensor");
   m.def(
-      "fft_conv_bwd_cpu(Tensor dout, Tensor u, Tensor k, Tensor? k_rev, Tensor? D, Tensor? pre_gate, Tensor? post_gate, "
+      "fft_conv_bwd_cpu(Tensor dout, Tensor u, Tensor k, Tensor? k_rev, Tensor? D, Tensor? pre_gate, Tensor? "
+      "post_gate, "
       "int k_rev_lag, bool circular, bool input_gradient, bool kernel_gradient) "
       "-> (Tensor du, Tensor dk, Tensor dk_rev, Tensor dD, Tensor dpre_gate, Tensor dpost_gate)");
 }

@@ -13,9 +13,10 @@ The last two are for inference (under torch.no_grad() or torch.inference_mode())
 from __future__ import annotations
 
 from .attention import Attention, AttentionState
+from .long_conv import HyenaFilter, HyenaOperator, LongConv, LongConvState
 from .mamba import Mamba, MambaState
 from .retention import LinearAttention, MultiScaleRetention, RecurrentState
 from .rotary import apply_rotary
 
-__all__ = ["Attention", "AttentionState", "LinearAttention", "Mamba", "MambaState", "MultiScaleRetention", "RecurrentState",
-           "apply_rotary"]
+__all__ = ["Attention", "AttentionState", "HyenaFilter", "HyenaOperator", "LinearAttention", "LongConv", "LongConvState",
+           "Mamba", "MambaState", "MultiScaleRetention", "RecurrentState", "apply_rotary"]

@@ -45,20 +45,38 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def conv_case(name: str, *, batch: int = 1, channels: int = 2, length: int, taps: int | None = None, groups: int | None = None,
-              taps_rev: int | None = None, lag: int | None = None, skip: bool = False, pre: bool = False, post: bool = False,
-              mode: str | None = None, narrow: bool = False, wide_gates: bool = False, layout: Callable[[Tensor], Tensor] = _contiguous,
-              scale: float = 1.0, dtypes: tuple[torch.dtype, ...] | None = None) -> Case:
-    """A call of fft_conv with normal inputs, u times `scale`; `narrow` keeps kernels and D in the dtype of u, `wide_gates` has
-    gates in float32 (float64)."""
+def conv_case(
+    name: str,
+    *,
+    batch: int = 1,
+    channels: int = 2,
+    length: int,
+    taps: int | None = None,
+    groups: int | None = None,
+    taps_rev: int | None = None,
+    lag: int | None = None,
+    skip: bool = False,
+    pre: bool = False,
+    post: bool = False,
+    mode: str | None = None,
+    narrow: bool = False,
+    wide_gates: bool = False,
+    layout: Callable[[Tensor], Tensor] = _contiguous,
+    scale: float = 1.0,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> Case:
+    """A call of fft_conv with normal inputs, u times `scale`; `narrow` keeps kernels and D in the dtype of u,
+    `wide_gates` has gates in float32 (float64)."""
     groups = channels if groups is None else groups
     taps = length if taps is None else taps
 
     def make(dtype: torch.dtype, device: str) -> Sample:
         of_kernel, of_gate = dtype if narrow else _wide(dtype), _wide(dtype) if wide_gates else dtype
         row = batch, channels, length
-        args: dict[str, Any] = {"u": layout((scale * _normal(name + "u", row)).to(device, dtype)),
-                                "k": layout(_normal(name + "k", (groups, taps)).to(device, of_kernel))}
+        args: dict[str, Any] = {
+            "u": layout((scale * _normal(name + "u", row)).to(device, dtype)),
+            "k": layout(_normal(name + "k", (groups, taps)).to(device, of_kernel)),
+        }
         if taps_rev is not None:
             args["k_rev"] = layout(_normal(name + "k_rev", (groups, taps_rev)).to(device, of_kernel))
         if skip:
@@ -125,7 +143,9 @@ CASES = (
 EXTREMES = (
     conv_case("large-values", length=300, scale=1e3, skip=True),
     conv_case("large-32-bit", length=300, scale=1e30, skip=True, dtypes=(torch.float32, torch.bfloat16, torch.float64)),
-    conv_case("small-32-bit", length=300, scale=1e-30, skip=True, dtypes=(torch.float32, torch.bfloat16, torch.float64)),
+    conv_case(
+        "small-32-bit", length=300, scale=1e-30, skip=True, dtypes=(torch.float32, torch.bfloat16, torch.float64)
+    ),
     conv_case("denormal", length=40, taps=8, scale=1e-40, dtypes=(torch.float32, torch.float64)),
     conv_case("zeros", length=300, scale=0.0, **_ALL),
     conv_case("no-samples", batch=2, length=0, taps=4, **_ALL),
@@ -146,7 +166,9 @@ def _calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:
         yield f"fft_conv_bwd_{backend}", (dout, *arguments, input_gradient, kernel_gradient)
 
 
-def torch_fft(u: Tensor, k: Tensor, D: Tensor | None = None, pre_gate: Tensor | None = None, post_gate: Tensor | None = None) -> Tensor:
+def torch_fft(
+    u: Tensor, k: Tensor, D: Tensor | None = None, pre_gate: Tensor | None = None, post_gate: Tensor | None = None
+) -> Tensor:
     """The usual composition: real transforms of twice the length."""
     length = u.shape[-1]
     size, wide = 2 * length, _wide(u.dtype)
@@ -166,7 +188,14 @@ def _peer(sample: Sample) -> Callable[..., Tensor] | None:
 
 def _bad_inputs() -> Iterable[BadInput]:
     u, k = torch.randn(2, 4, 6), torch.randn(4, 5)
-    for name, x, axes in (("u", u, 3), ("k", k, 2), ("k_rev", k, 2), ("D", torch.ones(4), 1), ("pre_gate", u, 3), ("post_gate", u, 3)):
+    for name, x, axes in (
+        ("u", u, 3),
+        ("k", k, 2),
+        ("k_rev", k, 2),
+        ("D", torch.ones(4), 1),
+        ("pre_gate", u, 3),
+        ("post_gate", u, 3),
+    ):
         yield BadInput(f"{name}-not-a-tensor", {name: x.tolist()}, TypeError, rf"\b{name}\b.*tensor.*list")
         yield BadInput(f"{name}-rank", {name: x[None]}, ValueError, rf"\b{name}\b.*{axes} axes")
         if name != "u":

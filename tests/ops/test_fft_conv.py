@@ -45,10 +45,12 @@ def by_torch(u: Tensor, k: Tensor) -> Tensor:
     """Causal, in float64, with padding to a power of two."""
     length = u.shape[-1]
     size = 1 << (length + k.shape[-1]).bit_length()
-    return torch.fft.irfft(torch.fft.rfft(u.double(), n=size) * torch.fft.rfft(k.double(), n=size), n=size)[..., :length]
+    return torch.fft.irfft(torch.fft.rfft(u.double(), n=size) * torch.fft.rfft(k.double(), n=size), n=size)[
+        ..., :length
+    ]
 
 
-# ---- the definition ----------------------------------------------------------------------------------------------------
+# ---- the definition --------------------------------------------------------------------------------------------------
 
 
 @on_targets
@@ -56,7 +58,11 @@ def by_torch(u: Tensor, k: Tensor) -> Tensor:
 @pytest.mark.parametrize("lag", (None, 0, 1), ids=("causal-kernel", "lag-0", "lag-1"))
 @pytest.mark.parametrize("length, taps, taps_rev", ((7, 3, 2), (5, 9, 12), (1, 2, 3), (30, 30, 30), (90, 70, 88)))
 def test_explicit_sums(target, mode, lag, length, taps, taps_rev):
-    u, k, k_rev = torch.randn(2, 3, length, dtype=F64), torch.randn(3, taps, dtype=F64), torch.randn(3, taps_rev, dtype=F64)
+    u, k, k_rev = (
+        torch.randn(2, 3, length, dtype=F64),
+        torch.randn(3, taps, dtype=F64),
+        torch.randn(3, taps_rev, dtype=F64),
+    )
     if lag is None:
         out = fft_conv(u, k, mode=mode, backend=target.backend)
         near(out, explicit(u, k, circular=mode == "circular"))
@@ -73,9 +79,15 @@ def test_s4_and_safari_conventions(target):
     size = 2 * length
     u_f = torch.fft.rfft(u, n=size)
     s4 = torch.nn.functional.pad(k, (0, length)) + torch.nn.functional.pad(k_rev.flip(-1), (length, 0))
-    near(fft_conv(u, k, k_rev=k_rev, backend=target.backend), torch.fft.irfft(u_f * torch.fft.rfft(s4), n=size)[..., :length])
+    near(
+        fft_conv(u, k, k_rev=k_rev, backend=target.backend),
+        torch.fft.irfft(u_f * torch.fft.rfft(s4), n=size)[..., :length],
+    )
     safari = torch.fft.rfft(k, n=size) + torch.fft.rfft(k_rev, n=size).conj()
-    near(fft_conv(u, k, k_rev=k_rev, k_rev_lag=0, backend=target.backend), torch.fft.irfft(u_f * safari, n=size)[..., :length])
+    near(
+        fft_conv(u, k, k_rev=k_rev, k_rev_lag=0, backend=target.backend),
+        torch.fft.irfft(u_f * safari, n=size)[..., :length],
+    )
 
 
 @on_targets
@@ -94,7 +106,7 @@ def test_groups_share_their_kernel(target):
     near(fft_conv(u, k, k_rev=k_rev, backend=target.backend), each)
 
 
-# ---- lengths -----------------------------------------------------------------------------------------------------------
+# ---- lengths ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_short_length():
@@ -104,7 +116,9 @@ def test_every_short_length():
             near(fft_conv(u, k, backend="cpu"), by_torch(u, k), 5e-7)
 
 
-@pytest.mark.parametrize("length", (255, 257, 511, 769, 1021, 3071, 4097, 8191, 12289, 20011, 33331, 49157, 65536, 69997))
+@pytest.mark.parametrize(
+    "length", (255, 257, 511, 769, 1021, 3071, 4097, 8191, 12289, 20011, 33331, 49157, 65536, 69997)
+)
 def test_long_lengths(length):
     """Kernels as long as the sequence, somewhat shorter, and beyond it; inputs of unit scale."""
     for taps in (length, length // 3, length + 100):
@@ -146,23 +160,46 @@ def test_millions_of_samples():
     expected = torch.zeros_like(u)
     for lag, weight in zip(lags, weights):
         k[0, lag] = weight
-        expected[..., lag:] += weight * u[..., :length - lag]
+        expected[..., lag:] += weight * u[..., : length - lag]
     near(fft_conv(u, k, backend="cpu"), expected, 1e-6)
 
 
 @settings(max_examples=60)
-@given(st.integers(1, 1500), st.integers(1, 1600), st.integers(0, 900), st.sampled_from((0, 1)), st.integers(1, 3), st.integers(1, 2),
-       st.integers(1, 2), st.sampled_from(("causal", "circular")), st.booleans(), st.booleans(), st.booleans())
+@given(
+    st.integers(1, 1500),
+    st.integers(1, 1600),
+    st.integers(0, 900),
+    st.sampled_from((0, 1)),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.sampled_from(("causal", "circular")),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
 def test_any_shape(length, taps, taps_rev, lag, batch, groups, per_group, mode, skip, pre, post):
-    case = conv_case(f"any-{length}-{taps}", batch=batch, channels=groups * per_group, groups=groups, length=length, taps=taps,
-                     taps_rev=taps_rev or None, lag=lag, mode=mode, skip=skip, pre=pre, post=post)
+    case = conv_case(
+        f"any-{length}-{taps}",
+        batch=batch,
+        channels=groups * per_group,
+        groups=groups,
+        length=length,
+        taps=taps,
+        taps_rev=taps_rev or None,
+        lag=lag,
+        mode=mode,
+        skip=skip,
+        pre=pre,
+        post=post,
+    )
     sample = case.make(F64, "cpu")
     ours, reference = (testing.run(testing.FFT_CONV, sample, backend) for backend in ("cpu", "reference"))
     for name, x in reference.items():
         assert float((ours[name] - x).abs().max()) <= 1e-12 * max(float(x.abs().max()), 1.0), name
 
 
-# ---- rows on their own -------------------------------------------------------------------------------------------------
+# ---- rows on their own -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length, taps", ((700, 700), (700, 9), (6000, 150)))
@@ -190,7 +227,7 @@ def test_a_row_does_not_depend_on_the_others(length, taps, value):
         assert torch.equal(x[2:], y)
 
 
-# ---- dtypes ------------------------------------------------------------------------------------------------------------
+# ---- dtypes ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -207,19 +244,29 @@ def test_autocast_narrows_the_rows_and_leaves_the_kernel():
     u, gate, k = torch.randn(2, 3, 300), torch.randn(2, 3, 300), torch.randn(3, 300)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = fft_conv(u, k, pre_gate=gate, backend="cpu")
-    assert torch.equal(out, fft_conv(u.bfloat16(), k, pre_gate=gate.bfloat16(), backend="cpu")) and out.dtype == torch.bfloat16
+    assert (
+        torch.equal(out, fft_conv(u.bfloat16(), k, pre_gate=gate.bfloat16(), backend="cpu"))
+        and out.dtype == torch.bfloat16
+    )
 
 
-# ---- derivatives -------------------------------------------------------------------------------------------------------
+# ---- derivatives -----------------------------------------------------------------------------------------------------
 
 _ALL = {"skip": True, "pre": True, "post": True}
 
 
-@pytest.mark.parametrize("options", (
-    {"length": 12, **_ALL}, {"length": 12, "taps": 40, "taps_rev": 9, "lag": 0, **_ALL}, {"length": 9, "mode": "circular", "taps": 20, **_ALL},
-    {"length": 130, "taps": 130, "taps_rev": 120, **_ALL}, {"length": 140, "mode": "circular", **_ALL},
-    {"length": 120, "channels": 4, "groups": 2, **_ALL},
-), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"length": 12, **_ALL},
+        {"length": 12, "taps": 40, "taps_rev": 9, "lag": 0, **_ALL},
+        {"length": 9, "mode": "circular", "taps": 20, **_ALL},
+        {"length": 130, "taps": 130, "taps_rev": 120, **_ALL},
+        {"length": 140, "mode": "circular", **_ALL},
+        {"length": 120, "channels": 4, "groups": 2, **_ALL},
+    ),
+    ids=str,
+)
 def test_gradcheck(options):
     args = dict(conv_case(f"gradcheck-{options}", batch=2, **options).make(F64, "cpu").args)
     names = [name for name, x in args.items() if isinstance(x, Tensor)]
@@ -231,7 +278,11 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("options", ({"length": 8, "taps_rev": 5, **_ALL}, {"length": 100, "post": True}, {"length": 90, "mode": "circular"}), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    ({"length": 8, "taps_rev": 5, **_ALL}, {"length": 100, "post": True}, {"length": 90, "mode": "circular"}),
+    ids=str,
+)
 def test_gradgradcheck(options):
     args = dict(conv_case(f"gradgradcheck-{options}", **options).make(F64, "cpu").args)
     names = [name for name, x in args.items() if isinstance(x, Tensor)]
@@ -251,7 +302,9 @@ def test_gradients_of_some_inputs_are_those_of_all(taps):
 
     def gradients(names):
         leaves = {name: args[name].detach().requires_grad_() for name in names}
-        return dict(zip(names, torch.autograd.grad(fft_conv(**{**args, **leaves}, backend="cpu"), list(leaves.values()), dy)))
+        return dict(
+            zip(names, torch.autograd.grad(fft_conv(**{**args, **leaves}, backend="cpu"), list(leaves.values()), dy))
+        )
 
     whole = gradients(list(args))
     for name in args:
@@ -278,7 +331,7 @@ def test_nothing_but_the_inputs_is_kept_for_backward():
     assert {x.data_ptr() for x in kept} <= {u.data_ptr(), k.data_ptr()}
 
 
-# ---- torch.compile -----------------------------------------------------------------------------------------------------
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
 def test_compile_forward_and_backward_with_dynamic_shapes():
@@ -288,7 +341,10 @@ def test_compile_forward_and_backward_with_dynamic_shapes():
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     torch._dynamo.reset()
     for length in (90, 301):
-        leaves = [x.requires_grad_() for x in (torch.randn(2, 4, length), torch.randn(4, length), torch.randn(4), torch.randn(2, 4, length))]
+        leaves = [
+            x.requires_grad_()
+            for x in (torch.randn(2, 4, length), torch.randn(4, length), torch.randn(4), torch.randn(2, 4, length))
+        ]
         eager, fast = step(*leaves), compiled(*leaves)
         torch.testing.assert_close(fast, eager)
         for x, y in zip(torch.autograd.grad(fast, leaves), torch.autograd.grad(eager, leaves)):

@@ -1,8 +1,13 @@
 #include "scratch.h"
 
+#include "pages.h"
+
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace pykernels::cpu {
 namespace {
@@ -28,7 +33,19 @@ Pool& pool() {
   return *instance;
 }
 
+constexpr size_t kHugePageBytes = size_t{2} << 20;
+
 }  // namespace
+
+void want_huge_pages(void* start, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + bytes) / kHugePageBytes * kHugePageBytes;
+  if (last >= first + 2 * kHugePageBytes) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)start, (void)bytes;
+#endif
+}
 
 void* scratch_acquire(size_t bytes, size_t* granted) {
   {
@@ -42,15 +59,18 @@ void* scratch_acquire(size_t bytes, size_t* granted) {
       p.bytes_in_all -= *granted;
       for (int j = i + 1; j < p.count; ++j) p.idle[j - 1] = p.idle[j];
       --p.count;
+      // Passes that stride through a long block would miss the translation buffer.
+      if (bytes >= kHugePageBytes) want_huge_pages(block, *granted);
       return block;
     }
   }
-  *granted = bytes <= kLeastBytes ? kLeastBytes : (bytes + 4095) / 4096 * 4096;
-  void* const block = std::aligned_alloc(4096, *granted);
+  *granted = bytes <= kLeastBytes ? kLeastBytes : (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  void* const block = std::aligned_alloc(kHugePageBytes, *granted);
   if (!block) {
     std::fprintf(stderr, "pykernels: out of memory: no %zu bytes of scratch\n", *granted);
     std::abort();
   }
+  if (bytes >= kHugePageBytes) want_huge_pages(block, *granted);
   return block;
 }
 

@@ -1,14 +1,16 @@
 // c = A x with x = pre u, y = post (c + skip x). Per row, with dc = post dy:
-//     dpost = dy (c + skip x)    dx = A^T dc + skip dc    du = pre dx    dpre = u dx    dskip = sum dc x    dw = sum of dc and x lagged
-// c is computed again. A block of overlap-save is a product with a spectrum between a window cut out of x and outputs cut out of
-// the window; its transpose puts dc there, multiplies by the conjugate, and adds the window to dx.
+//     dpost = dy (c + skip x)    dx = A^T dc + skip dc    du = pre dx    dpre = u dx    dskip = sum dc x    dw = sum of
+//     dc and x lagged
+// c is computed again. A block of overlap-save is a product with a spectrum between a window cut out of x and outputs
+// cut out of the window; its transpose puts dc there, multiplies by the conjugate, and adds the window to dx.
 #include "conv.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
 namespace fft {
 namespace {
 
-// Where a gradient that is a sum over rows is added up depends on the shape alone, so that it does not on the thread count.
+// Where a gradient that is a sum over rows is added up depends on the shape alone, so that it does not on the thread
+// count.
 constexpr int64_t kChunks = 64;
 
 // dpost = dy (c + skip x), of vectors of c.
@@ -38,7 +40,8 @@ struct PostGradient {
   }
 };
 
-// Adds vectors to a row, where they fall into [low, high); positions wrap. `fresh`: the row is written for the first time.
+// Adds vectors to a row, where they fall into [low, high); positions wrap. `fresh`: the row is written for the first
+// time.
 template <class S>
 struct Adder {
   S* row;
@@ -96,13 +99,17 @@ void run(const FFTConvBackwardParams& b, const Parallel& parallel) {
     return;
   }
 
+  void* const gradients[] = {b.du, b.dpre_gate, b.dpost_gate};
+  for (void* gradient : gradients)
+    if (gradient) want_huge_pages(gradient, sizeof(T) * static_cast<size_t>(p.batch * p.channels * p.length));
   const Taps taps(p);
   const int64_t count = taps.count(), per_group = p.channels / p.groups, rows = p.batch * per_group;
   const Way way = choose_way(taps, rows);
   const Plan<S>* const transform_plan = way.direct ? nullptr : &plan<S>(way.points);
   const int64_t chunks = p.groups >= kChunks ? 1 : least(rows, (kChunks + p.groups - 1) / p.groups);
   Scratch shared;
-  // Sums of a chunk's rows. A chunk is a range of rows, channel by channel: [groups, chunks, taps] and [channels, chunks].
+  // Sums of a chunk's rows. A chunk is a range of rows, channel by channel: [groups, chunks, taps] and [channels,
+  // chunks].
   S* const chunk_taps = shared.take<S>(of_kernel && chunks > 1 ? p.groups * chunks * count : 1);
   double* const chunk_skip = shared.take<double>(b.dskip ? p.channels * chunks : 1);
   if (b.dskip)
@@ -113,7 +120,7 @@ void run(const FFTConvBackwardParams& b, const Parallel& parallel) {
     const int64_t window = kTile + count + 2 * lanes, size = way.direct ? window : transform_plan->size();
     S* const w = scratch.take<S>(count + lanes);
     S* const work = scratch.take<S>(size);
-    S* const kept = scratch.take<S>(size);  // the window of x, its spectrum
+    S* const kept = scratch.take<S>(size);                                   // the window of x, its spectrum
     S* const spectrum = scratch.take<S>(way.direct ? count + lanes : size);  // directly: the taps in reverse order
     S* const sum = scratch.take<S>(way.direct || !of_kernel ? 1 : size);
     double* const dw = scratch.take<double>(of_kernel && way.direct ? count : 1);
@@ -152,9 +159,10 @@ void run(const FFTConvBackwardParams& b, const Parallel& parallel) {
         double* const dskip = b.dskip ? chunk_skip + channel * chunks + chunk : nullptr;
 
         const int64_t after = row + 1, next = group * per_group + after / p.batch;
-        const T* const next_u = p.length <= kLongestAhead && after < (chunk + 1) * rows / chunks
-                                    ? static_cast<const T*>(p.u) + after % p.batch * p.u_stride.batch + next * p.u_stride.channel
-                                    : nullptr;
+        const T* const next_u =
+            p.length <= kLongestAhead && after < (chunk + 1) * rows / chunks
+                ? static_cast<const T*>(p.u) + after % p.batch * p.u_stride.batch + next * p.u_stride.channel
+                : nullptr;
 
         // What follows from A^T dc at positions [first, last), given from there on.
         const auto finish = [&](const S* transposed, int64_t first, int64_t last) {

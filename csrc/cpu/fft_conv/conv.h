@@ -2,16 +2,17 @@
 #pragma once
 
 #include "../../include/pykernels/fft_conv.h"
+#include "../common/pages.h"
 #include "../common/scratch.h"
 #include "fft.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
 namespace fft {
 
-// ---- the taps -----------------------------------------------------------------------------------------------------------
+// ---- the taps -------------------------------------------------------------------------------------------------------
 
-// The taps that have an effect, one array w with the tap of lag l at l + reverse, -reverse <= l <= forward. Circular ones that
-// together reach once around are taken modulo L, to lags 0 .. L - 1.
+// The taps that have an effect, one array w with the tap of lag l at l + reverse, -reverse <= l <= forward. Circular
+// ones that together reach once around are taken modulo L, to lags 0 .. L - 1.
 struct Taps {
   int64_t length, forward, reverse;
   bool circular, folded;
@@ -53,17 +54,19 @@ void gather_taps(const FFTConvParams& p, const Taps& taps, int64_t group, S* w) 
     if (const int64_t at = taps.index(-(i + p.k_rev_lag)); at >= 0) w[at] += k_rev[i];
 }
 
-// ---- the way ------------------------------------------------------------------------------------------------------------
+// ---- the way --------------------------------------------------------------------------------------------------------
 
-// Transforms of N points, of windows of 2N samples that begin `before` samples before the first of their `step` outputs.
+// Transforms of N points, of windows of 2N samples that begin `before` samples before the first of their `step`
+// outputs.
 struct Way {
   bool direct;
   int64_t points, before, step, blocks;
 };
 
-// Nanoseconds per point of a convolution of 2^(8 + i) points, on one core of a Xeon of the Sapphire Rapids generation with
-// AVX-512 (512 KiB of samples and more fall out of its second-level cache).
-constexpr float kPointCost[] = {1.0f, 1.0f, 1.2f, 1.2f, 1.45f, 1.55f, 1.75f, 1.95f, 2.3f, 2.6f, 2.9f, 3.4f, 4.3f, 5.5f, 6.5f};
+// Nanoseconds per point of a convolution of 2^(8 + i) points, on one core of a Xeon of the Sapphire Rapids generation
+// with AVX-512 (512 KiB of samples and more fall out of its second-level cache).
+constexpr float kPointCost[] = {1.0f, 1.0f, 1.2f, 1.2f, 1.45f, 1.55f, 1.75f, 1.95f,
+                                2.3f, 2.6f, 2.9f, 3.4f, 4.3f,  5.5f,  6.5f};
 // And per tap and sample of a direct one (one vector load, which crosses cache lines, per tap and vector).
 constexpr float kTapCost = 0.025f;
 
@@ -88,12 +91,13 @@ inline Way choose_way(const Taps& taps, int64_t rows) {
     const double total = (static_cast<double>(rows * blocks) + 0.5) * cost(points);
     if (total < least) least = total, best = {false, points, forward, step, blocks};
   }
-  const double direct = static_cast<double>(rows) * static_cast<double>(length) * static_cast<double>(taps.count()) * kTapCost;
+  const double direct =
+      static_cast<double>(rows) * static_cast<double>(length) * static_cast<double>(taps.count()) * kTapCost;
   best.direct = direct < least;
   return best;
 }
 
-// ---- rows ---------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 // x = values gate at origin + i, as vectors; zero outside [low, high), and positions wrap where `wraps`.
 template <class T>
@@ -142,8 +146,8 @@ struct Reader {
   }
 };
 
-// Rows are read and written in places too far apart for the processor to see a pattern. Up to this length the next one stays in the
-// second-level cache until it is needed.
+// Rows are read and written in places too far apart for the processor to see a pattern. Up to this length the next one
+// stays in the second-level cache until it is needed.
 constexpr int64_t kLongestAhead = 32768;
 
 // The lanes of v that fall into [low, high) when the first is at n, moved to the front.
@@ -199,13 +203,15 @@ PYKERNELS_INLINE void synthesise(bool half, const Plan<S>& plan, const S* work, 
     synthesise<false, S>(plan, work, write);
 }
 
-// sum x y, with the products of floats exact: what a gradient summed over a whole batch may cancel to is far smaller than its terms.
+// sum x y, with the products of floats exact: what a gradient summed over a whole batch may cancel to is far smaller
+// than its terms.
 PYKERNELS_INLINE void add_products(Vec<double>& sum, Vec<double>&, Vec<float> x, Vec<float> y) {
   typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
   Half a[2], b[2];
   __builtin_memcpy(a, &x, sizeof(x));
   __builtin_memcpy(b, &y, sizeof(y));
-  for (int i = 0; i < 2; ++i) sum = sum + __builtin_convertvector(a[i], Vec<double>) * __builtin_convertvector(b[i], Vec<double>);
+  for (int i = 0; i < 2; ++i)
+    sum = sum + __builtin_convertvector(a[i], Vec<double>) * __builtin_convertvector(b[i], Vec<double>);
 }
 // Of doubles, what the additions round off is kept in `rest`.
 PYKERNELS_INLINE void add_products(Vec<double>& sum, Vec<double>& rest, Vec<double> x, Vec<double> y) {
@@ -214,7 +220,7 @@ PYKERNELS_INLINE void add_products(Vec<double>& sum, Vec<double>& rest, Vec<doub
   sum = next;
 }
 
-// ---- directly -----------------------------------------------------------------------------------------------------------
+// ---- directly -------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kTile = 1024;  // outputs at a time: all buffers stay in the first-level cache
 

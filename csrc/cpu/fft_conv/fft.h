@@ -1,8 +1,9 @@
-// The transforms of plan.h on one work array: analysis (samples -> lanes and their first pass), the passes in each lane, synthesis.
+// The transforms of plan.h on one work array: analysis (samples -> lanes and their first pass), the passes in each
+// lane, synthesis.
 //
-// The passes go depth first: a block is split, its parts go all the way to the leaves and back while they are in cache, then the
-// block is put together. Leaves do what is done with the spectrum (a Mode), in the order in which the passes leave it: nothing is
-// ever put in natural order.
+// The passes go depth first: a block is split, its parts go all the way to the leaves and back while they are in cache,
+// then the block is put together. Leaves do what is done with the spectrum (a Mode), in the order in which the passes
+// leave it: nothing is ever put in natural order.
 #pragma once
 
 #include "plan.h"
@@ -60,12 +61,12 @@ template <class F, size_t... I>
 PYKERNELS_INLINE void repeat(F&& f, std::index_sequence<I...>) {
   (f(Index<static_cast<int>(I)>{}), ...);
 }
-#define PYKERNELS_REPEAT(n, i, ...)                              \
-  ::pykernels::cpu::PYKERNELS_ISA::fft::repeat(                  \
-      [&](auto index_of_##i) __attribute__((always_inline)) {    \
-        constexpr int i = decltype(index_of_##i)::value;         \
-        __VA_ARGS__                                              \
-      },                                                         \
+#define PYKERNELS_REPEAT(n, i, ...)                           \
+  ::pykernels::cpu::PYKERNELS_ISA::fft::repeat(               \
+      [&](auto index_of_##i) __attribute__((always_inline)) { \
+        constexpr int i = decltype(index_of_##i)::value;      \
+        __VA_ARGS__                                           \
+      },                                                      \
       std::make_index_sequence<n>{})
 
 // cos(2 pi m / 64) for m = 0 .. 16.
@@ -144,7 +145,7 @@ PYKERNELS_INLINE void dft(Complex<S> (&x)[R]) {
   }
 }
 
-// ---- samples <-> lanes ------------------------------------------------------------------------------------------------
+// ---- samples <-> lanes ----------------------------------------------------------------------------------------------
 
 // e^{-2 pi i j (k1 - 1/4) / N} for the vector of j that starts at `at`, k1 = K1.
 template <int K1, class S>
@@ -156,8 +157,8 @@ PYKERNELS_INLINE Complex<S> first_factor(const S* at) {
     return of_b * load_complex(at + (kInner<S> + K1 / kInner<S> - 1) * kStep<S>);
 }
 
-// The lanes of j, j + 1, ... , as many vectors as there are lanes, from read(i), which gives the vector of samples i, i + 1, ...
-// Half: the samples from N on are zero.
+// The lanes of j, j + 1, ... , as many vectors as there are lanes, from read(i), which gives the vector of samples i, i
+// + 1, ... Half: the samples from N on are zero.
 template <bool Half, class S, class Read>
 PYKERNELS_INLINE void analyse_block(const Plan<S>& plan, const Read& read, int64_t j, S* to) {
   constexpr int lanes = kLanes<S>;
@@ -186,7 +187,8 @@ PYKERNELS_INLINE void analyse_block(const Plan<S>& plan, const Read& read, int64
   PYKERNELS_REPEAT(lanes, i, { store_complex<S>(to + i * kStep<S>, {re[i], im[i]}); });
 }
 
-// The reverse: write(i, vector) takes the samples i, i + 1, ..., N times too large; Half: those from N on are not needed.
+// The reverse: write(i, vector) takes the samples i, i + 1, ..., N times too large; Half: those from N on are not
+// needed.
 template <bool Half, class S, class Write>
 PYKERNELS_INLINE void synthesise_block(const Plan<S>& plan, const S* from, int64_t j, const Write& write) {
   constexpr int lanes = kLanes<S>;
@@ -215,11 +217,12 @@ PYKERNELS_INLINE void synthesise_block(const Plan<S>& plan, const S* from, int64
   });
 }
 
-// ---- in each lane -------------------------------------------------------------------------------------------------------
+// ---- in each lane ---------------------------------------------------------------------------------------------------
 
 // Splits R parts of `size` vectors, part r at from + r * from_apart, into as many; Back: puts them together.
 template <int R, bool Back, class S>
-PYKERNELS_INLINE void butterflies(const S* from, int64_t from_apart, S* to, int64_t to_apart, int64_t size, const S* twiddle) {
+PYKERNELS_INLINE void butterflies(const S* from, int64_t from_apart, S* to, int64_t to_apart, int64_t size,
+                                  const S* twiddle) {
   for (int64_t j = 0; j < size; ++j, from += kStep<S>, to += kStep<S>, twiddle += 2 * (R - 1)) {
     Complex<S> x[R];
     PYKERNELS_REPEAT(R, r, {
@@ -335,8 +338,8 @@ PYKERNELS_INLINE void transform(const Plan<S>& plan, S* work, const Mode& mode) 
   if (Mode::kOut && !plan.fused) pass<true, S>(radix, work, part, plan.stride, plan.twiddle[0]);
 }
 
-// Samples to lanes. R: with the first pass, of that radix, which takes the blocks of all parts while they are in the nearest cache;
-// 1: without.
+// Samples to lanes. R: with the first pass, of that radix, which takes the blocks of all parts while they are in the
+// nearest cache; 1: without.
 template <int R, bool Half, class S, class Read>
 __attribute__((noinline)) void analyse(const Plan<S>& plan, const Read& read, S* work) {
   constexpr int lanes = kLanes<S>;

@@ -40,6 +40,8 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
   using S = Wide<T>;
   constexpr int lanes = kLanes<S>;
   if (p.batch == 0 || p.channels == 0 || p.length == 0) return;
+  if (p.out_stride.batch == p.channels * p.length && p.out_stride.channel == p.length)
+    want_huge_pages(p.out, sizeof(T) * static_cast<size_t>(p.batch * p.channels * p.length));
   const Taps taps(p);
   const int64_t rows = p.batch * (p.channels / p.groups);
   const Way way = choose_way(taps, rows);
@@ -68,7 +70,14 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
         Reader<T> x{at(p.u, p.u_stride), at(p.pre_gate, p.pre_stride), p.length, 0, 0, p.length, p.circular};
         if (p.circular) x.low = -taps.forward, x.high = p.length + taps.reverse;
         Output<T> out{static_cast<T*>(p.out) + b * p.out_stride.batch + channel * p.out_stride.channel,
-                      at(p.post_gate, p.post_stride), &x, Vec<S>{}, p.skip != nullptr, 0, 0, 0, nullptr};
+                      at(p.post_gate, p.post_stride),
+                      &x,
+                      Vec<S>{},
+                      p.skip != nullptr,
+                      0,
+                      0,
+                      0,
+                      nullptr};
         if (p.length <= kLongestAhead && !way.direct) {
           const int64_t after = row + 1, next = group * (p.channels / p.groups) + after / p.batch;
           x.ahead = out.out;

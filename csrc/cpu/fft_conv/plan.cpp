@@ -1,17 +1,18 @@
 #include "plan.h"
 
-#include <cstdlib>
+#include <stdio.h>
+#include <stdlib.h>
 
 namespace pykernels::cpu::PYKERNELS_ISA {
 namespace fft {
 namespace {
 
-// A pass of 16 in place of two of 4 moves the data half as often, which pays where a block is beyond this many bytes (half of
-// a second-level cache); inside the caches its registers spill.
+// A pass of 16 in place of two of 4 moves the data half as often, which pays where a block is beyond this many bytes
+// (half of a second-level cache); inside the caches its registers spill.
 constexpr int64_t kBytesOfWidePass = int64_t{1} << 20;
-// The first pass is done together with the analysis up to here. Beyond, it would read more rows of the same cache set at once (their
-// distance is a power of two) than the cache has ways.
-constexpr int64_t kBytesOfFusedPass = int64_t{1} << 19;
+// The first pass is done together with the analysis up to here. Beyond, that would read 64 places at a time, each in a
+// page of its own: more than the processor fetches ahead for, and more of one cache set than it has ways.
+constexpr int64_t kBytesOfFusedPass = int64_t{1} << 18;
 
 struct Root {
   double re, im;
@@ -48,8 +49,11 @@ Root root(int64_t n, int64_t d) {
 
 template <class T>
 T* allocate(int64_t n) {
-  void* const block = std::aligned_alloc(64, round_up(static_cast<size_t>(n) * sizeof(T), 64));
-  if (!block) std::abort();
+  void* const block = aligned_alloc(64, round_up(static_cast<size_t>(n) * sizeof(T), 64));
+  if (!block) {
+    fprintf(stderr, "pykernels: out of memory: no table of twiddle factors\n");
+    abort();
+  }
   return static_cast<T*>(block);
 }
 
@@ -100,9 +104,9 @@ Plan<S>* make(int64_t points) {
 
 template <class S>
 void release(Plan<S>* plan) {
-  std::free(const_cast<S*>(plan->twiddle[0]));
-  std::free(const_cast<S*>(plan->first));
-  std::free(plan);
+  free(const_cast<S*>(plan->twiddle[0]));
+  free(const_cast<S*>(plan->first));
+  free(plan);
 }
 
 // By 2 log2 of the power of two, plus one with the factor 3.

@@ -1,16 +1,18 @@
 // How a transform of N points is laid out and factored, and its twiddle factors.
 //
-// A real sequence of 2N samples, taken modulo x^{2N} = -1, is one complex sequence z_n = x_n + i x_{n+N} of N points, and its
-// spectrum is
+// A real sequence of 2N samples, taken modulo x^{2N} = -1, is one complex sequence z_n = x_n + i x_{n+N} of N points,
+// and its spectrum is
 //     X[k] = sum_n z_n e^{-2 pi i n (k - 1/4) / N},
-// because the points e^{-2 pi i (k - 1/4) / N} are N of the 2N roots of x^{2N} = -1, one of each conjugate pair. Products of such
-// spectra are convolutions of 2N real samples whose ends wrap with the sign changed: padding by zeros costs no transform of twice
-// the length, each row is a transform of its own, and nothing has to be separated afterwards.
+// because the points e^{-2 pi i (k - 1/4) / N} are N of the 2N roots of x^{2N} = -1, one of each conjugate pair.
+// Products of such spectra are convolutions of 2N real samples whose ends wrap with the sign changed: padding by zeros
+// costs no transform of twice the length, each row is a transform of its own, and nothing has to be separated
+// afterwards.
 //
 // With V lanes and S = N / V, n = l S + j and k = k1 + V k2:
-//     X[k1 + V k2] = sum_j e^{-2 pi i j k2 / S} e^{-2 pi i j (k1 - 1/4) / N} sum_l z_{lS+j} e^{-2 pi i l (k1 - 1/4) / V}
-// The inner sum runs over V vectors of consecutive j; transposed, lane k1 holds its own sequence over j, and what is left is one
-// transform of S points in every lane, whose twiddle factors are the same for all lanes.
+//     X[k1 + V k2] = sum_j e^{-2 pi i j k2 / S} e^{-2 pi i j (k1 - 1/4) / N} sum_l z_{lS+j} e^{-2 pi i l (k1 - 1/4) /
+//     V}
+// The inner sum runs over V vectors of consecutive j; transposed, lane k1 holds its own sequence over j, and what is
+// left is one transform of S points in every lane, whose twiddle factors are the same for all lanes.
 #pragma once
 
 #include "../common/simd.h"
@@ -22,8 +24,8 @@ namespace fft {
 template <class S>
 constexpr int kStep = 2 * kLanes<S>;
 
-// The transform over V vectors is done as kOuter by kInner; e^{-2 pi i j (k1 - 1/4) / N} with k1 = b + kInner a is the product
-// of a factor for b and one for a.
+// The transform over V vectors is done as kOuter by kInner; e^{-2 pi i j (k1 - 1/4) / N} with k1 = b + kInner a is the
+// product of a factor for b and one for a.
 template <class S>
 constexpr int kInner = kLanes<S> < 4 ? kLanes<S> : 4;
 template <class S>

@@ -3,10 +3,11 @@
 // Per batch entry b and channel d, with x = pre_gate u and channel d reading the kernel of group d / (D / G):
 //     c_n = sum over lags of w_lag x_{n - lag}        out_n = post_gate_n (c_n + skip_d x_n)
 //     w_lag = k_lag for lag >= 0, plus k_rev_i at lag -(i + k_rev_lag)
-// causal: x is zero outside [0, L), so taps at lags beyond +-(L - 1) have no effect. circular: positions are taken modulo L.
+// causal: x is zero outside [0, L), so taps at lags beyond +-(L - 1) have no effect. circular: positions are taken
+// modulo L.
 //
-// Memory layout. u, gates, out and their gradients [B, D, L]: any strides but for the last axis, which is contiguous. k [G, K],
-// k_rev [G, R] and skip [D] are contiguous, fp32 (fp64 for fp64), and so are their gradients.
+// Memory layout. u, gates, out and their gradients [B, D, L]: any strides but for the last axis, which is contiguous. k
+// [G, K], k_rev [G, R] and skip [D] are contiguous, fp32 (fp64 for fp64), and so are their gradients.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,7 @@ struct FFTConvParams {
   DType dtype;  // of u, the gates, out and their gradients
   int64_t batch, channels, length, groups;
   const void* u;
-  const void* pre_gate;   // or null, as the next
+  const void* pre_gate;  // or null, as the next
   const void* post_gate;
   Strides2 u_stride, pre_stride, post_stride;
   const void* k;      // [G, K]

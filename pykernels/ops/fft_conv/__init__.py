@@ -1,6 +1,7 @@
 """Long convolution: a kernel as long as the sequence, causal, two-sided or circular, with gates, in time L log L.
 
-The definition is `reference.py`; `registration.py` makes ops of the backends; README.md derives the transforms and gradients.
+The definition is `reference.py`; `registration.py` makes ops of the backends; `decode.py` is the convolution of a
+sequence that comes token by token; README.md derives the transforms and gradients.
 """
 
 from __future__ import annotations
@@ -42,11 +43,15 @@ def _check_kernel(name: str, k: object, u: Tensor) -> Tensor:
     return _wide(name, k, u)
 
 
-def _check_kernels(k: object, k_rev: object, k_rev_lag: object, D: object, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _check_kernels(
+    k: object, k_rev: object, k_rev_lag: object, D: object, u: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     k = _check_kernel("k", k, u)
     channels, groups = u.shape[1], k.shape[0]
     if channels % groups if groups else channels:
-        raise ValueError(f"k must have one row per channel or per group of channels: u has {channels} channels, k {groups} rows")
+        raise ValueError(
+            f"k must have one row per channel or per group of channels: u has {channels} channels, k {groups} rows"
+        )
     if type(k_rev_lag) is not int or k_rev_lag not in (0, 1):
         raise ValueError(f"k_rev_lag must be 0 or 1, got {k_rev_lag!r}")
     if k_rev is not None:
@@ -72,29 +77,38 @@ def _check_gate_type(name: str, gate: Tensor, u: Tensor) -> Tensor:
     return gate
 
 
-def fft_conv(u: Tensor, k: Tensor, *, k_rev: Tensor | None = None, k_rev_lag: int = 1, D: Tensor | None = None,
-             pre_gate: Tensor | None = None, post_gate: Tensor | None = None, mode: str = "causal",
-             backend: str = "auto") -> Tensor:
-    r"""Long depthwise convolution, with gates before and after it and a skip connection:
+def fft_conv(
+    u: Tensor,
+    k: Tensor,
+    *,
+    k_rev: Tensor | None = None,
+    k_rev_lag: int = 1,
+    D: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    mode: str = "causal",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Long depthwise convolution, with gates before and after it and a skip connection.
 
     .. math::
         x = pre \odot u, \qquad c_n = \sum_{i \ge 0} k_i\, x_{n-i} + \sum_{i \ge 0} k^{rev}_i\, x_{n+i+lag}, \qquad
         out = post \odot (c + D \odot x)
 
     Args:
-        u: [B, D, L], float32, bfloat16, float16, or float64 on the CPU; any strides; L of any size. Arithmetic is in float32
-            (float64 for float64).
-        k: kernel [D, K], or [G, K] with D a multiple of G: channel d reads row d // (D // G). K >= 1, shorter or longer than L.
-            u's dtype or float32.
+        u: [B, D, L], float32, bfloat16, float16, or float64 on the CPU; any strides; L of any size. Arithmetic is in
+            float32 (float64 for float64).
+        k: kernel [D, K], or [G, K] with D a multiple of G: channel d reads row d // (D // G). K >= 1, shorter or longer
+            than L. u's dtype or float32.
         k_rev: the anticausal side of the kernel, [G, R] with k's rows, or None. u's dtype or float32.
         k_rev_lag: where k_rev starts. 1: k_rev[0] weighs the sample after (lag -1), as in S4, whose kernel is pad(k) +
-            pad(flip(k_rev)). 0: k_rev[0] weighs the sample itself and adds to k[0], as in safari and H3, whose spectrum is
-            K + conj(K_rev).
+            pad(flip(k_rev)). 0: k_rev[0] weighs the sample itself and adds to k[0], as in safari and H3, whose spectrum
+            is K + conj(K_rev).
         D: skip connection [D], or None. u's dtype or float32.
         pre_gate: factor on u [B, D, L], or None; u's dtype, or float32 for 16-bit u (u is then widened).
         post_gate: factor on the result [B, D, L], or None; as pre_gate.
-        mode: "causal": samples outside [0, L) are zero, and taps that reach beyond the sequence have no effect. "circular":
-            positions are modulo L, and longer kernels wrap.
+        mode: "causal": samples outside [0, L) are zero, and taps that reach beyond the sequence have no effect.
+            "circular": positions are modulo L, and longer kernels wrap.
         backend: "auto", "cpu" or "reference" (see pykernels.backends).
 
     Returns:
@@ -104,9 +118,10 @@ def fft_conv(u: Tensor, k: Tensor, *, k_rev: Tensor | None = None, k_rev_lag: in
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
         BackendUnavailable: the backend asked for can't serve this call.
 
-    Derivatives of first and second order exist with respect to u, k, k_rev, D, pre_gate and post_gate; the second in eager mode
-    only, computed by the reference. Results do not depend on the thread count, and a batch entry's not on the others. A value that
-    is not finite may make every output of its own batch entry and channel NaN (the transform mixes them all), and no other.
+    Derivatives of first and second order exist with respect to u, k, k_rev, D, pre_gate and post_gate; the second in
+    eager mode only, computed by the reference. Results do not depend on the thread count, and a batch entry's not on
+    the others. A value that is not finite may make every output of its own batch entry and channel NaN (the transform
+    mixes them all), and no other.
 
     Source: Poli et al., Hyena Hierarchy (arXiv:2302.10866); Fu et al., FlashFFTConv (arXiv:2311.05908).
     """
@@ -114,7 +129,10 @@ def fft_conv(u: Tensor, k: Tensor, *, k_rev: Tensor | None = None, k_rev_lag: in
     _checks.tensor("u", u, "B D L")
     _checks.main_dtype("u", u)
     k, k_rev, D = _check_kernels(k, k_rev, k_rev_lag, D, u)
-    gates = [None if gate is None else _check_gate(name, gate, u) for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate))]
+    gates = [
+        None if gate is None else _check_gate(name, gate, u)
+        for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate))
+    ]
     if mode not in _MODES:
         raise ValueError(f"mode must be 'causal' or 'circular', got {mode!r}")
     dtype = u.dtype
@@ -124,7 +142,9 @@ def fft_conv(u: Tensor, k: Tensor, *, k_rev: Tensor | None = None, k_rev_lag: in
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     on = {"k_rev": k_rev, "D": D, "pre_gate": gates[0], "post_gate": gates[1]}
     options = frozenset(name for name, x in on.items() if x is not None) | {mode}
-    chosen = resolve(OP, Query(u.device.type, u.dtype, {"length": u.shape[2], "taps": k.shape[1]}, options, grad), backend)
+    chosen = resolve(
+        OP, Query(u.device.type, u.dtype, {"length": u.shape[2], "taps": k.shape[1]}, options, grad), backend
+    )
     settings = k_rev_lag, mode == "circular"
     if chosen == "reference":
         out = reference.fft_conv(*tensors, *settings)
@@ -139,13 +159,23 @@ def _check_no_gradient(function: str, tensors: dict[str, object]) -> None:
     if torch.is_grad_enabled():
         for name, x in tensors.items():
             if isinstance(x, Tensor) and x.requires_grad:
-                raise RuntimeError(f"{name} requires grad, but {function} is for inference (states are written in place): call it "
-                                   "under torch.no_grad(), or use fft_conv")
+                raise RuntimeError(
+                    f"{name} requires grad, but {function} is for inference (states are written in place): call it "
+                    "under torch.no_grad(), or use fft_conv"
+                )
 
 
-def fft_conv_init(k: Tensor, u_prefix: Tensor | None = None, *, D: Tensor | None = None, pre_gate: Tensor | None = None,
-                  batch: int | None = None, channels: int | None = None, dtype: torch.dtype | None = None,
-                  backend: str = "auto") -> FFTConvState:
+def fft_conv_init(
+    k: Tensor,
+    u_prefix: Tensor | None = None,
+    *,
+    D: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    batch: int | None = None,
+    channels: int | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> FFTConvState:
     """The state from which `fft_conv_step` continues a causal `fft_conv` token by token.
 
     Args:
@@ -195,17 +225,22 @@ def fft_conv_init(k: Tensor, u_prefix: Tensor | None = None, *, D: Tensor | None
 
 
 def _step_query(u: Tensor, k: Tensor) -> Query:
-    return Query(u.device.type, k.dtype, {"length": 2 * decode.capacity(k.shape[1]), "taps": k.shape[1]}, frozenset({"causal"}))
+    return Query(
+        u.device.type, k.dtype, {"length": 2 * decode.capacity(k.shape[1]), "taps": k.shape[1]}, frozenset({"causal"})
+    )
 
 
 def _convolution(backend: str):
     return lambda x, k: fft_conv(x, k, backend=backend)
 
 
-def fft_conv_step(u_t: Tensor, state: FFTConvState, *, pre_gate: Tensor | None = None, post_gate: Tensor | None = None) -> Tensor:
-    """One token of a causal `fft_conv`: the same output as of the whole sequence so far, in O(log^2 K) per token on average.
+def fft_conv_step(
+    u_t: Tensor, state: FFTConvState, *, pre_gate: Tensor | None = None, post_gate: Tensor | None = None
+) -> Tensor:
+    """One token of a causal `fft_conv`: the output that the whole sequence so far has there.
 
-    Most steps cost a sum over at most 64 taps. Every 64th token adds a convolution of 64 tokens or more, every K-th one of K.
+    O(log^2 K) work per token on average: most steps sum over at most 64 taps, every 64th adds a convolution of 64
+    tokens or more, every K-th one of K.
 
     Args:
         u_t: [B, D], the dtype of the prefix.
@@ -219,6 +254,7 @@ def fft_conv_step(u_t: Tensor, state: FFTConvState, *, pre_gate: Tensor | None =
     Raises:
         TypeError, ValueError: as in `fft_conv`; nothing is changed then.
         RuntimeError: grad mode is on and an input requires grad.
+        BackendUnavailable: the state's backend can't serve it.
     """
     if not isinstance(state, FFTConvState):
         raise TypeError(f"state must be an FFTConvState, which fft_conv_init makes, got {type(state).__name__}")

@@ -1,11 +1,12 @@
 """Token by token: the long convolution of a sequence that is not known yet.
 
-The sequence is cut into blocks of `BLOCK` tokens. What a token adds to later outputs of its own block is summed directly when they
-are due. What it adds to later blocks is done in squares: at a boundary m (in tokens), with S the largest power of two times BLOCK
-that divides m, the S tokens before m are convolved with the kernel into the S outputs after it, and added to those that are
-pending. A pair of blocks a < b is in exactly one of these squares: m is b with all bits below the highest in which a and b differ
-cleared. A token costs O(log^2 K) on average, and memory is O(K) however long the sequence gets, because squares larger than the
-kernel shrink to it and everything is kept in rings of that size.
+The sequence is cut into blocks of `BLOCK` tokens. What a token adds to later outputs of its own block is summed
+directly when they are due. What it adds to later blocks is done in squares: at a boundary m (in tokens), with S the
+largest power of two times BLOCK that divides m, the S tokens before m are convolved with the kernel into the S outputs
+after it, and added to those that are pending. A pair of blocks a < b is in exactly one of these squares: m is b with
+all bits below the highest in which a and b differ cleared. A token costs O(log^2 K) on average, and memory is O(K)
+however long the sequence gets, because squares larger than the kernel shrink to it and everything is kept in rings of
+that size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BLOCK = 64  # a power of two; below it, a direct sum is faster than one square
 
 @dataclasses.dataclass
 class FFTConvState:
-    """What the next outputs of a causal convolution depend on; made by `fft_conv_init`, changed in place by `fft_conv_step`."""
+    """What the next outputs of a causal convolution depend on: `fft_conv_init` makes it, `fft_conv_step` changes it."""
 
     k: Tensor  # [G, C], zeros after the last tap; float32 (float64), as all tensors here
     D: Tensor | None  # [D]
@@ -50,8 +51,8 @@ def start(convolve, x: Tensor, k: Tensor, D: Tensor | None, dtype: torch.dtype, 
     reach = min(x.shape[2], k.shape[1] - 1)  # samples that later outputs depend on
     inputs, pending = x.new_zeros(2, *x.shape[:2], size)
     if reach:
-        inputs[..., size - reach:] = x[..., x.shape[2] - reach:]
-        pending += convolve(_pad(inputs[..., size - reach:], 0, size), k)[..., reach:]
+        inputs[..., size - reach :] = x[..., x.shape[2] - reach :]
+        pending += convolve(_pad(inputs[..., size - reach :], 0, size), k)[..., reach:]
     return FFTConvState(_pad(k, 0, size - k.shape[1]).contiguous(), D, inputs, pending, 0, dtype, backend)
 
 
@@ -60,9 +61,9 @@ def step(convolve, x: Tensor, state: FFTConvState) -> Tensor:
     size, t = state.capacity, state.tokens
     at, first = t % size, t % size // BLOCK * BLOCK
     state.inputs[..., at] = x
-    block = state.inputs[..., first:at + 1]
+    block = state.inputs[..., first : at + 1]
     k = state.k if state.k.shape[0] == x.shape[1] else state.k.repeat_interleave(x.shape[1] // state.k.shape[0], 0)
-    out = state.pending[..., at] + (block * k[:, :at + 1 - first].flip(1)).sum(-1)
+    out = state.pending[..., at] + (block * k[:, : at + 1 - first].flip(1)).sum(-1)
     if state.D is not None:
         out = out + state.D * x
     state.pending[..., at] = 0
@@ -70,6 +71,6 @@ def step(convolve, x: Tensor, state: FFTConvState) -> Tensor:
     if t % BLOCK == 0:
         side = min(t & -t, size)
         begin, end = (t - side) % size, t % size
-        square = _pad(state.inputs[..., begin:begin + side], 0, side)
-        state.pending[..., end:end + side] += convolve(square, state.k[:, :2 * side])[..., side:]
+        square = _pad(state.inputs[..., begin : begin + side], 0, side)
+        state.pending[..., end : end + side] += convolve(square, state.k[:, : 2 * side])[..., side:]
     return out

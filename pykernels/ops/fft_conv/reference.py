@@ -29,8 +29,16 @@ def _by_lag(k: Tensor, k_rev: Tensor | None, k_rev_lag: int, length: int, circul
     return result
 
 
-def fft_conv(u: Tensor, k: Tensor, k_rev: Tensor | None, D: Tensor | None, pre_gate: Tensor | None, post_gate: Tensor | None,
-             k_rev_lag: int, circular: bool) -> Tensor:
+def fft_conv(
+    u: Tensor,
+    k: Tensor,
+    k_rev: Tensor | None,
+    D: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    k_rev_lag: int,
+    circular: bool,
+) -> Tensor:
     """u, gates [B, D, L]; k [G, K]; k_rev [G, R]; D [D] -> [B, D, L]:
 
         x = pre_gate u        c_n = sum over lags of w_lag x_{n - lag}        out = post_gate (c + D x)
@@ -43,11 +51,13 @@ def fft_conv(u: Tensor, k: Tensor, k_rev: Tensor | None, D: Tensor | None, pre_g
         x = x * pre_gate.to(wide)
     k, k_rev, D = (None if w is None else w.to(wide) for w in (k, k_rev, D))
     if x.numel():
-        period = 1 << (2 * length - 1).bit_length()  # so that nothing wraps; of a power of two, whose transform is the most exact
+        period = (
+            1 << (2 * length - 1).bit_length()
+        )  # so that nothing wraps; of a power of two, whose transform is the most exact
         spectrum = torch.fft.rfft(_by_lag(k, k_rev, k_rev_lag, length, circular, period))
         spectrum = spectrum.repeat_interleave(u.shape[1] // k.shape[0], dim=0)
         out = torch.fft.irfft(torch.fft.rfft(x, n=period) * spectrum, n=period)
-        out = out[..., :length] + out[..., length:2 * length] if circular else out[..., :length]
+        out = out[..., :length] + out[..., length : 2 * length] if circular else out[..., :length]
     else:  # no transform of nothing; the result still depends on all inputs
         out = x * (k.sum() + (0 if k_rev is None else k_rev.sum()))
     if D is not None:

@@ -1,7 +1,7 @@
 """Long convolution as PyTorch ops: fakes, and autograd around whichever backend runs.
 
-Each backend has its own ops, `fft_conv_{fwd,bwd}_<backend>`, with one schema for all. Autograd is an `autograd.Function` around
-them; its backward is differentiable again in eager mode, through the reference.
+Each backend has its own ops, `fft_conv_{fwd,bwd}_<backend>`, with one schema for all. Autograd is an
+`autograd.Function` around them; its backward is differentiable again in eager mode, through the reference.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from torch.autograd.function import once_differentiable
 from ... import _dispatch, _library
 from . import reference
 
-_INPUTS = "Tensor u, Tensor k, Tensor? k_rev, Tensor? D, Tensor? pre_gate, Tensor? post_gate, int k_rev_lag, bool circular"
+_INPUTS = (
+    "Tensor u, Tensor k, Tensor? k_rev, Tensor? D, Tensor? pre_gate, Tensor? post_gate, int k_rev_lag, bool circular"
+)
 SCHEMAS = {
     "fwd": f"({_INPUTS}) -> Tensor",
     "bwd": f"(Tensor dout, {_INPUTS}, bool input_gradient, bool kernel_gradient) "
-           "-> (Tensor du, Tensor dk, Tensor dk_rev, Tensor dD, Tensor dpre_gate, Tensor dpost_gate)",
+    "-> (Tensor du, Tensor dk, Tensor dk_rev, Tensor dD, Tensor dpre_gate, Tensor dpost_gate)",
 }
 
 
@@ -35,9 +37,14 @@ def _fake_bwd(dout, u, k, k_rev, D, pre_gate, post_gate, k_rev_lag, circular, in
         return u.new_empty(u.shape[0] if wanted else 0, *u.shape[1:])
 
     taps_rev = 0 if k_rev is None else k_rev.shape[1]
-    return (rows(input_gradient), k.new_empty(k.shape[0] if kernel_gradient else 0, k.shape[1]),
-            k.new_empty(k.shape[0] if kernel_gradient and k_rev is not None else 0, taps_rev),
-            k.new_empty(0 if D is None else u.shape[1]), rows(input_gradient and pre_gate is not None), rows(post_gate is not None))
+    return (
+        rows(input_gradient),
+        k.new_empty(k.shape[0] if kernel_gradient else 0, k.shape[1]),
+        k.new_empty(k.shape[0] if kernel_gradient and k_rev is not None else 0, taps_rev),
+        k.new_empty(0 if D is None else u.shape[1]),
+        rows(input_gradient and pre_gate is not None),
+        rows(post_gate is not None),
+    )
 
 
 _FAKES = {"fwd": _fake_fwd, "bwd": _fake_bwd}
@@ -53,7 +60,7 @@ def run(part: str, backend: str, *args):
 
 
 def _gradients(backend, dout, tensors, options, input_gradient, kernel_gradient):
-    """-> gradients of `tensors` (u, k, k_rev, D, pre_gate, post_gate): None for those that are None or not asked for."""
+    """-> gradients of `tensors` (u, k, k_rev, D, pre_gate, post_gate); None for what is None or not asked for."""
     result = run("bwd", backend, dout, *tensors, *options, input_gradient, kernel_gradient)
     wanted = (input_gradient, kernel_gradient, kernel_gradient, True, input_gradient, True)
     return tuple(g if x is not None and want else None for g, x, want in zip(result, tensors, wanted))
