@@ -32,8 +32,8 @@ SEGMENTS = (
     linear_case("segments-packed-normalize", tokens=160, heads=1, key_dim=16, lengths=(30, 128), normalize=True),
 )
 # The shapes and options that float16 and bfloat16 run; a decay per channel is slow here, an operation at a time.
-HALF = ("tiny", "head-decay", "token-decay", "leaf-edges", "key-33-value-70", "grouped", "bonus-token", "normalize-decay",
-        "normalize-channel-grouped", "reverse", "narrow", "packed", "layout-padded")
+HALF = ("tiny", "head-decay", "token-decay", "leaf-edges", "key-33-value-70", "grouped", "bonus-token",
+        "normalize-decay", "reverse", "narrow", "packed", "layout-expanded")
 
 
 def _checked(op, case, dtype):

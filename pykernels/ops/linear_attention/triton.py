@@ -812,7 +812,7 @@ class _Config(NamedTuple):
 # spills, two rows of whole heads and their stages shared memory (read off code compiled ahead of time, as in
 # tests/triton_aot).
 _WALK = {
-    "sm_80": {64: _Config(64, 32, 4, 2), 128: _Config(32, 32, 8, 2), 256: _Config(32, 32, 8, 1),
+    "sm_80": {64: _Config(32, 32, 4, 2), 128: _Config(32, 32, 8, 2), 256: _Config(32, 32, 8, 1),
               512: _Config(16, 32, 8, 1)},
     "sm_90": {64: _Config(64, 64, 8, 2), 128: _Config(64, 32, 8, 2), 256: _Config(32, 32, 8, 1),
               512: _Config(16, 32, 8, 1)},
