@@ -5,6 +5,9 @@ Errors against the float64 reference, determinism and bad input are in tests/tes
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -350,3 +353,28 @@ def test_compile_forward_and_backward_with_dynamic_shapes():
         for x, y in zip(torch.autograd.grad(fast, leaves), torch.autograd.grad(eager, leaves)):
             torch.testing.assert_close(x, y)
             assert y.abs().max() > 0
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+_PEAK = """
+import resource, torch
+from pykernels import fft_conv
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+
+torch.set_num_threads(2)
+fft_conv(torch.randn(1, 2, 5000), torch.randn(2, 5000), backend="cpu")  # loads all there is to load
+u, k, dy = torch.randn(8, 32, 65536), torch.randn(32, 65536), torch.randn(8, 32, 65536)  # 64, 8 and 64 MiB
+u.requires_grad_(), k.requires_grad_()
+before = peak()
+torch.autograd.grad(fft_conv(u, k, backend="cpu"), (u, k), dy)
+print(peak() - before)
+"""
+
+
+def test_memory_is_that_of_the_outputs():
+    """136 MiB of outputs and gradients, and per thread the spectra of a row; all spectra would be 272 MiB more."""
+    process = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
+    assert 64 < float(process.stdout) < 136 + 60, process.stdout
