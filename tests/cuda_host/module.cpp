@@ -57,6 +57,8 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
         "The order of the threads and the moments of asynchronous effects of the next launches.");
   m.def("set_shared_limit", &cuda_host::set_shared_limit,
         "Dynamic shared memory per block of the modelled GPU, in bytes.");
+  m.def("set_capability", &cuda_host::set_capability,
+        "Compute capability of the modelled GPU as 10 major + minor: launch functions choose their kernels by it.");
   m.def(
       "run_instruction",
       [](const std::string& name, py::buffer in, py::buffer out) {

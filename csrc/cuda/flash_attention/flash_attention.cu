@@ -5,6 +5,7 @@
 
 #include "bwd_sm80.cuh"
 #include "fwd_sm80.cuh"
+#include "fwd_sm90.cuh"
 
 namespace pykernels::cuda {
 namespace {
@@ -18,12 +19,34 @@ const char* unsupported(const FlashAttentionParams& p) {
   return nullptr;
 }
 
+// Whether the kernels for sm_90a serve a call on this device: TMA must be able to read the tensors. Heads of 32 and
+// smaller stay with sm_80's, which pad less.
+bool fwd_by_sm90(const FlashAttentionParams& p) {
+#ifdef PYKERNELS_SM90A
+  return device_capability() == 90 && std::max(p.head_dim, p.value_dim) > 32 &&
+         attention::tma_readable(p.q, p.q_stride, p.batch, p.seqlen_q, p.heads_q) &&
+         attention::tma_readable(p.k, p.k_stride, p.batch, p.seqlen_k, p.heads_k) &&
+         attention::tma_readable(p.v, p.v_stride, p.batch, p.seqlen_k, p.heads_k);
+#else
+  return p.batch < 0;
+#endif
+}
+
 }  // namespace
 
 const char* flash_attention_fwd(const FlashAttentionParams& p, void* stream_) {
   if (const char* reason = unsupported(p)) return reason;
   auto* stream = static_cast<cudaStream_t>(stream_);
   const int64_t size = std::max(p.head_dim, p.value_dim);
+#ifdef PYKERNELS_SM90A
+  if (fwd_by_sm90(p)) {
+    if (size <= 64) return attention::fwd_sm90_64(p, stream);
+    if (size <= 96) return attention::fwd_sm90_96(p, stream);
+    if (size <= 128) return attention::fwd_sm90_128(p, stream);
+    if (size <= 192) return attention::fwd_sm90_192(p, stream);
+    return attention::fwd_sm90_256(p, stream);
+  }
+#endif
   if (size <= 32) return attention::fwd_sm80_32(p, stream);
   if (size <= 64) return attention::fwd_sm80_64(p, stream);
   if (size <= 96) return attention::fwd_sm80_96(p, stream);
