@@ -1,5 +1,6 @@
 // The Python module: the executor's settings, the kernels' launch functions and the instructions, all on host memory.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <string>
@@ -50,6 +51,14 @@ pykernels::FlashAttentionParams attention_params(const py::dict& f) {
   return p;
 }
 
+pykernels::FlashAttentionDecodeParams decode_params(const py::dict& f) {
+  pykernels::FlashAttentionDecodeParams p{};
+  p.forward = attention_params(f);
+  p.cache_seqlens = pointer<int32_t>(f, "cache_seqlens"), p.new_tokens = f["new_tokens"].cast<int64_t>();
+  p.splits = pykernels::cuda::flash_attention_decode_splits(p);
+  return p;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(pykernels_cuda_host, m) {
@@ -93,4 +102,35 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
         check(pykernels::cuda::flash_attention_bwd(p, nullptr));
       },
       "pykernels::cuda::flash_attention_bwd, likewise.");
+  m.def(
+      "flash_attention_decode_splits",
+      [](const py::dict& f) {
+        const pykernels::FlashAttentionDecodeParams p = decode_params(f);
+        return std::pair(p.splits, pykernels::cuda::flash_attention_decode_scratch(p));
+      },
+      "(splits, floats of scratch).");
+  m.def(
+      "flash_attention_decode",
+      [](const py::dict& f) {
+        pykernels::FlashAttentionDecodeParams p = decode_params(f);
+        p.scratch = pointer<void>(f, "scratch");
+        check(pykernels::cuda::flash_attention_decode(p, nullptr));
+      },
+      "pykernels::cuda::flash_attention_decode, likewise.");
+  m.def(
+      "flash_attention_append",
+      [](const py::dict& f) {
+        pykernels::FlashAttentionAppendParams p{};
+        const auto number = [&](const char* name) { return f[name].cast<int64_t>(); };
+        p.element_size = number("element_size"), p.batch = number("batch"), p.new_tokens = number("new_tokens"),
+        p.capacity = number("capacity"), p.heads = number("heads"), p.head_dim = number("head_dim"),
+        p.value_dim = number("value_dim");
+        p.k = pointer<void>(f, "k"), p.v = pointer<void>(f, "v");
+        p.k_stride = strides(f, "k_stride"), p.v_stride = strides(f, "v_stride");
+        p.k_cache = pointer<void>(f, "k_cache"), p.v_cache = pointer<void>(f, "v_cache");
+        p.k_cache_stride = strides(f, "k_cache_stride"), p.v_cache_stride = strides(f, "v_cache_stride");
+        p.cache_seqlens = pointer<int32_t>(f, "cache_seqlens");
+        check(pykernels::cuda::flash_attention_append(p, nullptr));
+      },
+      "pykernels::cuda::flash_attention_append, likewise.");
 }

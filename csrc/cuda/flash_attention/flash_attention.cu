@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "bwd_sm80.cuh"
+#include "decode_sm80.cuh"
 #include "fwd_sm80.cuh"
 #include "fwd_sm90.cuh"
 
@@ -65,6 +66,34 @@ const char* flash_attention_bwd(const FlashAttentionBackwardParams& p, void* str
   if (size <= 128) return attention::bwd_sm80_128(p, stream);
   if (size <= 192) return attention::bwd_sm80_192(p, stream);
   return attention::bwd_sm80_256(p, stream);
+}
+
+int64_t flash_attention_decode_splits(const FlashAttentionDecodeParams& p) { return attention::decode_splits(p); }
+
+int64_t flash_attention_decode_scratch(const FlashAttentionDecodeParams& p) {
+  return attention::decode_scratch_floats(p.forward, p.splits);
+}
+
+const char* flash_attention_decode(const FlashAttentionDecodeParams& p, void* stream_) {
+  if (const char* reason = unsupported(p.forward)) return reason;
+  auto* stream = static_cast<cudaStream_t>(stream_);
+  const int64_t size = std::max(p.forward.head_dim, p.forward.value_dim);
+  if (size <= 64) return attention::decode_sm80_64(p, stream);
+  if (size <= 128) return attention::decode_sm80_128(p, stream);
+  return attention::decode_sm80_256(p, stream);
+}
+
+const char* flash_attention_append(const FlashAttentionAppendParams& p, void* stream_) {
+  if (p.element_size != 2) return "the CUDA kernels append elements of 2 bytes";
+  const bool wide = p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && attention::aligned(p.k, p.k_stride) &&
+                    attention::aligned(p.v, p.v_stride) && attention::aligned(p.k_cache, p.k_cache_stride) &&
+                    attention::aligned(p.v_cache, p.v_cache_stride);
+  const int64_t elements = p.batch * p.new_tokens * p.heads * (p.head_dim + p.value_dim);
+  if (elements == 0) return nullptr;
+  const int64_t blocks = std::min<int64_t>((elements / (wide ? 8 : 1) + 255) / 256, 32 * multiprocessors());
+  const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(256), 0, static_cast<cudaStream_t>(stream_)};
+  return wide ? launch(attention::flash_attention_append_sm80_kernel<uint4>, config, p)
+              : launch(attention::flash_attention_append_sm80_kernel<uint16_t>, config, p);
 }
 
 }  // namespace pykernels::cuda

@@ -65,6 +65,9 @@ struct FlashAttentionDecodeParams {
   FlashAttentionParams forward;  // k, v, seqlen_k describe the cache (seqlen_k = Tmax); cu_seqlens are null
   const int32_t* cache_seqlens;  // [B], tokens before the append
   int64_t new_tokens;
+  // Of the CUDA kernels: pieces that the keys are cut into, and the memory for their results.
+  int64_t splits;
+  void* scratch;
 };
 
 // Copies new tokens into a cache: k_cache[b, cache_seqlens[b] + t] = k[b, t], v likewise. Tokens that would land outside
@@ -93,6 +96,13 @@ void flash_attention_decode(const FlashAttentionDecodeParams& params, const Para
 namespace cuda {
 const char* flash_attention_fwd(const FlashAttentionParams& params, void* stream);
 const char* flash_attention_bwd(const FlashAttentionBackwardParams& params, void* stream);
+
+// Into how many pieces to cut the keys (params.splits) on the current device, and the floats of scratch that they need.
+int64_t flash_attention_decode_splits(const FlashAttentionDecodeParams& params);
+int64_t flash_attention_decode_scratch(const FlashAttentionDecodeParams& params);
+const char* flash_attention_decode(const FlashAttentionDecodeParams& params, void* stream);
+// Elements of 2 bytes.
+const char* flash_attention_append(const FlashAttentionAppendParams& params, void* stream);
 }  // namespace cuda
 
 }  // namespace pykernels
