@@ -26,8 +26,8 @@ if _library.error() is not None or _library.cuda_build() is None:
 # Kernels that keep something in local memory, for a named architecture, and why that may be.
 LOCAL_MEMORY = {
     ("flash_attention_fwd_sm80_kernel", "128", "sm_90a"):
-        "three addresses of the next stage's copies: stored before the loop, loaded once per tile of keys; on sm_90a this "
-        "kernel serves only tensors that TMA can't read",
+        "three addresses of the next stage's copies: stored before the loop, loaded once per tile of keys; on sm_90a "
+        "this kernel serves only tensors that TMA can't read",
 }
 
 
@@ -126,7 +126,10 @@ def test_sm90a_kernels_use_what_they_are_for():
     kernels = _sm90a_kernels()
     heads = {k.head for k in _kernels() if k.function == "flash_attention_fwd_sm90_kernel"}
     assert heads == {"64", "96", "128", "192", "256"}
-    for name, code in kernels.items():
+    assert {k.head for k in _kernels() if k.function == "flash_attention_bwd_sm90_kernel"} == {"64", "128"}
+    main = {name: code for name, code in kernels.items() if "fwd_sm90" in name or "bwd_sm90" in name}
+    assert len(main) == 2 * (5 + 2)
+    for name, code in main.items():
         for instruction in ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS"):
             assert any(line.startswith(instruction) for line in code), (name, instruction)
         assert not any(line.startswith("HMMA") for line in code), name
@@ -138,10 +141,18 @@ def test_forward_softmax_overlaps_the_matrix_products():
         if "fwd" not in name:
             continue
         # The loop waits for S (one group may be pending), then for P V (none).
-        first = next(i for i, line in enumerate(code) if line.startswith("WARPGROUP.DEPBAR") and line.endswith("0x1"))
-        last = next(i for i in range(first, len(code)) if code[i].startswith("WARPGROUP.DEPBAR") and code[i].endswith("0x0"))
+        waits = [(i, line[-3:]) for i, line in enumerate(code) if line.startswith("WARPGROUP.DEPBAR")]
+        first = next(i for i, pending in waits if pending == "0x1")
+        last = next(i for i, pending in waits if pending == "0x0" and i > first)
         exponentials = sum(line.startswith("MUFU.EX2") for line in code[first:last])
         assert exponentials >= 40, (name, exponentials)
+
+
+def test_info_names_the_kernels_of_each_capability():
+    assert _library.cuda_kernels("flash_attention", (8, 0)) == "sm_80 (mma.sync)"
+    assert ("sm_90a" in _library.cuda_kernels("flash_attention", (9, 0))) == ("sm_90a" in _library.cuda_build())
+    assert "sm_90a" not in _library.cuda_kernels("flash_attention", (10, 0))
+    assert _library.cuda_kernels("retention", (9, 0)) is None
 
 
 def test_no_spills_but_those_with_a_reason():

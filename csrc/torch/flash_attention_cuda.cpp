@@ -22,9 +22,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda(const Tensor& dout, std::optional<Te
                                             bool deterministic) {
   const auto launch = [](FlashAttentionBackwardParams& p, const Tensor& q) {
     const CudaScope scope(q);
-    const FlashAttentionParams& f = p.forward;
-    Tensor delta = empty({f.batch, f.heads_q, f.seqlen_q}, ScalarType::Float, q);
-    p.delta = delta.mutable_data_ptr();
+    Tensor scratch = empty({cuda::flash_attention_bwd_scratch(p)}, ScalarType::Float, q);
+    p.scratch = scratch.mutable_data_ptr();
     check_launch(cuda::flash_attention_bwd(p, scope.stream()), "flash_attention_bwd");
   };
   return attention_bwd(launch, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left,
@@ -79,3 +78,8 @@ STABLE_TORCH_LIBRARY_IMPL(pykernels, CUDA, m) {
 }
 
 }  // namespace pykernels::bindings
+
+// For `python -m pykernels info`.
+extern "C" __attribute__((visibility("default"))) const char* pykernels_flash_attention_kernels(int capability) {
+  return pykernels::cuda::flash_attention_kernels(capability);
+}

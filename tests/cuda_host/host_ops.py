@@ -66,12 +66,11 @@ def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options_and_
     q, k, v, out, dout = map(_last_contiguous, (q, k, v, out, dout))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = (_with_guards(*x.shape, dtype=x.dtype) for x in (q, k, v))
-    delta = _with_guards(*lse.shape, dtype=torch.float32)
     fields = _fields(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options) | _tensors(dout=dout, dq=dq, dk=dk, dv=dv)
-    fields |= {"dlse": 0 if dlse is None else dlse.data_ptr(), "delta": delta.data_ptr()}
-    fields["deterministic"] = deterministic
-    host_build.load().flash_attention_bwd(fields)
-    _check_guards(dq, dk, dv, delta)
+    fields |= {"dlse": 0 if dlse is None else dlse.data_ptr(), "deterministic": deterministic, "scratch": 0}
+    scratch = _with_guards(host_build.load().flash_attention_bwd_scratch(fields), dtype=torch.float32)
+    host_build.load().flash_attention_bwd(fields | {"scratch": scratch.data_ptr()})
+    _check_guards(dq, dk, dv, scratch)
     return dq, dk, dv
 
 

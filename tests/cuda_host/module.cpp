@@ -51,6 +51,17 @@ pykernels::FlashAttentionParams attention_params(const py::dict& f) {
   return p;
 }
 
+pykernels::FlashAttentionBackwardParams backward_params(const py::dict& f) {
+  pykernels::FlashAttentionBackwardParams p{};
+  p.forward = attention_params(f);
+  p.dout = pointer<void>(f, "dout"), p.dout_stride = strides(f, "dout_stride"), p.dlse = pointer<void>(f, "dlse");
+  p.dq = pointer<void>(f, "dq"), p.dk = pointer<void>(f, "dk"), p.dv = pointer<void>(f, "dv");
+  p.dq_stride = strides(f, "dq_stride"), p.dk_stride = strides(f, "dk_stride"),
+  p.dv_stride = strides(f, "dv_stride");
+  p.deterministic = f["deterministic"].cast<bool>(), p.scratch = pointer<void>(f, "scratch");
+  return p;
+}
+
 pykernels::FlashAttentionDecodeParams decode_params(const py::dict& f) {
   pykernels::FlashAttentionDecodeParams p{};
   p.forward = attention_params(f);
@@ -90,18 +101,12 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
       "pykernels::cuda::flash_attention_fwd; the fields of its params by name, pointers as addresses.");
   m.def(
       "flash_attention_bwd",
-      [](const py::dict& f) {
-        pykernels::FlashAttentionBackwardParams p{};
-        p.forward = attention_params(f);
-        p.dout = pointer<void>(f, "dout"), p.dout_stride = strides(f, "dout_stride"),
-        p.dlse = pointer<void>(f, "dlse");
-        p.dq = pointer<void>(f, "dq"), p.dk = pointer<void>(f, "dk"), p.dv = pointer<void>(f, "dv");
-        p.dq_stride = strides(f, "dq_stride"), p.dk_stride = strides(f, "dk_stride"),
-        p.dv_stride = strides(f, "dv_stride");
-        p.deterministic = f["deterministic"].cast<bool>(), p.delta = pointer<void>(f, "delta");
-        check(pykernels::cuda::flash_attention_bwd(p, nullptr));
-      },
+      [](const py::dict& f) { check(pykernels::cuda::flash_attention_bwd(backward_params(f), nullptr)); },
       "pykernels::cuda::flash_attention_bwd, likewise.");
+  m.def(
+      "flash_attention_bwd_scratch",
+      [](const py::dict& f) { return pykernels::cuda::flash_attention_bwd_scratch(backward_params(f)); },
+      "Floats of scratch.");
   m.def(
       "flash_attention_decode_splits",
       [](const py::dict& f) {

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   // The keys that any of the rows sees, and this split's part of their tiles.
   const int64_t length64 = p.cache_seqlens[batch] + p.new_tokens;
   const int length = static_cast<int>(length64 < 0 ? 0 : length64 > f.seqlen_k ? f.seqlen_k : length64);
-  const Sequence sequence{batch, 0, 0, tq, length};
+  const Sequence sequence{batch, batch, 0, 0, tq, length};
   const Band band(f, sequence);
   const int keys_begin = max(0, row0 / group + band.below);
   const int keys_end = min(length, (row0 + rows - 1) / group + 1 + band.above);
@@ -277,7 +277,8 @@ __global__ void __launch_bounds__(128)
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
   if (lane == 0)
     static_cast<float*>(f.lse)[index] = largest == -INFINITY ? -INFINITY : largest + ptx::log2(sum) * kLn2;
-  auto* out = static_cast<T*>(f.out) + batch * f.out_stride.batch + query * f.out_stride.token + head * f.out_stride.head;
+  auto* out = static_cast<T*>(f.out) + batch * f.out_stride.batch + query * f.out_stride.token +
+              head * f.out_stride.head;
   for (int64_t column = lane; column < f.value_dim; column += 32) {
     float total = 0.0f;
     for (int s = 0; s < splits; ++s) {

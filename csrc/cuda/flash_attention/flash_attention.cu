@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "bwd_sm80.cuh"
+#include "bwd_sm90.cuh"
 #include "decode_sm80.cuh"
 #include "fwd_sm80.cuh"
 #include "fwd_sm90.cuh"
@@ -20,20 +21,35 @@ const char* unsupported(const FlashAttentionParams& p) {
   return nullptr;
 }
 
+#ifdef PYKERNELS_SM90A
 // Whether the kernels for sm_90a serve a call on this device: TMA must be able to read the tensors. Heads of 32 and
 // smaller stay with sm_80's, which pad less.
 bool fwd_by_sm90(const FlashAttentionParams& p) {
-#ifdef PYKERNELS_SM90A
   return device_capability() == 90 && std::max(p.head_dim, p.value_dim) > 32 &&
          attention::tma_readable(p.q, p.q_stride, p.batch, p.seqlen_q, p.heads_q) &&
          attention::tma_readable(p.k, p.k_stride, p.batch, p.seqlen_k, p.heads_k) &&
          attention::tma_readable(p.v, p.v_stride, p.batch, p.seqlen_k, p.heads_k);
-#else
-  return p.batch < 0;
-#endif
 }
 
+// The same of the backward pass; what must be bitwise repeatable, soft caps and scales that are not positive stay with
+// sm_80's too.
+bool bwd_by_sm90(const FlashAttentionBackwardParams& p) {
+  const FlashAttentionParams& f = p.forward;
+  return !p.deterministic && f.softcap <= 0.0 && f.scale > 0.0 && std::max(f.head_dim, f.value_dim) <= 128 &&
+         fwd_by_sm90(f) && attention::tma_readable(p.dout, p.dout_stride, f.batch, f.seqlen_q, f.heads_q);
+}
+#endif
+
 }  // namespace
+
+const char* flash_attention_kernels(int capability) {
+#ifdef PYKERNELS_SM90A
+  if (capability == 90)
+    return "sm_90a (TMA, wgmma) for tensors at multiples of 16 bytes: forward with head sizes 33 to 256, backward with "
+           "33 to 128 without softcap and where it need not be bitwise repeatable; else sm_80 (mma.sync)";
+#endif
+  return capability >= 80 ? "sm_80 (mma.sync)" : "none";
+}
 
 const char* flash_attention_fwd(const FlashAttentionParams& p, void* stream_) {
   if (const char* reason = unsupported(p)) return reason;
@@ -56,10 +72,25 @@ const char* flash_attention_fwd(const FlashAttentionParams& p, void* stream_) {
   return attention::fwd_sm80_256(p, stream);
 }
 
+int64_t flash_attention_bwd_scratch(const FlashAttentionBackwardParams& p) {
+  const FlashAttentionParams& f = p.forward;
+#ifdef PYKERNELS_SM90A
+  using attention::BackwardConfigSm90;
+  if (bwd_by_sm90(p))
+    return std::max(f.head_dim, f.value_dim) <= 64
+               ? attention::bwd_scratch_floats<BackwardConfigSm90<BFloat16, 64>>(f)
+               : attention::bwd_scratch_floats<BackwardConfigSm90<BFloat16, 128>>(f);
+#endif
+  return f.batch * f.heads_q * f.seqlen_q;
+}
+
 const char* flash_attention_bwd(const FlashAttentionBackwardParams& p, void* stream_) {
   if (const char* reason = unsupported(p.forward)) return reason;
   auto* stream = static_cast<cudaStream_t>(stream_);
   const int64_t size = std::max(p.forward.head_dim, p.forward.value_dim);
+#ifdef PYKERNELS_SM90A
+  if (bwd_by_sm90(p)) return size <= 64 ? attention::bwd_sm90_64(p, stream) : attention::bwd_sm90_128(p, stream);
+#endif
   if (size <= 32) return attention::bwd_sm80_32(p, stream);
   if (size <= 64) return attention::bwd_sm80_64(p, stream);
   if (size <= 96) return attention::bwd_sm80_96(p, stream);

@@ -70,11 +70,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                 kStages = Config::kStages;
   SharedMemory shared;
   const auto q_tile = take_tile<QTile>(shared);
-  const auto k_ring = take_ring<KTile, kStages>(shared, 4 * kConsumers);
-  const auto v_ring = take_ring<KTile, kStages>(shared, 4 * kConsumers);
+  const auto k_ring = take_ring<KTile, kStages>(shared), v_ring = take_ring<KTile, kStages>(shared);
   uint64_t* q_full = shared.take<uint64_t>(2);
   uint64_t* q_empty = q_full + 1;
   if (threadIdx.x == 0) {
+    k_ring.initialise(4 * kConsumers), v_ring.initialise(4 * kConsumers);
     ptx::mbarrier_init(q_full, 1), ptx::mbarrier_init(q_empty, 4 * kConsumers);
     ptx::fence_mbarrier_init();
     ptx::tma_prefetch(&q_map), ptx::tma_prefetch(&k_map), ptx::tma_prefetch(&v_map);
@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       const int q_first = static_cast<int>(work.sequence.q_first), k_first = static_cast<int>(work.sequence.k_first);
       k_ring.load(k_state, &k_map, k_first + (work.steps_end - 1) * kN, head_k, batch);
       ptx::mbarrier_wait(q_empty, q_parity ^ 1);
-      tma_load_tile(q_tile, &q_map, q_full, q_first + work.m0, taken_head, batch);
+      ptx::mbarrier_arrive_expect_tx(q_full, QTile::kBytes);
+      tma_load_panels(q_tile, &q_map, q_full, q_first + work.m0, taken_head, batch);
       q_parity ^= 1;
       // K runs one tile ahead of V, as it does in the consumers.
       for (int step = work.steps_end - 1; step > work.steps_begin; --step) {

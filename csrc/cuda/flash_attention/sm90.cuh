@@ -35,12 +35,11 @@ const char* map_tokens(CUtensorMap* map, DType dtype, int rows, const void* x, c
   return encode_tensor_map(map, config);
 }
 
-// Starts the loads of a whole tile from row `token` on; `barrier` receives Tile::kBytes.
+// Starts the loads of a whole tile from row `token` on; `barrier` receives Tile::kBytes, which it must expect.
 template <class Tile>
-__device__ __forceinline__ void tma_load_tile(const Tile& tile, const CUtensorMap* map, uint64_t* barrier, int token,
-                                              int head, int batch) {
+__device__ __forceinline__ void tma_load_panels(const Tile& tile, const CUtensorMap* map, uint64_t* barrier,
+                                                int token, int head, int batch) {
   constexpr int kColumns = Tile::kWidth / 2;
-  ptx::mbarrier_arrive_expect_tx(barrier, Tile::kBytes);
 #pragma unroll
   for (int panel = 0; panel < Tile::kCols / kColumns; ++panel)
     ptx::tma_load(tile.data + panel * Tile::kRows * kColumns, map, barrier, panel * kColumns, token, head, batch);
@@ -74,6 +73,15 @@ __device__ __forceinline__ uint64_t by_columns_step(uint64_t descriptor, int ste
   return advance(descriptor, step * 16 * Tile::kWidth);
 }
 
+// From the address of a row's chunk 0 or 1 in its tile to that of the chunk `chunks` further on, an even number: within
+// a panel the swizzle makes an exclusive or of the sum. Cheaper than to hold the address of each.
+template <class Tile, class T>
+__device__ __forceinline__ T* chunks_on(T* at, int chunks) {
+  const int panel = chunks / Tile::kPanelChunks, inner = chunks % Tile::kPanelChunks;
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(at) ^ (inner * 16)) +
+         panel * Tile::kRows * (Tile::kWidth / 2);
+}
+
 // ---- Pipelines ----------------------------------------------------------------------------------------------------
 
 // Where a producer or consumer is in a ring of kStages tiles.
@@ -94,10 +102,22 @@ struct Ring {
   uint64_t *full, *empty;
 
   __device__ __forceinline__ Tile tile(int stage) const { return {data + stage * Tile::kElements}; }
+  // One thread.
+  __device__ __forceinline__ void initialise(int consumer_warps) const {
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(full + i, 1);
+      ptx::mbarrier_init(empty + i, static_cast<unsigned>(consumer_warps));
+    }
+  }
+  // The producer: the stage is free, and will receive `bytes`.
+  __device__ __forceinline__ void begin(const PipelineState<kStages>& state, unsigned bytes) const {
+    ptx::mbarrier_wait(empty + state.stage, state.parity ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full + state.stage, bytes);
+  }
   __device__ __forceinline__ void load(PipelineState<kStages>& state, const CUtensorMap* map, int token, int head,
                                        int batch) const {
-    ptx::mbarrier_wait(empty + state.stage, state.parity ^ 1);
-    tma_load_tile(tile(state.stage), map, full + state.stage, token, head, batch);
+    begin(state, Tile::kBytes);
+    tma_load_panels(tile(state.stage), map, full + state.stage, token, head, batch);
     state.advance();
   }
   __device__ __forceinline__ void wait(const PipelineState<kStages>& state) const {
@@ -110,19 +130,13 @@ struct Ring {
   }
 };
 
-// All threads of the block; one of them initialises. A fence and a barrier must follow.
+// A fence and a barrier must follow its initialisation.
 template <class Tile, int kStages>
-__device__ __forceinline__ Ring<Tile, kStages> take_ring(SharedMemory& shared, int consumer_warps) {
+__device__ __forceinline__ Ring<Tile, kStages> take_ring(SharedMemory& shared) {
   using Element = std::remove_pointer_t<decltype(Tile::data)>;
   Ring<Tile, kStages> ring;
   ring.data = shared.take<Element>(kStages * Tile::kElements, Tile::kAlignment);
   ring.full = shared.take<uint64_t>(kStages), ring.empty = shared.take<uint64_t>(kStages);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(ring.full + i, 1);
-      ptx::mbarrier_init(ring.empty + i, static_cast<unsigned>(consumer_warps));
-    }
-  }
   return ring;
 }
 
