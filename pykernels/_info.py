@@ -76,6 +76,19 @@ def _gpu_facts() -> dict[str, Any]:
     return facts
 
 
+def _cuda_kernels() -> dict[str, dict[str, str]]:
+    """{op: {compute capability: kernels}} of the build's CUDA kernels: for the GPUs here, else for each family."""
+    if _library.error() is not None or _library.cuda_build() is None:
+        return {}
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())] or [(8, 0), (9, 0)]
+    found: dict[str, dict[str, str]] = {}
+    for op in {op.op.name: op.op for op in OPS}.values():
+        for major, minor in sorted(set(capabilities)):
+            if (kernels := _library.cuda_kernels(op.name, (major, minor))) is not None:
+                found.setdefault(op.name, {})[f"{major}.{minor}"] = kernels
+    return found
+
+
 def _choices() -> dict[str, Any]:
     """Per op, device and dtype, what "auto" takes; CUDA tensors also where there are none, to see what they lack."""
     found: dict[str, Any] = {}
@@ -103,6 +116,7 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "library": _library_facts(),
         "gpu": _gpu_facts(),
+        "cuda_kernels": _cuda_kernels(),
         "default_backend": backends._default,
         "ops": _choices(),
     }
@@ -144,6 +158,8 @@ def _text(facts: dict[str, Any]) -> list[str]:
     if "driver_cuda" in gpu:
         rows.append(("driver", f"CUDA {gpu['driver_cuda']} (torch: CUDA {gpu['torch_cuda']})"))
     rows.append(("CUDA kernels", "run here" if gpu["kernels"] is None else f"not available: {gpu['kernels']}"))
+    for op, kernels in facts["cuda_kernels"].items():
+        rows += [("", f"{op} on compute capability {capability}: {text}") for capability, text in kernels.items()]
     lines = [f"{label:<13} {text}" for label, text in rows]
     lines += ["", f'Backends, as backend="auto" takes them (default: {facts["default_backend"]})']
     for op, devices in facts["ops"].items():

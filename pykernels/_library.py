@@ -77,6 +77,15 @@ def cuda_build() -> str | None:
     return _require().pykernels_cuda_build().decode() or None
 
 
+def cuda_kernels(op: str, capability: tuple[int, int]) -> str | None:
+    """Which of this build's CUDA kernels serve `op` on that compute capability; None if the build does not say."""
+    describe = getattr(_require(), f"pykernels_{op}_kernels", None)
+    if describe is None:
+        return None
+    describe.restype = ctypes.c_char_p
+    return describe(10 * capability[0] + capability[1]).decode()
+
+
 def release_scratch() -> None:
     """Frees the scratch memory that the cpu kernels keep per thread between calls."""
     if _load()[0] is not None:

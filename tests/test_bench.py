@@ -16,7 +16,7 @@ import numpy
 import pytest
 import torch
 
-from bench import bench_flash_attention, environment, kit, limits, peers, report, timer
+from bench import attention_gpu, bench_flash_attention, environment, kit, limits, peers, report, timer
 from pykernels import testing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -386,6 +386,28 @@ def test_environment_names_the_machine() -> None:
     assert found["torch"] == torch.__version__
     assert set(ENVIRONMENT) <= set(found)
     assert found["machine"] and set(found["machine"]) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def test_the_gpu_session_for_attention(monkeypatch, capsys) -> None:
+    """On the CPU, with its kernels; it notices outputs and gradients that are wrong."""
+    assert attention_gpu.check_large("cpu", "cpu", 1, 150, 2, 32, True) == []
+    lines = list(attention_gpu.table("cpu", "cpu", [(1, 128, 2, 32)], 0.01))
+    assert len(lines) == 5 and "pykernels cpu" in lines[0] and "sdpa" in lines[0]
+    assert all(float(line.split()[-1]) > 0 for line in lines[1:])
+    assert attention_gpu.flops(1, 1024, 16, 128, True, True) == 2.5 * 2 * 16 * 1024**2 * 128
+    right = attention_gpu.pykernels.flash_attention
+
+    def scaled(q, k, v, *, deterministic=False, **options):
+        # Only the gradients are wrong, and only where they need not repeat.
+        out = right(q, k, v, **options)
+        return out if deterministic else out.detach() + 0.9 * (out - out.detach())
+
+    monkeypatch.setattr(attention_gpu.pykernels, "flash_attention", scaled)
+    assert {text[:2] for text in attention_gpu.check_large("cpu", "cpu", 1, 150, 2, 32, True)} == {"dq", "dk", "dv"}
+    monkeypatch.setattr(attention_gpu.pykernels, "flash_attention", lambda q, k, v, **options: 0 * (q + k + v))
+    assert any(text.startswith("out") for text in attention_gpu.check_large("cpu", "cpu", 1, 150, 2, 32, True))
+    if not torch.cuda.is_available():
+        assert attention_gpu.main([]) == 1 and "no usable NVIDIA GPU" in capsys.readouterr().err
 
 
 def test_the_readme_says_what_the_backends_serve() -> None:

@@ -26,7 +26,8 @@ if _library.error() is not None or _library.cuda_build() is None:
 # Kernels that keep something in local memory, for a named architecture, and why that may be.
 LOCAL_MEMORY = {
     ("flash_attention_fwd_sm80_kernel", "128", "sm_90a"):
-        "three addresses of the next stage's copies: stored before the loop, loaded once per tile of keys",
+        "three addresses of the next stage's copies: stored before the loop, loaded once per tile of keys; on sm_90a "
+        "this kernel serves only tensors that TMA can't read",
 }
 
 
@@ -66,7 +67,7 @@ class Kernel:
 
     @property
     def head(self) -> str | None:
-        found = re.search(r"ConfigINS_?\d*\w*?Li(\d+)E", self.name)
+        found = re.search(r"(?:Config|Tiles)\w*?INS_?\d*\w*?Li(\d+)E", self.name)
         return found.group(1) if found else None
 
     def __str__(self) -> str:
@@ -104,6 +105,54 @@ def test_report_lists_every_kernel_for_every_architecture():
     assert heads == {"32", "64", "96", "128", "192", "256"}
     for kernel in sorted(_kernels(), key=lambda k: (k.arch, str(k))):
         print(f"{kernel.arch:7} {kernel!s:60} {kernel.registers:4} registers, {kernel.local_bytes:4} bytes local")
+
+
+@functools.cache
+def _sm90a_kernels() -> dict[str, list[str]]:
+    """{kernel: instructions} of the kernels that only sm_90a has."""
+    if "sm_90a" not in _library.cuda_build():
+        pytest.skip("not built for sm_90a")
+    listing = _cuobjdump("--dump-sass", "--gpu-architecture", "sm_90a")
+    found: dict[str, list[str]] = {}
+    for part in re.split(r"\n\s*Function : ", listing)[1:]:
+        name, _, code = part.partition("\n")
+        if "_sm90_kernel" in name:
+            found[name.strip()] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]*?)\s*;", code)
+    return found
+
+
+def test_sm90a_kernels_use_what_they_are_for():
+    """The warp group's matrix instruction, TMA and the reallocation of registers, in every instantiation."""
+    kernels = _sm90a_kernels()
+    heads = {k.head for k in _kernels() if k.function == "flash_attention_fwd_sm90_kernel"}
+    assert heads == {"64", "96", "128", "192", "256"}
+    assert {k.head for k in _kernels() if k.function == "flash_attention_bwd_sm90_kernel"} == {"64", "128"}
+    main = {name: code for name, code in kernels.items() if "fwd_sm90" in name or "bwd_sm90" in name}
+    assert len(main) == 2 * (5 + 2)
+    for name, code in main.items():
+        for instruction in ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS"):
+            assert any(line.startswith(instruction) for line in code), (name, instruction)
+        assert not any(line.startswith("HMMA") for line in code), name
+
+
+def test_forward_softmax_overlaps_the_matrix_products():
+    """The exponentials of a tile stand before the wait for P V (the compiler likes to move the wait to the front)."""
+    for name, code in _sm90a_kernels().items():
+        if "fwd" not in name:
+            continue
+        # The loop waits for S (one group may be pending), then for P V (none).
+        waits = [(i, line[-3:]) for i, line in enumerate(code) if line.startswith("WARPGROUP.DEPBAR")]
+        first = next(i for i, pending in waits if pending == "0x1")
+        last = next(i for i, pending in waits if pending == "0x0" and i > first)
+        exponentials = sum(line.startswith("MUFU.EX2") for line in code[first:last])
+        assert exponentials >= 40, (name, exponentials)
+
+
+def test_info_names_the_kernels_of_each_capability():
+    assert _library.cuda_kernels("flash_attention", (8, 0)) == "sm_80 (mma.sync)"
+    assert ("sm_90a" in _library.cuda_kernels("flash_attention", (9, 0))) == ("sm_90a" in _library.cuda_build())
+    assert "sm_90a" not in _library.cuda_kernels("flash_attention", (10, 0))
+    assert _library.cuda_kernels("retention", (9, 0)) is None
 
 
 def test_no_spills_but_those_with_a_reason():

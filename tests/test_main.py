@@ -36,7 +36,7 @@ def test_info():
         _library.active_isa(),
         "flash_attention, tensors on cpu",
         "-> cpu",
-        "flash_attention_decode has no cuda backend",
+        "linear_attention has no cuda backend",
     ):
         assert word in done.stdout, word
 

@@ -25,51 +25,21 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cpu(const Tensor& dout, std::optional<Ten
                        window_right, deterministic);
 }
 
-std::tuple<Tensor, Tensor> decode_cpu(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache,
+std::tuple<Tensor, Tensor> decode_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                       const Tensor& cache_seqlens, int64_t new_tokens, double scale, double softcap,
                                       int64_t window_left, int64_t window_right) {
-  const Tensor q = last_contiguous(q_), k = last_contiguous(k_cache), v = last_contiguous(v_cache);
-  FlashAttentionDecodeParams p{};
-  p.forward = make_params(q, k, v, scale, softcap, window_left, window_right);
-  FlashAttentionParams& f = p.forward;
-  check_dtype(cache_seqlens, ScalarType::Int, "cache_seqlens");
-  check_shape(cache_seqlens, {f.batch}, "cache_seqlens");
-  STD_TORCH_CHECK(cache_seqlens.is_contiguous(), "pykernels: cache_seqlens must be contiguous");
-  Tensor out = empty({f.batch, f.seqlen_q, f.heads_q, f.value_dim}, q.scalar_type(), q);
-  Tensor lse = empty({f.batch, f.heads_q, f.seqlen_q}, accumulator_of(q), q);
-  f.out = out.mutable_data_ptr(), f.out_stride = strides3(out), f.lse = lse.mutable_data_ptr();
-  p.cache_seqlens = static_cast<const int32_t*>(cache_seqlens.const_data_ptr());
-  p.new_tokens = new_tokens;
-  cpu::flash_attention_decode(p, torch_threads());
-  return {out, lse};
+  const auto launch = [](const FlashAttentionDecodeParams& p, const Tensor&) {
+    cpu::flash_attention_decode(p, torch_threads());
+  };
+  return attention_decode(launch, q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, window_left,
+                          window_right);
 }
 
-void append_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k_, const Tensor& v_, const Tensor& cache_seqlens) {
-  STD_TORCH_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4 && k_.dim() == 4 && v_.dim() == 4,
-                  "pykernels: k, v and their caches need 4 axes");
-  FlashAttentionAppendParams p{};
-  p.element_size = k_cache.element_size();
-  p.batch = k_cache.size(0), p.capacity = k_cache.size(1), p.heads = k_cache.size(2), p.head_dim = k_cache.size(3);
-  p.new_tokens = k_.size(1), p.value_dim = v_cache.size(3);
-  check_shape(k_, {p.batch, p.new_tokens, p.heads, p.head_dim}, "k");
-  check_shape(v_cache, {p.batch, p.capacity, p.heads, p.value_dim}, "v_cache");
-  check_shape(v_, {p.batch, p.new_tokens, p.heads, p.value_dim}, "v");
-  for (const Tensor* x : {static_cast<const Tensor*>(&v_cache), &k_, &v_})
-    check_same_dtype(*x, k_cache, "k, v or v_cache");
-  check_dtype(cache_seqlens, ScalarType::Int, "cache_seqlens");
-  check_shape(cache_seqlens, {p.batch}, "cache_seqlens");
-  STD_TORCH_CHECK(cache_seqlens.is_contiguous(), "pykernels: cache_seqlens must be contiguous");
-  // The caches are written in place, so a copy would not do.
-  for (const Tensor* x : {&k_cache, &v_cache})
-    STD_TORCH_CHECK(x->size(3) <= 1 || x->stride(3) == 1,
-                    "pykernels: the caches must be contiguous in their last axis");
-  const Tensor k = last_contiguous(k_), v = last_contiguous(v_);
-  p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
-  p.k_stride = strides3(k), p.v_stride = strides3(v);
-  p.k_cache = k_cache.mutable_data_ptr(), p.v_cache = v_cache.mutable_data_ptr();
-  p.k_cache_stride = strides3(k_cache), p.v_cache_stride = strides3(v_cache);
-  p.cache_seqlens = static_cast<const int32_t*>(cache_seqlens.const_data_ptr());
-  cpu::flash_attention_append(p, torch_threads());
+void append_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& cache_seqlens) {
+  const auto launch = [](const FlashAttentionAppendParams& p, const Tensor&) {
+    cpu::flash_attention_append(p, torch_threads());
+  };
+  attention_append(launch, k_cache, v_cache, k, v, cache_seqlens);
 }
 
 }  // namespace

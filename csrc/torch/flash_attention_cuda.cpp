@@ -1,4 +1,4 @@
-// torch.ops.pykernels.flash_attention_{fwd,bwd}_cuda.
+// torch.ops.pykernels.flash_attention_*_cuda.
 #include "common_cuda.h"
 #include "flash_attention.h"
 
@@ -22,13 +22,34 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda(const Tensor& dout, std::optional<Te
                                             bool deterministic) {
   const auto launch = [](FlashAttentionBackwardParams& p, const Tensor& q) {
     const CudaScope scope(q);
-    const FlashAttentionParams& f = p.forward;
-    Tensor delta = empty({f.batch, f.heads_q, f.seqlen_q}, ScalarType::Float, q);
-    p.delta = delta.mutable_data_ptr();
+    Tensor scratch = empty({cuda::flash_attention_bwd_scratch(p)}, ScalarType::Float, q);
+    p.scratch = scratch.mutable_data_ptr();
     check_launch(cuda::flash_attention_bwd(p, scope.stream()), "flash_attention_bwd");
   };
   return attention_bwd(launch, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left,
                        window_right, deterministic);
+}
+
+std::tuple<Tensor, Tensor> decode_cuda(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                       const Tensor& cache_seqlens, int64_t new_tokens, double scale, double softcap,
+                                       int64_t window_left, int64_t window_right) {
+  const auto launch = [](FlashAttentionDecodeParams& p, const Tensor& q) {
+    const CudaScope scope(q);
+    p.splits = cuda::flash_attention_decode_splits(p);
+    Tensor scratch = empty({cuda::flash_attention_decode_scratch(p)}, ScalarType::Float, q);
+    p.scratch = scratch.mutable_data_ptr();
+    check_launch(cuda::flash_attention_decode(p, scope.stream()), "flash_attention_decode");
+  };
+  return attention_decode(launch, q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, window_left,
+                          window_right);
+}
+
+void append_cuda(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& cache_seqlens) {
+  const auto launch = [](const FlashAttentionAppendParams& p, const Tensor& k_cache) {
+    const CudaScope scope(k_cache);
+    check_launch(cuda::flash_attention_append(p, scope.stream()), "flash_attention_append");
+  };
+  attention_append(launch, k_cache, v_cache, k, v, cache_seqlens);
 }
 
 }  // namespace
@@ -41,11 +62,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pykernels, m) {
       "flash_attention_bwd_cuda(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, int window_left, int "
       "window_right, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
+      "flash_attention_decode_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int "
+      "new_tokens, float scale, float softcap, int window_left, int window_right) -> (Tensor out, Tensor lse)");
+  m.def(
+      "flash_attention_append_cuda(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor "
+      "cache_seqlens) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pykernels, CUDA, m) {
   m.impl("flash_attention_fwd_cuda", TORCH_BOX(&fwd_cuda));
   m.impl("flash_attention_bwd_cuda", TORCH_BOX(&bwd_cuda));
+  m.impl("flash_attention_decode_cuda", TORCH_BOX(&decode_cuda));
+  m.impl("flash_attention_append_cuda", TORCH_BOX(&append_cuda));
 }
 
 }  // namespace pykernels::bindings
+
+// For `python -m pykernels info`.
+extern "C" __attribute__((visibility("default"))) const char* pykernels_flash_attention_kernels(int capability) {
+  return pykernels::cuda::flash_attention_kernels(capability);
+}

@@ -22,7 +22,7 @@ CSRC = HERE.parents[1] / "csrc"
 NAME = "pykernels_cuda_host"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra",
-         "-Wno-unknown-pragmas", "-Wno-psabi"]
+         "-Wno-unknown-pragmas", "-Wno-psabi", "-DPYKERNELS_SM90A"]
 OPTIMIZE = {"plain": ["-O2"],
             "sanitized": ["-O1", "-fsanitize=address", "-fsanitize=alignment,bounds,shift,signed-integer-overflow",
                           "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]}

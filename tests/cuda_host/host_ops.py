@@ -66,13 +66,34 @@ def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options_and_
     q, k, v, out, dout = map(_last_contiguous, (q, k, v, out, dout))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = (_with_guards(*x.shape, dtype=x.dtype) for x in (q, k, v))
-    delta = _with_guards(*lse.shape, dtype=torch.float32)
     fields = _fields(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options) | _tensors(dout=dout, dq=dq, dk=dk, dv=dv)
-    fields |= {"dlse": 0 if dlse is None else dlse.data_ptr(), "delta": delta.data_ptr()}
-    fields["deterministic"] = deterministic
-    host_build.load().flash_attention_bwd(fields)
-    _check_guards(dq, dk, dv, delta)
+    fields |= {"dlse": 0 if dlse is None else dlse.data_ptr(), "deterministic": deterministic, "scratch": 0}
+    scratch = _with_guards(host_build.load().flash_attention_bwd_scratch(fields), dtype=torch.float32)
+    host_build.load().flash_attention_bwd(fields | {"scratch": scratch.data_ptr()})
+    _check_guards(dq, dk, dv, scratch)
     return dq, dk, dv
+
+
+def decode(q, k_cache, v_cache, cache_seqlens, new_tokens, *options):
+    q, k, v = map(_last_contiguous, (q, k_cache, v_cache))
+    out = _with_guards(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    lse = _with_guards(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    fields = _fields(q, k, v, out, lse, None, None, *options)
+    fields |= {"cache_seqlens": cache_seqlens.data_ptr(), "new_tokens": new_tokens}
+    _, floats = host_build.load().flash_attention_decode_splits(fields)
+    scratch = _with_guards(floats, dtype=torch.float32)
+    host_build.load().flash_attention_decode(fields | {"scratch": scratch.data_ptr()})
+    _check_guards(out, lse, scratch)
+    return out, lse
+
+
+def append(k_cache, v_cache, k, v, cache_seqlens):
+    k, v = map(_last_contiguous, (k, v))
+    fields = _tensors(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    fields["batch"], fields["capacity"], fields["heads"], fields["head_dim"] = k_cache.shape
+    fields |= {"element_size": k.element_size(), "new_tokens": k.shape[1], "value_dim": v.shape[3],
+               "cache_seqlens": cache_seqlens.data_ptr()}
+    host_build.load().flash_attention_append(fields)
 
 
 _dispatch.define("flash_attention_bwd_cuda_host", registration.SCHEMAS["bwd"], bwd)

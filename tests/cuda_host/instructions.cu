@@ -314,11 +314,14 @@ const char* run_instruction(const char* name, const void* in, void* out) {
   if (is("wgmma_ss_64")) return wgmma<BFloat16, 64, false, false, false, 64>(in, out);
   if (is("wgmma_ss_32")) return wgmma<Float16, 32, false, false, false, 32>(in, out);
   if (is("wgmma_ss_none")) return wgmma<BFloat16, 96, false, false, false, 16>(in, out);
+  if (is("wgmma_ss_80")) return wgmma<BFloat16, 80, false, false, false, 64>(in, out);
+  if (is("wgmma_ss_112")) return wgmma<Float16, 112, false, false, false, 64>(in, out);
   if (is("wgmma_ss_trans_b")) return wgmma<BFloat16, 128, false, false, true, 128>(in, out);
   if (is("wgmma_ss_trans_both")) return wgmma<Float16, 128, false, true, true, 128>(in, out);
   if (is("wgmma_ss_trans_64")) return wgmma<BFloat16, 64, false, true, true, 64>(in, out);
   if (is("wgmma_ss_trans_none")) return wgmma<BFloat16, 32, false, true, true, 16>(in, out);
   if (is("wgmma_rs")) return wgmma<BFloat16, 192, true, false, false, 64>(in, out);
+  if (is("wgmma_rs_176")) return wgmma<BFloat16, 176, true, false, false, 64>(in, out);
   if (is("wgmma_rs_trans_b")) return wgmma<Float16, 256, true, false, true, 128>(in, out);
 #endif
   return "no such instruction";

@@ -773,6 +773,9 @@ void wgmma_wait(Where where = Where::current()) {
   });
 }
 
+template <int kCount>
+void wgmma_hold(float (&)[kCount]) {}
+
 template <class T, int N, bool kTransA = false, bool kTransB = false>
 void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, Where where = Where::current()) {
   model::wgmma<T, N, kTransA, kTransB>({d, nullptr, a, b, accumulate}, where);

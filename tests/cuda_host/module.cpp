@@ -1,5 +1,6 @@
 // The Python module: the executor's settings, the kernels' launch functions and the instructions, all on host memory.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <string>
@@ -50,6 +51,25 @@ pykernels::FlashAttentionParams attention_params(const py::dict& f) {
   return p;
 }
 
+pykernels::FlashAttentionBackwardParams backward_params(const py::dict& f) {
+  pykernels::FlashAttentionBackwardParams p{};
+  p.forward = attention_params(f);
+  p.dout = pointer<void>(f, "dout"), p.dout_stride = strides(f, "dout_stride"), p.dlse = pointer<void>(f, "dlse");
+  p.dq = pointer<void>(f, "dq"), p.dk = pointer<void>(f, "dk"), p.dv = pointer<void>(f, "dv");
+  p.dq_stride = strides(f, "dq_stride"), p.dk_stride = strides(f, "dk_stride"),
+  p.dv_stride = strides(f, "dv_stride");
+  p.deterministic = f["deterministic"].cast<bool>(), p.scratch = pointer<void>(f, "scratch");
+  return p;
+}
+
+pykernels::FlashAttentionDecodeParams decode_params(const py::dict& f) {
+  pykernels::FlashAttentionDecodeParams p{};
+  p.forward = attention_params(f);
+  p.cache_seqlens = pointer<int32_t>(f, "cache_seqlens"), p.new_tokens = f["new_tokens"].cast<int64_t>();
+  p.splits = pykernels::cuda::flash_attention_decode_splits(p);
+  return p;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(pykernels_cuda_host, m) {
@@ -57,6 +77,8 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
         "The order of the threads and the moments of asynchronous effects of the next launches.");
   m.def("set_shared_limit", &cuda_host::set_shared_limit,
         "Dynamic shared memory per block of the modelled GPU, in bytes.");
+  m.def("set_capability", &cuda_host::set_capability,
+        "Compute capability of the modelled GPU as 10 major + minor: launch functions choose their kernels by it.");
   m.def(
       "run_instruction",
       [](const std::string& name, py::buffer in, py::buffer out) {
@@ -79,16 +101,41 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
       "pykernels::cuda::flash_attention_fwd; the fields of its params by name, pointers as addresses.");
   m.def(
       "flash_attention_bwd",
-      [](const py::dict& f) {
-        pykernels::FlashAttentionBackwardParams p{};
-        p.forward = attention_params(f);
-        p.dout = pointer<void>(f, "dout"), p.dout_stride = strides(f, "dout_stride"),
-        p.dlse = pointer<void>(f, "dlse");
-        p.dq = pointer<void>(f, "dq"), p.dk = pointer<void>(f, "dk"), p.dv = pointer<void>(f, "dv");
-        p.dq_stride = strides(f, "dq_stride"), p.dk_stride = strides(f, "dk_stride"),
-        p.dv_stride = strides(f, "dv_stride");
-        p.deterministic = f["deterministic"].cast<bool>(), p.delta = pointer<void>(f, "delta");
-        check(pykernels::cuda::flash_attention_bwd(p, nullptr));
-      },
+      [](const py::dict& f) { check(pykernels::cuda::flash_attention_bwd(backward_params(f), nullptr)); },
       "pykernels::cuda::flash_attention_bwd, likewise.");
+  m.def(
+      "flash_attention_bwd_scratch",
+      [](const py::dict& f) { return pykernels::cuda::flash_attention_bwd_scratch(backward_params(f)); },
+      "Floats of scratch.");
+  m.def(
+      "flash_attention_decode_splits",
+      [](const py::dict& f) {
+        const pykernels::FlashAttentionDecodeParams p = decode_params(f);
+        return std::pair(p.splits, pykernels::cuda::flash_attention_decode_scratch(p));
+      },
+      "(splits, floats of scratch).");
+  m.def(
+      "flash_attention_decode",
+      [](const py::dict& f) {
+        pykernels::FlashAttentionDecodeParams p = decode_params(f);
+        p.scratch = pointer<void>(f, "scratch");
+        check(pykernels::cuda::flash_attention_decode(p, nullptr));
+      },
+      "pykernels::cuda::flash_attention_decode, likewise.");
+  m.def(
+      "flash_attention_append",
+      [](const py::dict& f) {
+        pykernels::FlashAttentionAppendParams p{};
+        const auto number = [&](const char* name) { return f[name].cast<int64_t>(); };
+        p.element_size = number("element_size"), p.batch = number("batch"), p.new_tokens = number("new_tokens"),
+        p.capacity = number("capacity"), p.heads = number("heads"), p.head_dim = number("head_dim"),
+        p.value_dim = number("value_dim");
+        p.k = pointer<void>(f, "k"), p.v = pointer<void>(f, "v");
+        p.k_stride = strides(f, "k_stride"), p.v_stride = strides(f, "v_stride");
+        p.k_cache = pointer<void>(f, "k_cache"), p.v_cache = pointer<void>(f, "v_cache");
+        p.k_cache_stride = strides(f, "k_cache_stride"), p.v_cache_stride = strides(f, "v_cache_stride");
+        p.cache_seqlens = pointer<int32_t>(f, "cache_seqlens");
+        check(pykernels::cuda::flash_attention_append(p, nullptr));
+      },
+      "pykernels::cuda::flash_attention_append, likewise.");
 }

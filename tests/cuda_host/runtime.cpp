@@ -33,6 +33,7 @@ struct Executor {
   uint64_t seed = 0;
   uint64_t launches = 0;
   unsigned shared_limit = 227 * 1024;
+  int capability = 80;
   Random random;
   Timing timing;
   bool poison;      // destinations of asynchronous copies, from issue to effect
@@ -154,6 +155,8 @@ uint64_t seed() { return executor.seed; }
 void set_seed(uint64_t seed) { executor.seed = seed, executor.launches = 0; }
 void set_shared_limit(unsigned bytes) { executor.shared_limit = bytes; }
 unsigned shared_limit() { return executor.shared_limit; }
+void set_capability(int capability) { executor.capability = capability; }
+int capability() { return executor.capability; }
 
 std::string text(Where where) {
   const std::string file = where.file_name();

@@ -218,6 +218,9 @@ void set_seed(uint64_t seed);
 // The dynamic shared memory that a block may have on the modelled GPU; 227 KiB at first.
 void set_shared_limit(unsigned bytes);
 unsigned shared_limit();
+// The compute capability of the modelled GPU, as 10 major + minor; 80 at first.
+void set_capability(int capability);
+int capability();
 // Runs body() once per thread. Returns what went wrong, or an empty string.
 std::string run(dim3 grid, dim3 block, unsigned shared_bytes, const std::function<void()>& body);
 

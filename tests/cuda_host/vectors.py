@@ -257,11 +257,14 @@ INSTRUCTIONS: list[Instruction] = [
     _wgmma("wgmma_ss_64", "bf16", 64, False, False),
     _wgmma("wgmma_ss_32", "fp16", 32, False, False),
     _wgmma("wgmma_ss_none", "bf16", 96, False, False),
+    _wgmma("wgmma_ss_80", "bf16", 80, False, False),
+    _wgmma("wgmma_ss_112", "fp16", 112, False, False),
     _wgmma("wgmma_ss_trans_b", "bf16", 128, False, True),
     _wgmma("wgmma_ss_trans_both", "fp16", 128, True, True),
     _wgmma("wgmma_ss_trans_64", "bf16", 64, True, True),
     _wgmma("wgmma_ss_trans_none", "bf16", 32, True, True),
     _wgmma("wgmma_rs", "bf16", 192, False, False),
+    _wgmma("wgmma_rs_176", "bf16", 176, False, False),
     _wgmma("wgmma_rs_trans_b", "fp16", 256, False, True),
 ]
 

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 namespace pykernels::cuda {
 
 struct LaunchConfig {
@@ -12,6 +14,19 @@ struct LaunchConfig {
   unsigned shared_bytes = 0;  // dynamic; above 48 KiB the limit is raised for the kernel first
   cudaStream_t stream = nullptr;
 };
+
+// An attribute of the current device; 0 when there is none.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+}
+inline int multiprocessors() { return std::max(1, device_attribute(cudaDevAttrMultiProcessorCount)); }
+// 10 major + minor: 80, 90, 100, 120.
+inline int device_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
 
 // Returns null, or CUDA's message for what went wrong with the launch.
 template <class... Parameters, class... Arguments>

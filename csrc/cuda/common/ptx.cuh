@@ -406,6 +406,14 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kPending) : "memory");
 }
 
+// No instruction: the compiler takes an accumulator for written once its wgmma is issued, so after the wait for it
+// this keeps the uses of it where they stand.
+template <int kCount>
+__device__ __forceinline__ void wgmma_hold(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i]) : : "memory");
+}
+
 }  // namespace pykernels::cuda::ptx
 
 #include "ptx_wgmma.cuh"

@@ -37,6 +37,14 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[
 #define PYKERNELS_S96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
 #define PYKERNELS_S112 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
+// Eight more, where N is no multiple of 32.
+#define PYKERNELS_R8(i)                                                                                   \
+  PYKERNELS_R(i), PYKERNELS_R(i + 1), PYKERNELS_R(i + 2), PYKERNELS_R(i + 3), PYKERNELS_R(i + 4),         \
+      PYKERNELS_R(i + 5), PYKERNELS_R(i + 6), PYKERNELS_R(i + 7)
+#define PYKERNELS_HALF_S32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define PYKERNELS_HALF_S48 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define PYKERNELS_HALF_S80 ",%80,%81,%82,%83,%84,%85,%86,%87"
+
 // For N columns of D_TYPE: the registers, and the numbers of the operands that follow them.
 #define PYKERNELS_WGMMA(TYPE, NAME, N, STRINGS, REGISTERS, P0, P1, P2, P3, P4, P5, P6)                             \
   template <>                                                                                                      \
@@ -63,9 +71,15 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[
   PYKERNELS_WGMMA(TYPE, NAME, 32, PYKERNELS_S0, PYKERNELS_R16(0), "%16", "%17", "%18", "%19", "%20", "%21", "%22")  \
   PYKERNELS_WGMMA(TYPE, NAME, 64, PYKERNELS_S0 PYKERNELS_S16, PYKERNELS_LIST(PYKERNELS_R16(0), PYKERNELS_R16(16)),  \
                   "%32", "%33", "%34", "%35", "%36", "%37", "%38")                                                  \
+  PYKERNELS_WGMMA(TYPE, NAME, 80, PYKERNELS_S0 PYKERNELS_S16 PYKERNELS_HALF_S32,                                    \
+                  PYKERNELS_LIST(PYKERNELS_R16(0), PYKERNELS_R16(16), PYKERNELS_R8(32)), "%40", "%41", "%42",       \
+                  "%43", "%44", "%45", "%46")                                                                       \
   PYKERNELS_WGMMA(TYPE, NAME, 96, PYKERNELS_S0 PYKERNELS_S16 PYKERNELS_S32,                                         \
                   PYKERNELS_LIST(PYKERNELS_R16(0), PYKERNELS_R16(16), PYKERNELS_R16(32)), "%48", "%49", "%50",      \
                   "%51", "%52", "%53", "%54")                                                                       \
+  PYKERNELS_WGMMA(TYPE, NAME, 112, PYKERNELS_S0 PYKERNELS_S16 PYKERNELS_S32 PYKERNELS_HALF_S48,                     \
+                  PYKERNELS_LIST(PYKERNELS_R16(0), PYKERNELS_R16(16), PYKERNELS_R16(32), PYKERNELS_R8(48)), "%56",  \
+                  "%57", "%58", "%59", "%60", "%61", "%62")                                                         \
   PYKERNELS_WGMMA(TYPE, NAME, 128, PYKERNELS_S0 PYKERNELS_S16 PYKERNELS_S32 PYKERNELS_S48,                          \
                   PYKERNELS_LIST(PYKERNELS_R16(0), PYKERNELS_R16(16), PYKERNELS_R16(32), PYKERNELS_R16(48)), "%64", \
                   "%65", "%66", "%67", "%68", "%69", "%70")                                                         \
@@ -73,6 +87,11 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[
       TYPE, NAME, 160, PYKERNELS_S0 PYKERNELS_S16 PYKERNELS_S32 PYKERNELS_S48 PYKERNELS_S64,                        \
       PYKERNELS_LIST(PYKERNELS_R16(0), PYKERNELS_R16(16), PYKERNELS_R16(32), PYKERNELS_R16(48), PYKERNELS_R16(64)), \
       "%80", "%81", "%82", "%83", "%84", "%85", "%86")                                                              \
+  PYKERNELS_WGMMA(                                                                                                  \
+      TYPE, NAME, 176, PYKERNELS_S0 PYKERNELS_S16 PYKERNELS_S32 PYKERNELS_S48 PYKERNELS_S64 PYKERNELS_HALF_S80,     \
+      PYKERNELS_LIST(PYKERNELS_R16(0), PYKERNELS_R16(16), PYKERNELS_R16(32), PYKERNELS_R16(48), PYKERNELS_R16(64),  \
+                     PYKERNELS_R8(80)),                                                                             \
+      "%88", "%89", "%90", "%91", "%92", "%93", "%94")                                                              \
   PYKERNELS_WGMMA(TYPE, NAME, 192,                                                                                  \
                   PYKERNELS_S0 PYKERNELS_S16 PYKERNELS_S32 PYKERNELS_S48 PYKERNELS_S64 PYKERNELS_S80,               \
                   PYKERNELS_LIST(PYKERNELS_R16(0), PYKERNELS_R16(16), PYKERNELS_R16(32), PYKERNELS_R16(48),         \
@@ -91,6 +110,10 @@ PYKERNELS_WGMMA_WIDTHS(Float16, "f16")
 #undef PYKERNELS_WGMMA_WIDTHS
 #undef PYKERNELS_LIST
 #undef PYKERNELS_WGMMA
+#undef PYKERNELS_HALF_S80
+#undef PYKERNELS_HALF_S48
+#undef PYKERNELS_HALF_S32
+#undef PYKERNELS_R8
 #undef PYKERNELS_S112
 #undef PYKERNELS_S96
 #undef PYKERNELS_S80

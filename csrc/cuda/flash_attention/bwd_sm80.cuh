@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(256)
   if (threadIdx.x % 32 == 0) {
     const bool blind = static_cast<const float*>(f.lse)[statistic] == -INFINITY;
     const float dlse = p.dlse == nullptr ? 0.0f : static_cast<const float*>(p.dlse)[statistic];
-    static_cast<float*>(p.delta)[statistic] = blind ? 0.0f : sum - dlse;
+    static_cast<float*>(p.scratch)[statistic] = blind ? 0.0f : sum - dlse;
   }
 }
 
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   };
   const auto statistic = [&](int64_t h) { return (sequence.batch * f.heads_q + h) * f.seqlen_q + sequence.q_first; };
   const auto* lse = static_cast<const float*>(f.lse);
-  const auto* delta = static_cast<const float*>(p.delta);
+  const auto* delta = static_cast<const float*>(p.scratch);
 
   // The columns that any of the rows meets, tile by tile; by key once for each query head of the group.
   const Band band(f, sequence);

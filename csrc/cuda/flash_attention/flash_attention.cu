@@ -4,7 +4,10 @@
 #include <algorithm>
 
 #include "bwd_sm80.cuh"
+#include "bwd_sm90.cuh"
+#include "decode_sm80.cuh"
 #include "fwd_sm80.cuh"
+#include "fwd_sm90.cuh"
 
 namespace pykernels::cuda {
 namespace {
@@ -18,12 +21,49 @@ const char* unsupported(const FlashAttentionParams& p) {
   return nullptr;
 }
 
+#ifdef PYKERNELS_SM90A
+// Whether the kernels for sm_90a serve a call on this device: TMA must be able to read the tensors. Heads of 32 and
+// smaller stay with sm_80's, which pad less.
+bool fwd_by_sm90(const FlashAttentionParams& p) {
+  return device_capability() == 90 && std::max(p.head_dim, p.value_dim) > 32 &&
+         attention::tma_readable(p.q, p.q_stride, p.batch, p.seqlen_q, p.heads_q) &&
+         attention::tma_readable(p.k, p.k_stride, p.batch, p.seqlen_k, p.heads_k) &&
+         attention::tma_readable(p.v, p.v_stride, p.batch, p.seqlen_k, p.heads_k);
+}
+
+// The same of the backward pass; what must be bitwise repeatable, soft caps and scales that are not positive stay with
+// sm_80's too.
+bool bwd_by_sm90(const FlashAttentionBackwardParams& p) {
+  const FlashAttentionParams& f = p.forward;
+  return !p.deterministic && f.softcap <= 0.0 && f.scale > 0.0 && std::max(f.head_dim, f.value_dim) <= 128 &&
+         fwd_by_sm90(f) && attention::tma_readable(p.dout, p.dout_stride, f.batch, f.seqlen_q, f.heads_q);
+}
+#endif
+
 }  // namespace
+
+const char* flash_attention_kernels(int capability) {
+#ifdef PYKERNELS_SM90A
+  if (capability == 90)
+    return "sm_90a (TMA, wgmma) for tensors at multiples of 16 bytes: forward with head sizes 33 to 256, backward with "
+           "33 to 128 without softcap and where it need not be bitwise repeatable; else sm_80 (mma.sync)";
+#endif
+  return capability >= 80 ? "sm_80 (mma.sync)" : "none";
+}
 
 const char* flash_attention_fwd(const FlashAttentionParams& p, void* stream_) {
   if (const char* reason = unsupported(p)) return reason;
   auto* stream = static_cast<cudaStream_t>(stream_);
   const int64_t size = std::max(p.head_dim, p.value_dim);
+#ifdef PYKERNELS_SM90A
+  if (fwd_by_sm90(p)) {
+    if (size <= 64) return attention::fwd_sm90_64(p, stream);
+    if (size <= 96) return attention::fwd_sm90_96(p, stream);
+    if (size <= 128) return attention::fwd_sm90_128(p, stream);
+    if (size <= 192) return attention::fwd_sm90_192(p, stream);
+    return attention::fwd_sm90_256(p, stream);
+  }
+#endif
   if (size <= 32) return attention::fwd_sm80_32(p, stream);
   if (size <= 64) return attention::fwd_sm80_64(p, stream);
   if (size <= 96) return attention::fwd_sm80_96(p, stream);
@@ -32,16 +72,59 @@ const char* flash_attention_fwd(const FlashAttentionParams& p, void* stream_) {
   return attention::fwd_sm80_256(p, stream);
 }
 
+int64_t flash_attention_bwd_scratch(const FlashAttentionBackwardParams& p) {
+  const FlashAttentionParams& f = p.forward;
+#ifdef PYKERNELS_SM90A
+  using attention::BackwardConfigSm90;
+  if (bwd_by_sm90(p))
+    return std::max(f.head_dim, f.value_dim) <= 64
+               ? attention::bwd_scratch_floats<BackwardConfigSm90<BFloat16, 64>>(f)
+               : attention::bwd_scratch_floats<BackwardConfigSm90<BFloat16, 128>>(f);
+#endif
+  return f.batch * f.heads_q * f.seqlen_q;
+}
+
 const char* flash_attention_bwd(const FlashAttentionBackwardParams& p, void* stream_) {
   if (const char* reason = unsupported(p.forward)) return reason;
   auto* stream = static_cast<cudaStream_t>(stream_);
   const int64_t size = std::max(p.forward.head_dim, p.forward.value_dim);
+#ifdef PYKERNELS_SM90A
+  if (bwd_by_sm90(p)) return size <= 64 ? attention::bwd_sm90_64(p, stream) : attention::bwd_sm90_128(p, stream);
+#endif
   if (size <= 32) return attention::bwd_sm80_32(p, stream);
   if (size <= 64) return attention::bwd_sm80_64(p, stream);
   if (size <= 96) return attention::bwd_sm80_96(p, stream);
   if (size <= 128) return attention::bwd_sm80_128(p, stream);
   if (size <= 192) return attention::bwd_sm80_192(p, stream);
   return attention::bwd_sm80_256(p, stream);
+}
+
+int64_t flash_attention_decode_splits(const FlashAttentionDecodeParams& p) { return attention::decode_splits(p); }
+
+int64_t flash_attention_decode_scratch(const FlashAttentionDecodeParams& p) {
+  return attention::decode_scratch_floats(p.forward, p.splits);
+}
+
+const char* flash_attention_decode(const FlashAttentionDecodeParams& p, void* stream_) {
+  if (const char* reason = unsupported(p.forward)) return reason;
+  auto* stream = static_cast<cudaStream_t>(stream_);
+  const int64_t size = std::max(p.forward.head_dim, p.forward.value_dim);
+  if (size <= 64) return attention::decode_sm80_64(p, stream);
+  if (size <= 128) return attention::decode_sm80_128(p, stream);
+  return attention::decode_sm80_256(p, stream);
+}
+
+const char* flash_attention_append(const FlashAttentionAppendParams& p, void* stream_) {
+  if (p.element_size != 2) return "the CUDA kernels append elements of 2 bytes";
+  const bool wide = p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && attention::aligned(p.k, p.k_stride) &&
+                    attention::aligned(p.v, p.v_stride) && attention::aligned(p.k_cache, p.k_cache_stride) &&
+                    attention::aligned(p.v_cache, p.v_cache_stride);
+  const int64_t elements = p.batch * p.new_tokens * p.heads * (p.head_dim + p.value_dim);
+  if (elements == 0) return nullptr;
+  const int64_t blocks = std::min<int64_t>((elements / (wide ? 8 : 1) + 255) / 256, 32 * multiprocessors());
+  const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(256), 0, static_cast<cudaStream_t>(stream_)};
+  return wide ? launch(attention::flash_attention_append_sm80_kernel<uint4>, config, p)
+              : launch(attention::flash_attention_append_sm80_kernel<uint16_t>, config, p);
 }
 
 }  // namespace pykernels::cuda

@@ -26,6 +26,7 @@ inline bool aligned(const void* data, const Strides3& stride) {
 
 // One sequence of a batch or of packed input.
 struct Sequence {
+  int64_t index;             // of the sequence; what follows the last offset is one more
   int64_t batch;             // entry of the tensors
   int64_t q_first, k_first;  // token offsets
   int tq, tk;
@@ -52,7 +53,7 @@ __device__ __forceinline__ bool locate(const FlashAttentionParams& p, int64_t ti
   if (p.cu_seqlens_q == nullptr) {
     const int64_t tiles = (tokens + kRows - 1) / kRows;
     row0 = static_cast<int>(tile % tiles) * kRows;
-    sequence = {tile / tiles, 0, 0, static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k)};
+    sequence = {tile / tiles, tile / tiles, 0, 0, static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k)};
     return true;
   }
   const int32_t* offsets = kByKey ? p.cu_seqlens_k : p.cu_seqlens_q;
@@ -69,7 +70,7 @@ __device__ __forceinline__ bool locate(const FlashAttentionParams& p, int64_t ti
   const int q0 = clamp_offset(p.cu_seqlens_q[low], p.seqlen_q), k0 = clamp_offset(p.cu_seqlens_k[low], p.seqlen_k);
   const int q1 = rest ? static_cast<int>(p.seqlen_q) : clamp_offset(p.cu_seqlens_q[low + 1], p.seqlen_q);
   const int k1 = rest ? static_cast<int>(p.seqlen_k) : clamp_offset(p.cu_seqlens_k[low + 1], p.seqlen_k);
-  sequence = {0, q0, k0, q1 > q0 ? q1 - q0 : 0, k1 > k0 ? k1 - k0 : 0};
+  sequence = {low, 0, q0, k0, q1 > q0 ? q1 - q0 : 0, k1 > k0 ? k1 - k0 : 0};
   row0 = static_cast<int>(tile - slot(low)) * kRows;
   const int length = kByKey ? sequence.tk : sequence.tq;
   // Queries and keys of the rest see nothing of each other.

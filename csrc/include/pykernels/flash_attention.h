@@ -54,9 +54,11 @@ struct FlashAttentionBackwardParams {
   void* dk;
   void* dv;
   Strides3 dq_stride, dk_stride, dv_stride;
-  // The CPU kernels are bitwise repeatable at a fixed thread count either way; set, also across thread counts.
+  // The CPU kernels are bitwise repeatable at a fixed thread count either way; set, also across thread counts. The CUDA
+  // kernels for sm_80 are always bitwise repeatable, those for sm_90a never; set, the former serve.
   bool deterministic;
-  void* delta;  // scratch of the CUDA kernels, which are always bitwise repeatable: [B, Hq, Tq] fp32
+  // Of the CUDA kernels: flash_attention_bwd_scratch() floats, 16-byte aligned.
+  void* scratch;
 };
 
 // q [B, Tq, Hq, K] against k_cache [B, Tmax, Hk, K] and v_cache [B, Tmax, Hk, V]; batch entry b has
@@ -65,6 +67,9 @@ struct FlashAttentionDecodeParams {
   FlashAttentionParams forward;  // k, v, seqlen_k describe the cache (seqlen_k = Tmax); cu_seqlens are null
   const int32_t* cache_seqlens;  // [B], tokens before the append
   int64_t new_tokens;
+  // Of the CUDA kernels: pieces that the keys are cut into, and the memory for their results.
+  int64_t splits;
+  void* scratch;
 };
 
 // Copies new tokens into a cache: k_cache[b, cache_seqlens[b] + t] = k[b, t], v likewise. Tokens that would land outside
@@ -91,8 +96,19 @@ void flash_attention_decode(const FlashAttentionDecodeParams& params, const Para
 
 // On `stream` (a cudaStream_t) of the current device; bf16 and fp16, head sizes up to 256. Return null, or what went wrong.
 namespace cuda {
+// In words: which kernels serve which calls on a device of that compute capability (10 major + minor).
+const char* flash_attention_kernels(int capability);
 const char* flash_attention_fwd(const FlashAttentionParams& params, void* stream);
+// Depends on the current device.
+int64_t flash_attention_bwd_scratch(const FlashAttentionBackwardParams& params);
 const char* flash_attention_bwd(const FlashAttentionBackwardParams& params, void* stream);
+
+// Into how many pieces to cut the keys (params.splits) on the current device, and the floats of scratch that they need.
+int64_t flash_attention_decode_splits(const FlashAttentionDecodeParams& params);
+int64_t flash_attention_decode_scratch(const FlashAttentionDecodeParams& params);
+const char* flash_attention_decode(const FlashAttentionDecodeParams& params, void* stream);
+// Elements of 2 bytes.
+const char* flash_attention_append(const FlashAttentionAppendParams& params, void* stream);
 }  // namespace cuda
 
 }  // namespace pykernels

@@ -42,10 +42,10 @@ def _reference(query: Query) -> str | None:
     return None
 
 
-OP = Op("flash_attention", {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "reference": _reference},
-        explicit_only={"cuda": "not yet measured against Triton on a GPU, so only on request"})
-# Decoding has no CUDA kernel yet.
-DECODE_OP = Op("flash_attention_decode", {"triton": _triton, "cpu": _cpu, "reference": _reference})
+_BACKENDS = {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "reference": _reference}
+_UNMEASURED = {"cuda": "not yet measured against Triton on a GPU, so only on request"}
+OP = Op("flash_attention", _BACKENDS, explicit_only=_UNMEASURED)
+DECODE_OP = Op("flash_attention_decode", _BACKENDS, explicit_only=_UNMEASURED)
 
 
 def _check_qkv(q: object, k: object, v: object, k_name: str, v_name: str) -> None:

@@ -62,9 +62,12 @@ for _part, _fake in _FAKES.items():
     _dispatch.define(f"flash_attention_{_part}_triton", SCHEMAS[_part], _triton(_part), _fake)
     if _library.error() is None:
         _dispatch.register_fake(f"flash_attention_{_part}_cpu", _fake)
-        if _library.cuda_build() is not None and _part in ("fwd", "bwd"):
+        if _library.cuda_build() is not None:
             _dispatch.register_fake(f"flash_attention_{_part}_cuda", _fake)
-for _backend in ("triton", "cpu") if _library.error() is None else ("triton",):
+_APPENDS = ["triton"]
+if _library.error() is None:
+    _APPENDS += ["cpu"] if _library.cuda_build() is None else ["cpu", "cuda"]
+for _backend in _APPENDS:
     _dispatch.bump_versions(f"flash_attention_append_{_backend}", (0, 1))
 
 

@@ -171,7 +171,12 @@ enum cudaError_t {
 };
 using cudaStream_t = struct CUstream_st*;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 
 struct cudaLaunchConfig_t {
@@ -207,8 +212,20 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  // Few multiprocessors, so that persistent kernels loop.
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : static_cast<int>(cuda_host::shared_limit());
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 3;  // few, so that persistent kernels loop
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = cuda_host::capability() / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = cuda_host::capability() % 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(cuda_host::shared_limit());
+      break;
+  }
   return cudaSuccess;
 }
 

@@ -1,0 +1,3 @@
+#include "bwd_sm90.cuh"
+
+PYKERNELS_DEFINE_BWD_SM90(128)

@@ -1,0 +1,3 @@
+#include "fwd_sm90.cuh"
+
+PYKERNELS_DEFINE_FWD_SM90(64)
