@@ -78,12 +78,16 @@ class Mamba(nn.Module):
     Source: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces (arXiv:2312.00752).
     """
 
-    def __init__(self, dim: int, *, state_dim: int = 16, conv_width: int = 4, expand: int = 2, dt_rank: int | None = None,
-                 dt_min: float = 1e-3, dt_max: float = 0.1, bias: bool = False, conv_bias: bool = True, recompute: bool = True,
-                 backend: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dim: int, *, state_dim: int = 16, conv_width: int = 4, expand: int = 2,
+                 dt_rank: int | None = None,
+                 dt_min: float = 1e-3, dt_max: float = 0.1, bias: bool = False, conv_bias: bool = True,
+                 recompute: bool = True,
+                 backend: str = "auto", device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None) -> None:
         super().__init__()
         dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
-        for name, value in (("dim", dim), ("state_dim", state_dim), ("conv_width", conv_width), ("expand", expand), ("dt_rank", dt_rank)):
+        for name, value in (("dim", dim), ("state_dim", state_dim), ("conv_width", conv_width), ("expand", expand),
+                            ("dt_rank", dt_rank)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 < dt_min <= dt_max:
@@ -94,7 +98,8 @@ class Mamba(nn.Module):
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.in_proj = nn.Linear(dim, 2 * self.channels, bias=bias, **options)
         # Holds the parameters under mamba_ssm's names; it is not called.
-        self.conv1d = nn.Conv1d(self.channels, self.channels, conv_width, groups=self.channels, bias=conv_bias, **options)
+        self.conv1d = nn.Conv1d(self.channels, self.channels, conv_width, groups=self.channels, bias=conv_bias,
+                                **options)
         self.x_proj = nn.Linear(self.channels, dt_rank + 2 * state_dim, bias=False, **options)
         self.dt_proj = nn.Linear(dt_rank, self.channels, bias=True, **options)
         self.A_log = nn.Parameter(torch.empty(self.channels, state_dim, device=device, dtype=wide))
@@ -183,7 +188,8 @@ class Mamba(nn.Module):
         """The channels x and their gate z [B, E, T] after the tokens in the state."""
         u, conv = causal_conv1d(x, initial_state=state.conv.to(x.dtype), return_final_state=True, **self._filter(x))
         delta, B, C = (y.transpose(1, 2) for y in self._select(u.transpose(1, 2)))
-        y, memory = selective_scan(u, delta, B=B, C=C, z=z, initial_state=state.memory, return_final_state=True, **self._dynamics(u))
+        y, memory = selective_scan(u, delta, B=B, C=C, z=z, initial_state=state.memory, return_final_state=True,
+                                   **self._dynamics(u))
         state.conv.copy_(conv)
         state.memory.copy_(memory)
         state.lengths += x.shape[2]

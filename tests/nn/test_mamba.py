@@ -76,8 +76,10 @@ def layer(name: str, backend: str = "auto", **options) -> Mamba:
 @on_backends
 @pytest.mark.parametrize("name", OPTIONS)
 def test_mamba_ssms_formulas_and_parameters(backend, name):
-    options = {"state_dim": 16, "conv_width": 4, "expand": 2, "dt_rank": 2, "bias": False, "conv_bias": True, **OPTIONS[name]}
-    theirs = MambaSSM(24, *(options[key] for key in ("state_dim", "conv_width", "expand", "dt_rank", "bias", "conv_bias"))).double()
+    options = {"state_dim": 16, "conv_width": 4, "expand": 2, "dt_rank": 2, "bias": False, "conv_bias": True,
+               **OPTIONS[name]}
+    theirs = MambaSSM(24, *(options[key] for key in ("state_dim", "conv_width", "expand", "dt_rank", "bias",
+                                                     "conv_bias"))).double()
     ours = layer(name, backend)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 20, 24, dtype=torch.float64)
@@ -151,7 +153,8 @@ def test_compiles_whole():
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    near(torch.autograd.grad(compiled(leaf).square().sum(), leaf)[0], torch.autograd.grad(ours(other).square().sum(), other)[0], 1e-5)
+    near(torch.autograd.grad(compiled(leaf).square().sum(), leaf)[0], torch.autograd.grad(ours(other).square().sum(),
+                                                                                          other)[0], 1e-5)
 
 
 def test_autocast_and_half_precision_continue_their_states():
