@@ -728,7 +728,7 @@ def linear_attention_channel_gradients_kernel(
         store_tile(ddecay, o_row * K, i_k, m_t, K, BK, b_dg)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["T", "rows"])
 def linear_attention_extra_kernel(out, dout, extra, stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh,
                                   T, H, rows, V: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr):
     """One program owns BM rows of extra[b, t, h] = -out . dout: the gradient of the denominator, times it."""
