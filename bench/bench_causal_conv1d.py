@@ -1,4 +1,5 @@
-"""The causal depthwise convolution as Mamba has it (width 4, bias, SiLU), and one token of it through a model's layers."""
+"""The causal depthwise convolution as Mamba has it (width 4, bias, SiLU), and one token of it through a model's
+layers."""
 
 from __future__ import annotations
 
@@ -32,20 +33,23 @@ def _conv_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
         shapes = CPU_SHAPES if device == "cpu" else GPU_SHAPES
         for shape, dtype, backward in itertools.product(shapes, ("fp32", "bf16"), (False, True)):
             moved = math.prod(shape) * BYTES[dtype] * (5 if backward else 2)  # x, out; x, dout, dx again
-            yield Case("causal_conv1d", "B{} D{} L{}".format(*shape) + f" W{WIDTH}", "silu", dtype, "fwd+bwd" if backward else "fwd",
+            yield Case("causal_conv1d", "B{} D{} L{}".format(*shape) + f" W{WIDTH}", "silu", dtype,
+                       "fwd+bwd" if backward else "fwd",
                        device, threads, moved, ("copy",)), shape
 
 
 def _step_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
     for (device, threads), shape, dtype in itertools.product(places, STEP_SHAPES, ("fp32", "bf16")):
         moved = LAYERS * math.prod(shape) * BYTES[dtype] * 2 * WIDTH  # the states read and written, x, out
-        yield Case("causal_conv1d_step", "B{} D{}".format(*shape) + f" W{WIDTH}", f"{LAYERS} layers", dtype, "step", device, threads,
+        yield Case("causal_conv1d_step", "B{} D{}".format(*shape) + f" W{WIDTH}", f"{LAYERS} layers", dtype, "step",
+                   device, threads,
                    moved, ("copy",)), shape
 
 
 def cases(places: Places) -> list[tuple[Case, tuple]]:
     """The grid on (device, threads) pairs, cases that share inputs side by side."""
-    return sorted([*_conv_cases(places), *_step_cases(places)], key=lambda entry: (entry[0].op, math.prod(entry[1]), entry[0].dtype))
+    return sorted([*_conv_cases(places), *_step_cases(places)], key=lambda entry: (entry[0].op, math.prod(entry[1]),
+                                                                                   entry[0].dtype))
 
 
 CASES = cases(devices_and_threads())
@@ -57,7 +61,8 @@ def _inputs(shape: tuple, dtype: torch.dtype, device: str) -> tuple[dict[str, Te
     """-> the arguments, dout."""
     generator = torch.Generator().manual_seed(0)
     x, dout = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
-    weight, bias = (torch.randn(size, generator=generator).to(device, dtype) for size in ((shape[1], WIDTH), (shape[1],)))
+    weight, bias = (torch.randn(size, generator=generator).to(device, dtype) for size in ((shape[1], WIDTH),
+                                                                                          (shape[1],)))
     return {"x": x, "weight": weight * WIDTH**-0.5, "bias": bias}, dout
 
 
@@ -90,7 +95,8 @@ class Convolution:
         return Call(run, lambda result: dict(zip(("out", "dx", "dweight", "dbias"), result)))
 
     def ours(self, backend: str) -> Call:
-        return self.call(lambda x, weight, bias: pykernels.causal_conv1d(x, weight, bias=bias, activation="silu", backend=backend))
+        return self.call(lambda x, weight, bias: pykernels.causal_conv1d(x, weight, bias=bias, activation="silu",
+                                                                         backend=backend))
 
     def expected(self) -> Expected:
         whole = _expected(self.shape, DTYPES[self.case.dtype], self.case.device)
@@ -109,7 +115,8 @@ class Step:
         generator = torch.Generator().manual_seed(0)
         sizes = {"x": (B, D), "state": (B, D, WIDTH - 1), "weight": (D, WIDTH), "bias": (D,)}
         dtype = DTYPES[case.dtype]
-        self.layers = [{name: torch.randn(size, generator=generator).to(case.device, dtype) for name, size in sizes.items()}
+        self.layers = [{name: torch.randn(size, generator=generator).to(case.device, dtype) for name,
+                        size in sizes.items()}
                        for _ in range(LAYERS)]
         self.first = {**self.layers[0], "state": self.layers[0]["state"].clone()}
 

@@ -1,4 +1,5 @@
-"""The selective scan with Mamba's options (softplus, bias, skip, gate), and one token of decoding through a model's layers."""
+"""The selective scan with Mamba's options (softplus, bias, skip, gate), and one token of decoding through a model's
+layers."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ Places = Sequence[tuple[str, int]]
 
 
 def _flops(B: int, D: int, L: int, N: int, backward: bool) -> float:
-    """Per state: exp2 (its polynomial, 12), its argument, input, recurrence, output; backward the adjoint's eight more."""
+    """Per state: exp2 (its polynomial, 12), its argument, input, recurrence, output; backward the adjoint's eight
+    more."""
     return B * D * L * N * (18 + (18 + 15 if backward else 0))
 
 
@@ -41,7 +43,8 @@ def _scan_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
         for shape, dtype, backward in itertools.product(shapes, ("fp32", "bf16"), (False, True)):
             if shape == LONG and backward:
                 continue
-            yield Case("selective_scan", "B{} D{} L{} N{}".format(*shape), "gated", dtype, "fwd+bwd" if backward else "fwd", device,
+            yield Case("selective_scan", "B{} D{} L{} N{}".format(*shape), "gated", dtype,
+                       "fwd+bwd" if backward else "fwd", device,
                        threads, _flops(*shape, backward), ("fp32",)), shape
 
 
@@ -54,7 +57,8 @@ def _step_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
 
 def cases(places: Places) -> list[tuple[Case, tuple]]:
     """The grid on (device, threads) pairs, cases that share inputs side by side."""
-    return sorted([*_scan_cases(places), *_step_cases(places)], key=lambda entry: (entry[0].op, math.prod(entry[1]), entry[0].dtype))
+    return sorted([*_scan_cases(places), *_step_cases(places)], key=lambda entry: (entry[0].op, math.prod(entry[1]),
+                                                                                   entry[0].dtype))
 
 
 CASES = cases(devices_and_threads())
@@ -69,7 +73,8 @@ def _parameters(D: int, N: int, generator: torch.Generator) -> dict[str, Tensor]
 
 @functools.lru_cache(maxsize=1)
 def _inputs(shape: tuple, dtype: torch.dtype, device: str) -> tuple[dict[str, Tensor], Tensor]:
-    """-> the arguments, and a gradient of out at the checked channels alone, so that few channels make the others' sums."""
+    """-> the arguments, and a gradient of out at the checked channels alone, so that few channels make the others'
+    sums."""
     B, D, L, N = shape
     generator = torch.Generator().manual_seed(0)
     u, delta, z, dout = (torch.randn(B, D, L, generator=generator).to(dtype) for _ in range(4))
@@ -166,7 +171,8 @@ class Step:
     def expected(self) -> Expected:
         def composition(compute: torch.dtype) -> dict[str, Tensor]:
             wide, dtype = torch.promote_types(compute, torch.float32), self.first["x"].dtype
-            args = {name: x.to(compute if x.dtype == dtype and name != "state" else wide, copy=True) for name, x in self.first.items()}
+            args = {name: x.to(compute if x.dtype == dtype and name != "state" else wide, copy=True) for name,
+                    x in self.first.items()}
             return {"out": pykernels.selective_scan_step(**args, delta_softplus=True, backend="reference")}
 
         return Expected(composition(torch.float64), composition(self.first["x"].dtype), lambda name, x: x, "one layer")

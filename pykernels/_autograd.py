@@ -43,7 +43,8 @@ def second_derivative(function: Callable[..., tuple[Tensor, ...]], primals: Sequ
     present = tuple(primals[i] for i in given)
     held = tuple(c for c in cotangents if c is not None)
     values, vjp = torch.func.vjp(gradients, held, present)
-    dheld, dpresent = vjp(tuple(torch.zeros_like(y) if upstream[i] is None else upstream[i] for i, y in zip(given, values)))
+    dheld, dpresent = vjp(tuple(torch.zeros_like(y) if upstream[i] is None else upstream[i] for i, y in zip(given,
+                                                                                                            values)))
     dheld = iter(dheld)
     result: list[Tensor | None] = [None] * len(primals)
     for i, gradient in zip(given, dpresent):

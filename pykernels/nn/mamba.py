@@ -16,7 +16,8 @@ from ..ops.selective_scan import selective_scan, selective_scan_step
 
 @dataclasses.dataclass
 class MambaState:
-    """What a Mamba layer remembers of each sequence: the convolution's last inputs, the scan's state, the number of tokens."""
+    """What a Mamba layer remembers of each sequence: the convolution's last inputs, the scan's state, the number of
+    tokens."""
 
     conv: Tensor  # [B, E, W - 1], the layer's dtype
     memory: Tensor  # [B, E, N], float32 (float64)
@@ -24,7 +25,8 @@ class MambaState:
 
 
 class _Recomputed(torch.autograd.graph.saved_tensors_hooks):
-    """Within it, autograd does not keep the tensors given to `forget`, but computes all of them again once it needs one.
+    """Within it, autograd does not keep the tensors given to `forget`, but computes all of them again once it needs
+    one.
 
     `compute` returns them in the order they are given in; it runs under the autocast that is on now.
     """
@@ -57,10 +59,10 @@ class _Recomputed(torch.autograd.graph.saved_tensors_hooks):
 class Mamba(nn.Module):
     """Mamba's sequence mixer: x [B, T, dim] -> [B, T, dim].
 
-    With E = expand * dim channels: in_proj makes the channels and their gate, a causal convolution with SiLU mixes neighbouring
-    tokens, x_proj and dt_proj make the scan's time steps, B and C from its result, and out_proj closes the block. Its parameters
-    have mamba_ssm's names and shapes (in_proj, conv1d, x_proj, dt_proj, A_log, D, out_proj), so `load_state_dict` takes those of
-    a `mamba_ssm.Mamba`.
+    With E = expand * dim channels: in_proj makes the channels and their gate, a causal convolution with SiLU mixes
+    neighbouring tokens, x_proj and dt_proj make the scan's time steps, B and C from its result, and out_proj closes the
+    block. Its parameters have mamba_ssm's names and shapes (in_proj, conv1d, x_proj, dt_proj, A_log, D, out_proj), so
+    `load_state_dict` takes those of a `mamba_ssm.Mamba`.
 
     Args:
         dim: size of the tokens.
@@ -109,7 +111,8 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """mamba_ssm's initialisation of what the scan is made of: A = -1 ... -N, D = 1, time steps spread over their range."""
+        """mamba_ssm's initialisation of what the scan is made of: A = -1 ... -N, D = 1, time steps spread over their
+        range."""
         self.A_log.copy_(torch.arange(1, self.state_dim + 1, device=self.A_log.device).log().expand(self.A_log.shape))
         self.D.fill_(1)
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
@@ -153,7 +156,8 @@ class Mamba(nn.Module):
         return {"A": A, "D": self.D.to(A.dtype), "delta_bias": bias, "delta_softplus": True, "backend": self.backend}
 
     def forward(self, x: Tensor, state: MambaState | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences. `cu_seqlens` packs sequences along T."""
+        """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences. `cu_seqlens` packs sequences along
+        T."""
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
         channels, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # [B, E, T], token by token in memory

@@ -14,7 +14,8 @@ from ..ops.causal_conv1d import OP, causal_conv1d, causal_conv1d_step
 from .kit import BadInput, Case, Description, Sample, seed
 from .targets import DTYPES
 
-# ---- Tensors of [B, D, L], also for the scan ---------------------------------------------------------------------------
+# ---- Tensors of [B, D, L], also for the scan
+# ---------------------------------------------------------------------------
 
 
 def normal(name: str, shape: Sequence[int]) -> Tensor:
@@ -53,15 +54,19 @@ def offsets(lengths: Sequence[int], device: str, dtype: torch.dtype = torch.int3
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype, device=device)
 
 
-# ---- causal_conv1d -----------------------------------------------------------------------------------------------------
+# ---- causal_conv1d
+# -----------------------------------------------------------------------------------------------------
 
 
-def conv_case(name: str, *, batch: int = 1, channels: int, length: int, width: int = 4, bias: bool = True, state: bool = False,
+def conv_case(name: str, *, batch: int = 1, channels: int, length: int, width: int = 4, bias: bool = True,
+              state: bool = False,
               lengths: Sequence[int] | None = None, layout: Callable[[Tensor], Tensor] = contiguous, scale: float = 1.0,
-              wide: bool = False, grain: float | None = None, dtypes: tuple[torch.dtype, ...] = DTYPES, **options: Any) -> Case:
+              wide: bool = False, grain: float | None = None, dtypes: tuple[torch.dtype, ...] = DTYPES,
+              **options: Any) -> Case:
     """A call of causal_conv1d; `wide` keeps weight and bias in float32, `lengths` packs.
 
-    `grain` rounds x to integers, weight and bias to multiples of itself, so that their products add up without rounding.
+    `grain` rounds x to integers, weight and bias to multiples of itself, so that their products add up without
+    rounding.
     """
 
     def make(dtype: torch.dtype, device: str) -> Sample:
@@ -80,7 +85,8 @@ def conv_case(name: str, *, batch: int = 1, channels: int, length: int, width: i
             args["initial_state"] = (normal(name + "state", (sequences, channels, width - 1)) * scale).to(device, dtype)
         differentiable = tuple(name for name in ("x", "weight", "bias", "initial_state") if name in args)
         if grain is not None:
-            args |= {n: (args[n] / g).round() * g for n, g in (("x", 1.0), ("weight", grain), ("bias", grain)) if n in args}
+            args |= {n: (args[n] / g).round() * g for n, g in (("x", 1.0), ("weight", grain), ("bias",
+                                                                                               grain)) if n in args}
         return Sample({**args, **options}, differentiable)
 
     return Case(name, make, dtypes)
@@ -104,17 +110,20 @@ CASES = (
     conv_case("packed", channels=21, length=190, lengths=(65, 0, 1, 3, 120), activation="silu", state=True),
     conv_case("packed-rest", channels=21, length=90, lengths=(30, 1, 40), bias=False),
     conv_case("packed-long", channels=2, length=9500, lengths=(4096, 1, 5000, 0, 400), activation="silu"),
-    conv_case("layout-token-first", batch=2, channels=75, length=130, activation="silu", state=True, layout=token_first),
-    conv_case("layout-token-first-packed", channels=130, length=99, width=3, layout=token_first, lengths=(50, 2, 47), state=True),
+    conv_case("layout-token-first", batch=2, channels=75, length=130, activation="silu", state=True,
+              layout=token_first),
+    conv_case("layout-token-first-packed", channels=130, length=99, width=3, layout=token_first, lengths=(50, 2, 47),
+              state=True),
     conv_case("layout-strided", batch=2, channels=18, length=70, activation="silu", layout=strided),
     conv_case("layout-padded", batch=2, channels=18, length=70, activation="silu", layout=padded, state=True),
     conv_case("layout-expanded", batch=3, channels=18, length=40, layout=expanded),
 )
 
 EXTREMES = (
-    # SiLU's slope takes the rounding of sums a thousand times larger than what it resolves. In float64 that would be the
-    # reference's own rounding, so there the sums are such that they have none.
-    conv_case("large", channels=20, length=80, activation="silu", scale=1e3, dtypes=(torch.float32, torch.bfloat16, torch.float16)),
+    # SiLU's slope takes the rounding of sums a thousand times larger than what it resolves. In float64 that would be
+    # the reference's own rounding, so there the sums are such that they have none.
+    conv_case("large", channels=20, length=80, activation="silu", scale=1e3, dtypes=(torch.float32, torch.bfloat16,
+                                                                                     torch.float16)),
     conv_case("large-exact-sums", channels=20, length=80, activation="silu", scale=1e3, grain=2.0**-4),
     conv_case("small", channels=20, length=80, activation="silu", scale=1e-4),
     conv_case("denormal", channels=20, length=80, bias=False, scale=1e-39),
@@ -199,11 +208,15 @@ def _conv_bad_inputs() -> Iterable[BadInput]:
     yield BadInput("initial_state-type", {"initial_state": 0}, TypeError, "initial_state.*tensor.*int")
     yield BadInput("initial_state-rank", {"initial_state": state[0]}, ValueError, "initial_state.*3 axes")
     yield BadInput("initial_state-batch", {"initial_state": state[:1]}, ValueError, r"initial_state.*B=2.*\[1, 5, 3\]")
-    yield BadInput("initial_state-channels", {"initial_state": state[:, :4]}, ValueError, r"initial_state.*D=5.*\[2, 4, 3\]")
-    yield BadInput("initial_state-width", {"initial_state": torch.randn(2, 5, 4)}, ValueError, r"initial_state.*W-1=3.*\[2, 5, 4\]")
+    yield BadInput("initial_state-channels", {"initial_state": state[:, :4]}, ValueError,
+                   r"initial_state.*D=5.*\[2, 4, 3\]")
+    yield BadInput("initial_state-width", {"initial_state": torch.randn(2, 5, 4)}, ValueError,
+                   r"initial_state.*W-1=3.*\[2, 5, 4\]")
     yield BadInput("initial_state-dtype", {"initial_state": state.half()}, TypeError, "initial_state.*float32.*float16")
-    yield BadInput("initial_state-device", {"initial_state": state.to("meta")}, ValueError, "initial_state.*device.*meta")
-    yield BadInput("return_final_state-type", {"return_final_state": 1}, TypeError, "return_final_state.*True or False.*1")
+    yield BadInput("initial_state-device", {"initial_state": state.to("meta")}, ValueError,
+                   "initial_state.*device.*meta")
+    yield BadInput("return_final_state-type", {"return_final_state": 1}, TypeError,
+                   "return_final_state.*True or False.*1")
     yield BadInput("cu_seqlens-batch", {"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"\bx\b.*batch 1.*\[2, 5, 6\]")
     packed = {"x": x[:1], "initial_state": None}
     yield from cu_seqlens_bad_inputs(packed, 6)
@@ -227,7 +240,8 @@ CAUSAL_CONV1D = Description(
     peer=_conv_peer,
 )
 
-# ---- causal_conv1d_step ------------------------------------------------------------------------------------------------
+# ---- causal_conv1d_step
+# ------------------------------------------------------------------------------------------------
 
 
 def conv_step_case(name: str, *, batch: int, channels: int, width: int = 4, tokens: int | None = None,
@@ -239,7 +253,8 @@ def conv_step_case(name: str, *, batch: int, channels: int, width: int = 4, toke
     def make(dtype: torch.dtype, device: str) -> Sample:
         parameter = torch.float32 if wide and dtype != torch.float64 else dtype
         state = normal(name + "state", (slots, channels, width - 1))
-        args: dict[str, Any] = {"x": normal(name + "x", (batch, channels) if tokens is None else (batch, channels, tokens))}
+        args: dict[str, Any] = {"x": normal(name + "x", (batch, channels) if tokens is None else (batch, channels,
+                                                                                                  tokens))}
         if indices is not None:
             state[[i for i in range(slots) if i not in indices]] = torch.nan
             args["state_indices"] = torch.tensor(indices, dtype=torch.int64, device=device)
@@ -281,7 +296,8 @@ def _step_calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:
     x = args["x"] if args["x"].dim() == 3 else args["x"][..., None]
     indices = args.get("state_indices")
     yield f"causal_conv1d_step_{backend}", (x, args["state"].clone(), _compute(args["weight"], x.dtype),
-                                            _compute(args.get("bias"), x.dtype), None if indices is None else indices.int(),
+                                            _compute(args.get("bias"), x.dtype),
+                                            None if indices is None else indices.int(),
                                             args.get("activation") == "silu")
 
 
@@ -299,7 +315,8 @@ def state_indices_bad_inputs(state: Tensor) -> Iterable[BadInput]:
     yield bad("negative", torch.tensor([-2, 0]), ValueError, "below 2.*-2 for batch entry 0")
     yield bad("twice", torch.tensor([1, 1]), ValueError, "once.*1 again for batch entry 1")
     yield bad("device", torch.tensor([0, 1]).to("meta"), ValueError, "device.*meta")
-    yield BadInput("state-expanded", {"state": state[:1].expand(state.shape)}, ValueError, r"\bstate\b.*share memory.*strides")
+    yield BadInput("state-expanded", {"state": state[:1].expand(state.shape)}, ValueError,
+                   r"\bstate\b.*share memory.*strides")
 
 
 def _step_bad_inputs() -> Iterable[BadInput]:

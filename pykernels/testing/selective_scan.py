@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.selective_scan import OP, selective_scan, selective_scan_step
-from .causal_conv1d import (contiguous, cu_seqlens_bad_inputs, expanded, normal, offsets, padded, state_indices_bad_inputs, strided,
+from .causal_conv1d import (contiguous, cu_seqlens_bad_inputs, expanded, normal, offsets, padded,
+                            state_indices_bad_inputs, strided,
                             token_first)
 from .kit import BadInput, Case, Description, Sample
 from .targets import DTYPES
@@ -24,23 +25,26 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scan_case(name: str, *, batch: int = 1, channels: int, length: int, state: int = 16, B: str = "token", C: str = "token",
+def scan_case(name: str, *, batch: int = 1, channels: int, length: int, state: int = 16, B: str = "token",
+              C: str = "token",
               groups: int = 2, given: Sequence[str] = OPTIONAL, lengths: Sequence[int] | None = None,
               layout: Callable[[Tensor], Tensor] = contiguous, wide: bool = False,
               values: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None, delta_softplus: bool = True,
               dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
-    """A call of selective_scan. B and C are "constant", "token" or "group"; `given` names the optional arguments; `wide` keeps
-    delta, B and C in float32; `values` may change the inputs."""
+    """A call of selective_scan. B and C are "constant", "token" or "group"; `given` names the optional arguments;
+    `wide` keeps delta, B and C in float32; `values` may change the inputs."""
 
     def make(dtype: torch.dtype, device: str) -> Sample:
         def projection(label: str, kind: str) -> Tensor:
-            shape = {"constant": (channels, state), "token": (batch, state, length), "group": (batch, groups, state, length)}[kind]
+            shape = {"constant": (channels, state), "token": (batch, state, length), "group": (batch, groups, state,
+                                                                                               length)}[kind]
             return normal(name + label, shape)
 
         sequences = batch if lengths is None else len(lengths)
         tokens = batch, channels, length
         tensors = {"u": normal(name + "u", tokens), "delta": normal(name + "delta", tokens) * 0.5 - 1.0,
-                   "A": -normal(name + "A", (channels, state)).abs() * 2 - 0.05, "B": projection("B", B), "C": projection("C", C)}
+                   "A": -normal(name + "A", (channels, state)).abs() * 2 - 0.05, "B": projection("B", B),
+                   "C": projection("C", C)}
         optional = {"D": normal(name + "D", (channels,)), "z": normal(name + "z", tokens),
                     "delta_bias": normal(name + "delta_bias", (channels,)) * 0.3,
                     "initial_state": normal(name + "state", (sequences, channels, state))}
@@ -103,17 +107,20 @@ def _plus(**terms: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 
 
 EXTREMES = (
-    # exp(dt A) takes the rounding of dt A times its size. In float64 that would be the reference's own rounding, so there dt
-    # and dt A are such that they have none.
-    scan_case("forgets-at-once", channels=20, length=70, values=_times(A=1e4), dtypes=(torch.float32, torch.bfloat16, torch.float16)),
-    scan_case("forgets-at-once-exactly", channels=20, length=70, given=("D", "z", "initial_state"), delta_softplus=False,
+    # exp(dt A) takes the rounding of dt A times its size. In float64 that would be the reference's own rounding, so
+    # there dt and dt A are such that they have none.
+    scan_case("forgets-at-once", channels=20, length=70, values=_times(A=1e4), dtypes=(torch.float32, torch.bfloat16,
+                                                                                       torch.float16)),
+    scan_case("forgets-at-once-exactly", channels=20, length=70, given=("D", "z", "initial_state"),
+              delta_softplus=False,
               values=lambda t: {**t, "A": -torch.exp2((t["A"].abs() + 7).floor())}),
     scan_case("never-forgets", channels=20, length=150, values=_times(A=0.0)),
     scan_case("large-delta", channels=20, length=70, values=_plus(delta=60.0)),
     scan_case("softplus-around-its-threshold", channels=20, length=70,
               values=lambda t: {**t, "u": t["u"] * 1e-2, "delta": t["delta"] * 4 + 22, "A": t["A"] * 0.05}),
     scan_case("tiny-delta", channels=20, length=70, values=_plus(delta=-12.0)),
-    scan_case("no-delta", channels=20, length=70, delta_softplus=False, given=("D", "initial_state"), values=_times(delta=0.0)),
+    scan_case("no-delta", channels=20, length=70, delta_softplus=False, given=("D", "initial_state"),
+              values=_times(delta=0.0)),
     scan_case("large-inputs", channels=20, length=70, values=_times(u=1e3, initial_state=1e3)),
     scan_case("denormal-inputs", channels=20, length=70, given=(), values=_times(u=1e-38, C=1e-2)),
     scan_case("gates-open-and-shut", channels=20, length=70, values=_times(z=40.0)),
@@ -141,7 +148,8 @@ def _scan_calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:
         return _compute(x, u.dtype) if x.dim() == 2 else x[:, None] if x.dim() == 3 else x
 
     tensors = (u, args["delta"], _compute(args["A"], u.dtype), projection(args["B"]), projection(args["C"]),
-               _compute(args.get("D"), u.dtype), args.get("z"), _compute(args.get("delta_bias"), u.dtype), args.get("initial_state"),
+               _compute(args.get("D"), u.dtype), args.get("z"), _compute(args.get("delta_bias"), u.dtype),
+               args.get("initial_state"),
                args.get("cu_seqlens"), args["delta_softplus"])
     forward = f"selective_scan_fwd_{backend}"
     for keep in (False, True):
@@ -152,7 +160,8 @@ def _scan_calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:
 
 
 def _slices(length: int, reverse: bool) -> Iterable[tuple[slice, slice]]:
-    """The pairs (left, right) of token slices whose steps `parallel_scan` joins one after another; reversed, from the end."""
+    """The pairs (left, right) of token slices whose steps `parallel_scan` joins one after another; reversed, from the
+    end."""
     widths = [1 << i for i in range((length - 1).bit_length())]
     for width, first in [(w, 2 * w - 1) for w in widths] + [(w, 3 * w - 1) for w in reversed(widths)]:
         step, count = 2 * width, len(range(first, length, 2 * width))
@@ -245,7 +254,8 @@ def _bad_tensors(tensors: dict[str, Tensor], *, wide: Iterable[str]) -> Iterable
 
 
 def _scan_bad_inputs() -> Iterable[BadInput]:
-    good = scan_case("bad", batch=2, channels=6, length=7, state=3, B="group", C="group").make(torch.float32, "cpu").args
+    good = scan_case("bad", batch=2, channels=6, length=7, state=3, B="group", C="group").make(torch.float32,
+                                                                                               "cpu").args
     tensors = {n: good[n] for n in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")}
     yield from _bad_tensors(tensors, wide=("delta", "A", "B", "C", "D", "z", "delta_bias"))
     for name in ("u", "delta", "z"):
@@ -264,12 +274,14 @@ def _scan_bad_inputs() -> Iterable[BadInput]:
         x = good[name]
         yield BadInput(f"{name}-rank-1", {name: x[0, 0, 0]}, ValueError, rf"\b{name}\b.*4 axes.*\[7\]")
         yield BadInput(f"{name}-rank-5", {name: x[None]}, ValueError, rf"\b{name}\b.*4 axes")
-        yield BadInput(f"{name}-constant-channels", {name: torch.zeros(5, 3)}, ValueError, rf"\b{name}\b.*D=6.*\[5, 3\]")
+        yield BadInput(f"{name}-constant-channels", {name: torch.zeros(5, 3)}, ValueError,
+                       rf"\b{name}\b.*D=6.*\[5, 3\]")
         yield BadInput(f"{name}-constant-states", {name: torch.zeros(6, 4)}, ValueError, rf"\b{name}\b.*N=3.*\[6, 4\]")
         yield BadInput(f"{name}-states", {name: x[:, 0, :2]}, ValueError, rf"\b{name}\b.*N=3.*\[2, 2, 7\]")
         yield BadInput(f"{name}-length", {name: x[..., :6]}, ValueError, rf"\b{name}\b.*L=7.*\[2, 2, 3, 6\]")
         yield BadInput(f"{name}-batch", {name: x[:1]}, ValueError, rf"\b{name}\b.*B=2.*\[1, 2, 3, 7\]")
-        yield BadInput(f"{name}-groups", {name: torch.zeros(2, 4, 3, 7)}, ValueError, rf"\b{name}\b.*groups.*6 channels.*4")
+        yield BadInput(f"{name}-groups", {name: torch.zeros(2, 4, 3, 7)}, ValueError,
+                       rf"\b{name}\b.*groups.*6 channels.*4")
         yield BadInput(f"{name}-no-groups", {name: x[:, :0]}, ValueError, rf"\b{name}\b.*groups.*6 channels.*0")
         yield BadInput(f"{name}-complex", {name: x.to(torch.complex64)}, TypeError, rf"\b{name}\b.*float32.*complex64")
     yield BadInput("C-other-groups", {"C": torch.zeros(2, 3, 3, 7)}, ValueError, r"\bC\b.*2 groups.*3")
@@ -280,14 +292,18 @@ def _scan_bad_inputs() -> Iterable[BadInput]:
     yield BadInput("initial_state-type", {"initial_state": 0}, TypeError, "initial_state.*tensor.*int")
     yield BadInput("initial_state-rank", {"initial_state": state[0]}, ValueError, "initial_state.*3 axes")
     yield BadInput("initial_state-batch", {"initial_state": state[:1]}, ValueError, r"initial_state.*B=2.*\[1, 6, 3\]")
-    yield BadInput("initial_state-states", {"initial_state": state[..., :2]}, ValueError, r"initial_state.*N=3.*\[2, 6, 2\]")
+    yield BadInput("initial_state-states", {"initial_state": state[..., :2]}, ValueError,
+                   r"initial_state.*N=3.*\[2, 6, 2\]")
     yield BadInput("initial_state-dtype", {"initial_state": state.half()}, TypeError, "initial_state.*float32.*float16")
-    yield BadInput("initial_state-device", {"initial_state": state.to("meta")}, ValueError, "initial_state.*device.*meta")
-    yield BadInput("return_final_state-type", {"return_final_state": None}, TypeError, "return_final_state.*True or False.*None")
+    yield BadInput("initial_state-device", {"initial_state": state.to("meta")}, ValueError,
+                   "initial_state.*device.*meta")
+    yield BadInput("return_final_state-type", {"return_final_state": None}, TypeError,
+                   "return_final_state.*True or False.*None")
     yield BadInput("cu_seqlens-batch", {"cu_seqlens": torch.tensor([0, 7])}, ValueError, r"\bu\b.*batch 1.*\[2, 6, 7\]")
     packed = {n: good[n][:1] for n in ("u", "delta", "z", "B", "C")} | {"initial_state": None}
     yield from cu_seqlens_bad_inputs(packed, 7)
-    yield BadInput("initial_state-sequences", {**packed, "cu_seqlens": torch.tensor([0, 7]), "initial_state": state}, ValueError,
+    yield BadInput("initial_state-sequences", {**packed, "cu_seqlens": torch.tensor([0, 7]), "initial_state": state},
+                   ValueError,
                    r"initial_state.*sequences=1.*\[2, 6, 3\]")
 
 
@@ -307,13 +323,17 @@ SELECTIVE_SCAN = Description(
     peer=_scan_peer,
 )
 
-# ---- selective_scan_step -----------------------------------------------------------------------------------------------
+# ---- selective_scan_step
+# -----------------------------------------------------------------------------------------------
 
 
 def scan_step_case(name: str, *, batch: int, axes: tuple[int, ...], state: int = 16, groups: int | None = None,
-                   given: Sequence[str] = ("D", "z", "delta_bias"), indices: Sequence[int] | None = None, slots: int | None = None,
-                   tied: bool = False, wide: bool = False, strided_state: bool = False, delta_softplus: bool = True) -> Case:
-    """A step of x [B, *axes]; `tied` expands A, delta and the rest from one number per head; slots that no entry has are NaN."""
+                   given: Sequence[str] = ("D", "z", "delta_bias"), indices: Sequence[int] | None = None,
+                   slots: int | None = None,
+                   tied: bool = False, wide: bool = False, strided_state: bool = False,
+                   delta_softplus: bool = True) -> Case:
+    """A step of x [B, *axes]; `tied` expands A, delta and the rest from one number per head; slots that no entry has
+    are NaN."""
     slots = batch if slots is None else slots
 
     def make(dtype: torch.dtype, device: str) -> Sample:
@@ -325,7 +345,8 @@ def scan_step_case(name: str, *, batch: int, axes: tuple[int, ...], state: int =
 
         projection = (batch, state) if groups is None else (batch, groups, state)
         tensors = {"x": normal(name + "x", (batch, *axes)), "delta": per_head("delta", (batch,)),
-                   "A": -per_head("A", (), (state,)).abs(), "B": normal(name + "B", projection), "C": normal(name + "C", projection),
+                   "A": -per_head("A", (), (state,)).abs(), "B": normal(name + "B", projection),
+                   "C": normal(name + "C", projection),
                    "D": per_head("D"), "z": normal(name + "z", (batch, *axes)), "delta_bias": per_head("delta_bias")}
         args: dict[str, Any] = {}
         for n, x in tensors.items():
@@ -378,7 +399,8 @@ def _step_calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:
         x = x.unflatten(1, split)
         named |= {n: named[n].unflatten(1, split) for n in ("state", "delta", "z") if named[n] is not None}
         named |= {n: named[n].unflatten(0, split) for n in ("A", "D", "delta_bias") if named[n] is not None}
-    yield f"selective_scan_step_{backend}", (x, *named.values(), None if indices is None else indices.int(), args["delta_softplus"])
+    yield f"selective_scan_step_{backend}", (x, *named.values(), None if indices is None else indices.int(),
+                                             args["delta_softplus"])
 
 
 def _step_bad_inputs() -> Iterable[BadInput]:
@@ -395,7 +417,8 @@ def _step_bad_inputs() -> Iterable[BadInput]:
     for name in "BC":
         yield BadInput(f"{name}-rank", {name: good[name][0, 0]}, ValueError, rf"\b{name}\b.*3 axes.*\[3\]")
         yield BadInput(f"{name}-states", {name: good[name][..., :2]}, ValueError, rf"\b{name}\b.*N=3.*\[2, 2, 2\]")
-        yield BadInput(f"{name}-groups", {name: torch.zeros(2, 4, 3)}, ValueError, rf"\b{name}\b.*groups.*6 channels.*4")
+        yield BadInput(f"{name}-groups", {name: torch.zeros(2, 4, 3)}, ValueError,
+                       rf"\b{name}\b.*groups.*6 channels.*4")
     yield BadInput("C-other-groups", {"C": torch.zeros(2, 3, 3)}, ValueError, r"\bC\b.*2 groups.*3")
     for name in ("D", "delta_bias"):
         yield BadInput(f"{name}-channels", {name: good[name][:5]}, ValueError, rf"\b{name}\b.*D=6.*\[5\]")
@@ -403,7 +426,8 @@ def _step_bad_inputs() -> Iterable[BadInput]:
     yield BadInput("state-slots", {"state": good["state"][:1]}, ValueError, r"\bstate\b.*slots=2.*\[1, 6, 3\]")
     yield BadInput("state-states", {"state": good["state"][..., :2]}, ValueError, r"\bstate\b.*N=3.*\[2, 6, 2\]")
     for name, x in tensors.items():
-        yield BadInput(f"{name}-requires-grad", {name: x.clone().requires_grad_()}, RuntimeError, rf"\b{name}\b.*requires grad.*no_grad")
+        yield BadInput(f"{name}-requires-grad", {name: x.clone().requires_grad_()}, RuntimeError,
+                       rf"\b{name}\b.*requires grad.*no_grad")
     yield from state_indices_bad_inputs(good["state"])
 
 

@@ -1,4 +1,5 @@
-"""pykernels.nn.Mamba: mamba_ssm's layer from its formulas, one interface for all forms, what its backward pass keeps."""
+"""pykernels.nn.Mamba: mamba_ssm's layer from its formulas, one interface for all forms, what its backward pass
+keeps."""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ def test_packed_sequences_and_gradients(backend):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("recompute", (False, True))
 def test_what_is_cheap_is_computed_again_and_not_kept(recompute, dtype, monkeypatch):
-    """The convolution's result is gone after the forward pass, and the gradients are those of keeping it, to the bit."""
+    """The convolution's result is gone after the forward pass, and the gradients are those of keeping it, to the
+    bit."""
     outputs = []
 
     def convolve(*args, **options):

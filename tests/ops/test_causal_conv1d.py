@@ -29,7 +29,8 @@ def _inputs(device="cpu", dtype=torch.float32, batch=2, channels=19, length=45, 
     return [torch.randn(shape, dtype=torch.float64).to(device, dtype) for shape in shapes]
 
 
-# ---- The definition ----------------------------------------------------------------------------------------------------
+# ---- The definition
+# ----------------------------------------------------------------------------------------------------
 
 
 @on_all
@@ -37,14 +38,16 @@ def _inputs(device="cpu", dtype=torch.float32, batch=2, channels=19, length=45, 
 def test_by_hand(target, width):
     x, weight, bias, state = _inputs(target.device, channels=3, length=9, width=width)
     with target.active():
-        out, final = causal_conv1d(x, weight, bias=bias, initial_state=state, activation="silu", return_final_state=True,
+        out, final = causal_conv1d(x, weight, bias=bias, initial_state=state, activation="silu",
+                                   return_final_state=True,
                                    backend=target.backend)
     for b in range(2):
         for d in range(3):
             seen = state[b, d].tolist() + x[b, d].tolist()
             for t in range(9):
                 y = bias[d].item() + sum(weight[d, w].item() * seen[t + w] for w in range(width))
-                assert out[b, d, t].item() == pytest.approx(y * torch.sigmoid(torch.tensor(y)).item(), rel=1e-4, abs=1e-5)
+                assert out[b, d, t].item() == pytest.approx(y * torch.sigmoid(torch.tensor(y)).item(), rel=1e-4,
+                                                            abs=1e-5)
             assert final[b, d].tolist() == pytest.approx(seen[9:])
 
 
@@ -57,7 +60,8 @@ def test_is_torchs_depthwise_convolution(target):
     assert torch.allclose(out, expected, atol=1e-5)
 
 
-# ---- States and packing ------------------------------------------------------------------------------------------------
+# ---- States and packing
+# ------------------------------------------------------------------------------------------------
 
 
 @on_all
@@ -70,7 +74,8 @@ def test_two_halves_are_the_whole(target, dtype, split):
         whole, last = causal_conv1d(x, weight, initial_state=state, **options)
         first, middle = causal_conv1d(x[:, :, :split], weight, initial_state=state, **options)
         second, end = causal_conv1d(x[:, :, split:], weight, initial_state=middle, **options)
-    assert torch.allclose(torch.cat([first, second], dim=2).float(), whole.float(), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6)
+    assert torch.allclose(torch.cat([first, second], dim=2).float(), whole.float(),
+                          rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6)
     assert torch.equal(end, last)
 
 
@@ -82,7 +87,8 @@ def test_steps_continue_a_prefill(target, tokens):
     with target.active(), torch.no_grad():
         whole, last = causal_conv1d(x, weight, initial_state=state, return_final_state=True, **options)
         _, state = causal_conv1d(x[:, :, :30], weight, initial_state=state, return_final_state=True, **options)
-        outs = [causal_conv1d_step(x[:, :, t:t + tokens] if tokens > 1 else x[:, :, t], state, weight, **options).view(2, 19, -1)
+        outs = [causal_conv1d_step(x[:, :, t:t + tokens] if tokens > 1 else x[:, :, t], state, weight,
+                                   **options).view(2, 19, -1)
                 for t in range(30, 45, tokens)]
     assert torch.allclose(torch.cat(outs, dim=2), whole[:, :, 30:], rtol=1e-5, atol=1e-6)
     assert torch.equal(state, last)
@@ -90,12 +96,14 @@ def test_steps_continue_a_prefill(target, tokens):
 
 @on_compiled
 @settings(max_examples=20)
-@given(lengths=st.lists(st.integers(0, 60), max_size=5), width=st.integers(1, 9), channels=st.integers(1, 40), seed=st.integers(0, 99))
+@given(lengths=st.lists(st.integers(0, 60), max_size=5), width=st.integers(1, 9), channels=st.integers(1, 40),
+       seed=st.integers(0, 99))
 def test_packed_is_separate_sequences(target, lengths, width, channels, seed):
     torch.manual_seed(seed)
     total = sum(lengths)
     x = torch.randn(1, channels, total + 3, device=target.device)
-    weight, states = torch.randn(channels, width, device=target.device), torch.randn(len(lengths), channels, width - 1, device=target.device)
+    weight, states = torch.randn(channels, width, device=target.device), torch.randn(len(lengths), channels, width - 1,
+                                                                                     device=target.device)
     cu = torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], device=target.device)
     options = {"return_final_state": True, "backend": target.backend}
     with target.active():
@@ -118,7 +126,8 @@ def test_a_step_bumps_the_states_version_and_leaves_other_slots_alone():
         assert out[0].any() and not out[1].any()
 
 
-# ---- Derivatives -------------------------------------------------------------------------------------------------------
+# ---- Derivatives
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", [t for t in ON_CPU if t.backend == "cpu"], ids=str)
@@ -128,7 +137,8 @@ def test_gradcheck(target, width, activation):
     inputs = [x.requires_grad_() for x in _inputs(dtype=torch.float64, batch=2, channels=3, length=4, width=width)]
 
     def function(x, weight, bias, state):
-        return causal_conv1d(x, weight, bias=bias, initial_state=state, activation=activation, return_final_state=True, backend="cpu")
+        return causal_conv1d(x, weight, bias=bias, initial_state=state, activation=activation, return_final_state=True,
+                             backend="cpu")
 
     with target.active():
         assert torch.autograd.gradcheck(function, inputs)
@@ -141,7 +151,8 @@ def test_gradgradcheck(packed):
     state = torch.randn(3, 2, 2, dtype=torch.float64) if packed else state
 
     def function(x, weight, bias, state):
-        return causal_conv1d(x, weight, bias=bias, initial_state=state, activation="silu", return_final_state=True, cu_seqlens=cu,
+        return causal_conv1d(x, weight, bias=bias, initial_state=state, activation="silu", return_final_state=True,
+                             cu_seqlens=cu,
                              backend="cpu")
 
     assert torch.autograd.gradgradcheck(function, [t.requires_grad_() for t in (x, weight, bias, state)])
@@ -171,13 +182,16 @@ def test_func_grad(target):
     x, weight, _, _ = _inputs(target.device)
     with target.active():
         gradient = torch.func.grad(lambda x: causal_conv1d(x, weight, backend=target.backend).square().sum())(x)
-    assert torch.allclose(gradient, torch.func.grad(lambda x: causal_conv1d(x, weight, backend="reference").square().sum())(x), atol=1e-4)
+    assert torch.allclose(gradient, torch.func.grad(lambda x: causal_conv1d(x, weight,
+                                                                            backend="reference").square().sum())(x),
+                                                                            atol=1e-4)
 
 
 @on_compiled
 def test_compile_with_dynamic_shapes(target):
     def step(x, weight, bias, state):
-        out, final = causal_conv1d(x * 2, weight, bias=bias, initial_state=state, activation="silu", return_final_state=True,
+        out, final = causal_conv1d(x * 2, weight, bias=bias, initial_state=state, activation="silu",
+                                   return_final_state=True,
                                    backend=target.backend)
         return out.sin().sum() + final.sum()
 
@@ -199,14 +213,16 @@ def test_compile_with_dynamic_shapes(target):
 def test_compiled_steps_update_the_state(target):
     x, weight, bias, state = _inputs(length=1)
     torch._dynamo.reset()
-    step = torch.compile(lambda *args: causal_conv1d_step(*args, backend=target.backend), fullgraph=True, backend="aot_eager")
+    step = torch.compile(lambda *args: causal_conv1d_step(*args, backend=target.backend), fullgraph=True,
+                         backend="aot_eager")
     other = state.clone()
     with torch.no_grad():
         assert torch.equal(step(x, state, weight), causal_conv1d_step(x, other, weight, backend=target.backend))
     assert torch.equal(state, other) and torch.equal(state[..., -1:], x)
 
 
-# ---- Layouts, dtypes, limits -------------------------------------------------------------------------------------------
+# ---- Layouts, dtypes, limits
+# -------------------------------------------------------------------------------------------
 
 
 @on_compiled
@@ -255,7 +271,8 @@ def test_offsets_past_2_to_the_31_elements():
 def test_autocast_takes_the_lower_dtype(target):
     x, weight, bias, state = _inputs()
     with torch.autocast("cpu", torch.bfloat16):
-        out, final = causal_conv1d(x, weight, bias=bias, initial_state=state, return_final_state=True, backend=target.backend)
+        out, final = causal_conv1d(x, weight, bias=bias, initial_state=state, return_final_state=True,
+                                   backend=target.backend)
     assert out.dtype == final.dtype == torch.bfloat16
 
 
@@ -267,6 +284,7 @@ def test_any_shape(target, batch, channels, length, width, state, bias, silu, to
     from pykernels.testing import causal_conv1d as kit
 
     case = conv_case("any", batch=batch, channels=channels, length=length, width=width, state=state, bias=bias,
-                     layout=kit.token_first if token_first else kit.contiguous, **({"activation": "silu"} if silu else {}))
+                     layout=kit.token_first if token_first else kit.contiguous,
+                     **({"activation": "silu"} if silu else {}))
     errors = check(OP, case, torch.float32, target)
     assert all(error.ok for error in errors), "\n".join(map(str, errors))

@@ -24,7 +24,8 @@ on_native = pytest.mark.parametrize("target", NATIVE, ids=str)
 
 
 def _args(device="cpu", dtype=torch.float32, name="scan", **shape):
-    return dict(scan_case(name, **{"batch": 2, "channels": 21, "length": 90, "state": 5, **shape}).make(dtype, device).args)
+    return dict(scan_case(name, **{"batch": 2, "channels": 21, "length": 90, "state": 5, **shape}).make(dtype,
+                                                                                                        device).args)
 
 
 def _complex_args(dtype=torch.float64, B="token", C="token", batch=2, channels=6, length=11, state=3, packed=False):
@@ -36,12 +37,14 @@ def _complex_args(dtype=torch.float64, B="token", C="token", batch=2, channels=6
         return x.to({torch.float64: torch.complex128}.get(dtype, torch.complex64) if complex else dtype)
 
     def projection(kind):
-        shape = {"constant": (channels, state), "token": (batch, state, length), "group": (batch, 2, state, length)}[kind.split("-")[0]]
+        shape = {"constant": (channels, state), "token": (batch, state, length), "group": (batch, 2, state,
+                                                                                           length)}[kind.split("-")[0]]
         return normal(*shape, complex=not kind.endswith("real"))
 
     A = normal(channels, state, complex=True)
     args = {"u": normal(batch, channels, length), "delta": normal(batch, channels, length),
-            "A": torch.complex(-A.real.abs(), A.imag * 4), "B": projection(B), "C": projection(C), "D": normal(channels),
+            "A": torch.complex(-A.real.abs(), A.imag * 4), "B": projection(B), "C": projection(C),
+            "D": normal(channels),
             "z": normal(batch, channels, length), "delta_bias": normal(channels), "delta_softplus": True}
     sequences = batch
     if packed:
@@ -50,7 +53,8 @@ def _complex_args(dtype=torch.float64, B="token", C="token", batch=2, channels=6
     return args | {"initial_state": normal(sequences, channels, state, complex=True)}
 
 
-# ---- The definition ----------------------------------------------------------------------------------------------------
+# ---- The definition
+# ----------------------------------------------------------------------------------------------------
 
 
 @on_all
@@ -58,7 +62,8 @@ def _complex_args(dtype=torch.float64, B="token", C="token", batch=2, channels=6
 def test_by_hand(target, is_complex):
     if is_complex and target.backend not in ("reference", "cpu"):
         pytest.skip("complex A is served by the reference and cpu backends")
-    args = _complex_args(length=4, channels=2) if is_complex else _args(dtype=torch.float32, length=4, channels=2, state=3)
+    args = _complex_args(length=4, channels=2) if is_complex else _args(dtype=torch.float32, length=4, channels=2,
+                                                                        state=3)
     with target.active():
         out, final = selective_scan(**args, return_final_state=True, backend=target.backend)
     for b, d in itertools.product(range(2), range(2)):
@@ -66,7 +71,8 @@ def test_by_hand(target, is_complex):
         for t in range(4):
             dt = torch.nn.functional.softplus(args["delta"][b, d, t] + args["delta_bias"][d]).item()
             u = args["u"][b, d, t].item()
-            h = [torch.exp(dt * a).item() * x + dt * u * beta.item() for a, x, beta in zip(args["A"][d], h, args["B"][b, :, t])]
+            h = [torch.exp(dt * a).item() * x + dt * u * beta.item() for a, x, beta in zip(args["A"][d], h,
+                                                                                           args["B"][b, :, t])]
             y = sum(c.item() * x for c, x in zip(args["C"][b, :, t], h))
             y = (2 * y.real if is_complex else y) + args["D"][d].item() * u
             z = args["z"][b, d, t]
@@ -82,7 +88,8 @@ def _compare(actual, expected, tolerance):
 
 
 def _with_gradients(args, backend):
-    leaves = {n: x.detach().requires_grad_() for n, x in args.items() if isinstance(x, torch.Tensor) and n != "cu_seqlens"}
+    leaves = {n: x.detach().requires_grad_() for n, x in args.items() if isinstance(x,
+                                                                                    torch.Tensor) and n != "cu_seqlens"}
     out, final = selective_scan(**{**args, **leaves}, return_final_state=True, backend=backend)
     generator = torch.Generator().manual_seed(0)
     cotangents = [torch.randn(x.shape, dtype=x.dtype, generator=generator) for x in (out, final)]
@@ -91,7 +98,8 @@ def _with_gradients(args, backend):
 
 
 @on_native
-@pytest.mark.parametrize("B, C", (("token", "token"), ("constant", "group"), ("group", "constant"), ("token-real", "constant-real")))
+@pytest.mark.parametrize("B, C", (("token", "token"), ("constant", "group"), ("group", "constant"), ("token-real",
+                                                                                                     "constant-real")))
 @pytest.mark.parametrize("packed", (False, True))
 def test_complex_A(target, B, C, packed):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-5)):
@@ -105,7 +113,9 @@ def test_complex_A_with_fast_rotation(target):
     """Angles beyond what the vector sine reduces."""
     args = _complex_args(torch.float32, channels=18, length=20)
     args["A"] = torch.complex(args["A"].real * 1e-3, args["A"].imag.sign() * torch.logspace(0, 6, 18)[:, None])
-    exact = {n: x.to(torch.complex128 if x.is_complex() else torch.float64) if isinstance(x, torch.Tensor) else x for n, x in args.items()}
+    exact = {n: x.to(torch.complex128 if x.is_complex() else torch.float64) if isinstance(x,
+                                                                                          torch.Tensor) else x for n,
+                                                                                          x in args.items()}
     with target.active():
         out = selective_scan(**args, backend="cpu")
     reference = selective_scan(**exact, backend="reference")
@@ -122,11 +132,13 @@ def test_every_blocking_of_the_states(target, state):
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
 
 
-# ---- States and packing ------------------------------------------------------------------------------------------------
+# ---- States and packing
+# ------------------------------------------------------------------------------------------------
 
 
 def _slice(args, start, end):
-    return {n: x[..., start:end] if n in ("u", "delta", "z") or n in "BC" and x.dim() > 2 else x for n, x in args.items()}
+    return {n: x[..., start:end] if n in ("u", "delta", "z") or n in "BC" and x.dim() > 2 else x for n,
+            x in args.items()}
 
 
 @on_all
@@ -136,7 +148,8 @@ def test_two_halves_are_the_whole(target, split):
     with target.active():
         whole, last = selective_scan(**args, return_final_state=True, backend=target.backend)
         first, middle = selective_scan(**_slice(args, 0, split), return_final_state=True, backend=target.backend)
-        second, end = selective_scan(**{**_slice(args, split, 90), "initial_state": middle}, return_final_state=True, backend=target.backend)
+        second, end = selective_scan(**{**_slice(args, split, 90), "initial_state": middle}, return_final_state=True,
+                                     backend=target.backend)
     assert torch.allclose(torch.cat([first, second], dim=2), whole, rtol=1e-5, atol=1e-6)
     assert torch.allclose(end, last, rtol=1e-5, atol=1e-6)
 
@@ -164,24 +177,28 @@ def test_complex_steps_continue_a_prefill(target):
         whole, last = selective_scan(**args, return_final_state=True)
         state = args["initial_state"].clone()
         for t in range(8):
-            now = {n: x[..., t] if n in ("delta", "z", "B", "C") else x for n, x in args.items() if n not in ("u", "initial_state")}
+            now = {n: x[..., t] if n in ("delta", "z", "B", "C") else x for n, x in args.items() if n not in ("u",
+                                                                                                              "initial_state")}
             assert torch.allclose(selective_scan_step(args["u"][..., t], state, **now), whole[..., t])
     assert torch.allclose(state, last)
 
 
 @on_compiled
 @settings(max_examples=15)
-@given(lengths=st.lists(st.integers(0, 140), max_size=5), channels=st.integers(1, 40), state=st.integers(1, 20), seed=st.integers(0, 99))
+@given(lengths=st.lists(st.integers(0, 140), max_size=5), channels=st.integers(1, 40), state=st.integers(1, 20),
+       seed=st.integers(0, 99))
 def test_packed_is_separate_sequences(target, lengths, channels, state, seed):
     total = sum(lengths)
-    args = _args(target.device, batch=1, channels=channels, state=state, length=total + 3, name=f"packed-{seed}", lengths=lengths)
+    args = _args(target.device, batch=1, channels=channels, state=state, length=total + 3, name=f"packed-{seed}",
+                 lengths=lengths)
     cu = args.pop("cu_seqlens").tolist()
     states = args.pop("initial_state")
     with target.active():
         out, final = selective_scan(**args, initial_state=states, cu_seqlens=torch.tensor(cu, device=target.device),
                                     return_final_state=True, backend=target.backend)
         for s, (start, end) in enumerate(zip(cu, cu[1:])):
-            alone, last = selective_scan(**_slice(args, start, end), initial_state=states[s:s + 1], return_final_state=True,
+            alone, last = selective_scan(**_slice(args, start, end), initial_state=states[s:s + 1],
+                                         return_final_state=True,
                                          backend=target.backend)
             assert torch.equal(out[..., start:end], alone) and torch.equal(final[s:s + 1], last)
     assert not out[..., total:].any()
@@ -197,7 +214,8 @@ def test_a_step_bumps_the_states_version_and_leaves_other_slots_alone():
     assert out[0].any() and not out[1].any()
 
 
-# ---- Derivatives -------------------------------------------------------------------------------------------------------
+# ---- Derivatives
+# -------------------------------------------------------------------------------------------------------
 
 
 def _check_gradients(checker, args, backend, **options):
@@ -210,11 +228,13 @@ def _check_gradients(checker, args, backend, **options):
 
 
 @pytest.mark.parametrize("isa", _library.machine_isas())
-@pytest.mark.parametrize("B, C", (("constant", "constant"), ("constant", "token"), ("token", "constant"), ("token", "token"),
+@pytest.mark.parametrize("B, C", (("constant", "constant"), ("constant", "token"), ("token", "constant"), ("token",
+                                                                                                           "token"),
                                   ("group", "group"), ("group", "constant")))
 def test_gradcheck(isa, B, C):
     with use_isa(isa):
-        _check_gradients(torch.autograd.gradcheck, _args(dtype=torch.float64, channels=4, length=3, state=2, B=B, C=C), "cpu", fast_mode=True)
+        _check_gradients(torch.autograd.gradcheck, _args(dtype=torch.float64, channels=4, length=3, state=2, B=B, C=C),
+                         "cpu", fast_mode=True)
 
 
 @pytest.mark.parametrize("packed", (False, True))
@@ -290,7 +310,8 @@ def test_compile_complex(target):
             torch.testing.assert_close(ours, theirs)
 
 
-# ---- Layouts, limits, memory -------------------------------------------------------------------------------------------
+# ---- Layouts, limits, memory
+# -------------------------------------------------------------------------------------------
 
 
 @on_native
@@ -327,14 +348,16 @@ def test_memory_is_linear_and_small():
     """Forward takes its output, backward the gradients and the states of chunks: nothing of size D L N."""
     channels, length, state = 64, 4096, 64
     u = torch.randn(1, channels, length)
-    args = {"u": u, "delta": torch.rand_like(u) * 0.1, "A": -torch.rand(channels, state), "B": torch.randn(1, state, length),
+    args = {"u": u, "delta": torch.rand_like(u) * 0.1, "A": -torch.rand(channels, state), "B": torch.randn(1, state,
+                                                                                                           length),
             "C": torch.randn(1, state, length)}
     allocated = []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             result = function(*arguments, **(keywords or {}))
-            allocated.extend(x.numel() for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, torch.Tensor))
+            allocated.extend(x.numel() for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x,
+                                                                                                                   torch.Tensor))
             return result
 
     with Sizes():
@@ -351,7 +374,8 @@ def test_linear_in_the_length():
     A = -torch.rand(3, 4) - 0.1
     out, last = selective_scan(u, delta, A, B, C, delta_softplus=True, return_final_state=True)
     half = length // 2
-    first, middle = selective_scan(u[..., :half], delta[..., :half], A, B[..., :half], C[..., :half], delta_softplus=True,
+    first, middle = selective_scan(u[..., :half], delta[..., :half], A, B[..., :half], C[..., :half],
+                                   delta_softplus=True,
                                    return_final_state=True)
     second, end = selective_scan(u[..., half:], delta[..., half:], A, B[..., half:], C[..., half:], delta_softplus=True,
                                  initial_state=middle, return_final_state=True)

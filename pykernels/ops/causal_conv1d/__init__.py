@@ -20,7 +20,13 @@ def _any(query: Query) -> str | None:
     return None
 
 
-OP = Op("causal_conv1d", {"cpu": _any, "reference": _any})
+def _triton(query: Query) -> str | None:
+    if query.dtype == torch.float64:
+        return "the Triton kernels compute in float32"
+    return None
+
+
+OP = Op("causal_conv1d", {"triton": _triton, "cpu": _any, "reference": _any})
 
 
 def _check_parameters(x: Tensor, weight: object, bias: object, activation: object) -> bool:
@@ -42,7 +48,8 @@ def _check_parameters(x: Tensor, weight: object, bias: object, activation: objec
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, activation: str | None = None,
-                  initial_state: Tensor | None = None, return_final_state: bool = False, cu_seqlens: Tensor | None = None,
+                  initial_state: Tensor | None = None, return_final_state: bool = False,
+                  cu_seqlens: Tensor | None = None,
                   backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
     r"""Convolves each channel with its own filter along time; token t sees tokens t - W + 1 to t.
 
@@ -50,16 +57,16 @@ def causal_conv1d(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, acti
         out_{d,t} = \mathrm{act}\Big(bias_d + \sum_{w=0}^{W-1} weight_{d,w}\, x_{d,\,t-W+1+w}\Big)
 
     Args:
-        x: [B, D, L], float32, bfloat16, float16, or float64 on the CPU. Any strides: both [B, D, L] and [B, L, D] in memory are
-            read without a copy, and the output is laid out as x is.
+        x: [B, D, L], float32, bfloat16, float16, or float64 on the CPU. Any strides: both [B, D, L] and [B, L, D] in
+            memory are read without a copy, and the output is laid out as x is.
         weight: [D, W], any W >= 1, x's dtype or float32; the last tap is the current token's.
         bias: [D], x's dtype or float32.
         activation: None or "silu".
-        initial_state: the W - 1 inputs before x, oldest first: [B, D, W - 1], [sequences, D, W - 1] when packed; x's dtype. None
-            is zeros.
+        initial_state: the W - 1 inputs before x, oldest first: [B, D, W - 1], [sequences, D, W - 1] when packed; x's
+            dtype. None is zeros.
         return_final_state: also return the last W - 1 inputs (of initial_state and x together), to go on from.
-        cu_seqlens: int32 or int64 [sequences + 1], token offsets of the sequences packed along L (then B is 1), starting at 0.
-            No sequence sees another. Tokens after the last offset belong to none and give zeros.
+        cu_seqlens: int32 or int64 [sequences + 1], token offsets of the sequences packed along L (then B is 1),
+            starting at 0. No sequence sees another. Tokens after the last offset belong to none and give zeros.
         backend: "auto", "cpu", "triton", "cuda" or "reference" (see pykernels.backends).
 
     Returns:
@@ -94,7 +101,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, acti
         _checks.same_device("initial_state", initial_state, "x", x)
     options = {"varlen": cu_seqlens is not None, "initial_state": initial_state is not None}
     grad = followed(x, weight, bias, initial_state)
-    query = Query(device, x.dtype, {"width": weight.shape[1]}, frozenset(name for name, on in options.items() if on), grad)
+    query = Query(device, x.dtype, {"width": weight.shape[1]}, frozenset(name for name, on in options.items() if on),
+                  grad)
     chosen = resolve(OP, query, backend)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = weight.to(compute), None if bias is None else bias.to(compute)
@@ -108,17 +116,18 @@ def causal_conv1d(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, acti
     return (out, final_state) if return_final_state else out
 
 
-def causal_conv1d_step(x: Tensor, state: Tensor, weight: Tensor, *, bias: Tensor | None = None, activation: str | None = None,
+def causal_conv1d_step(x: Tensor, state: Tensor, weight: Tensor, *, bias: Tensor | None = None,
+                       activation: str | None = None,
                        state_indices: Tensor | None = None, backend: str = "auto") -> Tensor:
     """One step of generation: convolves new tokens against the state of `causal_conv1d` and updates it in place.
 
     Args:
         x: [B, D], or [B, D, T] for a few tokens at once.
-        state: the last W - 1 inputs of each channel [B, D, W - 1], [slots, D, W - 1] with state_indices; x's dtype, any strides.
-            Overwritten.
+        state: the last W - 1 inputs of each channel [B, D, W - 1], [slots, D, W - 1] with state_indices; x's dtype, any
+            strides. Overwritten.
         weight, bias, activation: as in `causal_conv1d`.
-        state_indices: int32 or int64 [B], the slot of each batch entry, no slot twice; -1 marks padding, whose output is zero
-            and which touches no state.
+        state_indices: int32 or int64 [B], the slot of each batch entry, no slot twice; -1 marks padding, whose output
+            is zero and which touches no state.
         backend: as in `causal_conv1d`.
 
     Returns:
@@ -126,7 +135,8 @@ def causal_conv1d_step(x: Tensor, state: Tensor, weight: Tensor, *, bias: Tensor
 
     Raises:
         TypeError, ValueError: as in `causal_conv1d`; nothing is written.
-        RuntimeError: grad mode is on and an input requires grad: this function is for inference, its state is overwritten.
+        RuntimeError: grad mode is on and an input requires grad: this function is for inference, its state is
+            overwritten.
         BackendUnavailable: the backend asked for can't serve this call.
     """
     if not isinstance(x, Tensor) or x.dim() not in (2, 3):
@@ -137,7 +147,8 @@ def causal_conv1d_step(x: Tensor, state: Tensor, weight: Tensor, *, bias: Tensor
     _checks.tensor("state", state, "slots D W-1")
     _checks.same_dtype("state", state, "x", x)
     _checks.same_device("state", state, "x", x)
-    _checks.shape("state", state, {"slots": batch if state_indices is None else None, "D": channels, "W-1": weight.shape[1] - 1})
+    _checks.shape("state", state, {"slots": batch if state_indices is None else None, "D": channels,
+                                   "W-1": weight.shape[1] - 1})
     if state_indices is not None:
         state_indices = _checks.state_indices("state_indices", state_indices, batch, state.shape[0], x.device)
     _checks.inference("causal_conv1d_step", "causal_conv1d", x=x, state=state, weight=weight, bias=bias)
@@ -146,5 +157,6 @@ def causal_conv1d_step(x: Tensor, state: Tensor, weight: Tensor, *, bias: Tensor
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = weight.to(compute), None if bias is None else bias.to(compute)
     arguments = tokens, state, weight, bias, state_indices, silu
-    out = reference.causal_conv1d_step(*arguments) if chosen == "reference" else registration.run("step", chosen, *arguments)
+    out = reference.causal_conv1d_step(*arguments) if chosen == "reference" else registration.run("step", chosen,
+                                                                                                  *arguments)
     return out if x.dim() == 3 else out[..., 0]

@@ -1,6 +1,7 @@
 """The definition of the causal depthwise convolution: plain differentiable PyTorch, exact in float64.
 
-With e the sequence that starts with the initial state (zeros without one) and goes on with x, so that e has W - 1 + L entries:
+With e the sequence that starts with the initial state (zeros without one) and goes on with x, so that e has W - 1 + L
+entries:
 
     out[d, t] = act(bias[d] + sum_{w < W} weight[d, w] e[d, t + w])         final_state[d, j] = e[d, L + j],  j < W - 1
 
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _sequence(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+def _sequence(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None,
+              silu: bool) -> tuple[Tensor, Tensor]:
     """x [B, D, L], weight [D, W], initial_state [B, D, W - 1] -> out [B, D, L], final_state [B, D, W - 1]."""
     batch, channels, length = x.shape
     width = weight.shape[1]
@@ -31,7 +33,8 @@ def _sequence(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Ten
     return out.to(x.dtype), e[:, :, length:].clone()
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None,
+                  cu_seqlens: Tensor | None,
                   silu: bool) -> tuple[Tensor, Tensor]:
     """-> (out, final_state), sequence by sequence when packed; tokens of no sequence give zeros."""
     if cu_seqlens is None:
@@ -41,7 +44,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state:
     out, state = _sequence(x[:, :, :0], weight, bias, None, silu)
     outs, states = [out], [state[:0] if initial_state is None else initial_state[:0]]
     for s, (start, end) in enumerate(zip(ends, ends[1:])):
-        out, state = _sequence(x[:, :, start:end], weight, bias, None if initial_state is None else initial_state[s:s + 1], silu)
+        out, state = _sequence(x[:, :, start:end], weight, bias,
+                               None if initial_state is None else initial_state[s:s + 1], silu)
         outs.append(out)
         states.append(state)
     outs.append(x[:, :, ends[-1]:] * 0)

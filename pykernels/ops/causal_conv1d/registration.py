@@ -50,10 +50,23 @@ def _fake_step(x, state, weight, bias, state_indices, silu):
 
 _FAKES = {"fwd": _fake_fwd, "bwd": _fake_bwd, "step": _fake_step}
 
-if _library.error() is None:
-    for _part, _fake in _FAKES.items():
+
+
+def _triton(part: str):
+    def run(*args):
+        from . import triton  # at the first call: importing Triton takes a second, and it may not be installed
+
+        return getattr(triton, part)(*args)
+
+    return run
+
+
+for _part, _fake in _FAKES.items():
+    _dispatch.define(f"causal_conv1d_{_part}_triton", SCHEMAS[_part], _triton(_part), _fake)
+    if _library.error() is None:
         _dispatch.register_fake(f"causal_conv1d_{_part}_cpu", _fake)
-    _dispatch.bump_versions("causal_conv1d_step_cpu", (1,))
+for _backend in ("triton", "cpu") if _library.error() is None else ("triton",):
+    _dispatch.bump_versions(f"causal_conv1d_step_{_backend}", (1,))
 
 
 def run(part: str, backend: str, *args):
@@ -85,7 +98,8 @@ class _Backward(torch.autograd.Function):
 
 
 class CausalConv1d(torch.autograd.Function):
-    """causal_conv1d on a compiled backend -> (out, final_state), both differentiable. weight and bias in the compute dtype."""
+    """causal_conv1d on a compiled backend -> (out, final_state), both differentiable. weight and bias in the compute
+    dtype."""
 
     @staticmethod
     def forward(x, weight, bias, initial_state, cu_seqlens, silu, backend):

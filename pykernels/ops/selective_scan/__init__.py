@@ -22,7 +22,15 @@ def _any(query: Query) -> str | None:
     return None
 
 
-OP = Op("selective_scan", {"cpu": _any, "reference": _any})
+def _triton(query: Query) -> str | None:
+    if query.dtype == torch.float64:
+        return "the Triton kernels compute in float32"
+    if "complex" in query.options:
+        return "the Triton kernels take a real A"
+    return None
+
+
+OP = Op("selective_scan", {"triton": _triton, "cpu": _any, "reference": _any})
 
 
 def _compute(dtype: torch.dtype) -> torch.dtype:
@@ -58,7 +66,8 @@ def _to_compute(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _projection(x: Tensor, u: Tensor, state: torch.dtype) -> Tensor:
-    """B or C as the backends take it: float32 or u's dtype (float64 beside float64) per token, else the states' dtype."""
+    """B or C as the backends take it: float32 or u's dtype (float64 beside float64) per token, else the states'
+    dtype."""
     if state.is_complex or x.dim() == 2 or u.dtype == torch.float64:
         x = x.to(state)
     return x[:, None] if x.dim() == 3 else x
@@ -71,7 +80,8 @@ def _split(x: Tensor | None, axis: int, groups: int) -> Tensor | None:
     return x.unsqueeze(axis) if groups == 1 else x.unflatten(axis, (groups, x.shape[axis] // groups))
 
 
-def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor | None = None, z: Tensor | None = None,
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor | None = None,
+                   z: Tensor | None = None,
                    delta_bias: Tensor | None = None, delta_softplus: bool = False, initial_state: Tensor | None = None,
                    return_final_state: bool = False, cu_seqlens: Tensor | None = None,
                    backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
@@ -85,19 +95,20 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
     Args:
         u: [B, D, L], float32, bfloat16, float16, or float64 on the CPU; any strides, the output is laid out as u is.
         delta: time steps [B, D, L], u's dtype or float32.
-        A: [D, N] with N from 1 to 256, u's dtype or float32; or complex64 (complex128 beside float64), on the reference and cpu
-            backends. Then C . h above reads 2 Re(C . h).
-        B: constant [D, N], per token [B, N, L], or per token in groups [B, G, N, L], where channel d reads group d // (D // G);
-            u's dtype or float32, or A's if complex.
+        A: [D, N] with N from 1 to 256, u's dtype or float32; or complex64 (complex128 beside float64), on the reference
+            and cpu backends. Then C . h above reads 2 Re(C . h).
+        B: constant [D, N], per token [B, N, L], or per token in groups [B, G, N, L], where channel d reads group d //
+            (D // G); u's dtype or float32, or A's if complex.
         C: the same choices, independently; the numbers of groups must agree.
         D: skip weights [D], u's dtype or float32.
         z: gate [B, D, L], u's dtype; None for no gate.
         delta_bias: [D], u's dtype or float32.
         delta_softplus: apply softplus to delta + delta_bias (the identity above 20).
-        initial_state: [B, D, N], [sequences, D, N] when packed; float32, float64 beside float64, complex if A is. None is zeros.
+        initial_state: [B, D, N], [sequences, D, N] when packed; float32, float64 beside float64, complex if A is. None
+            is zeros.
         return_final_state: also return the state after the last token, to go on from.
-        cu_seqlens: int32 or int64 [sequences + 1], token offsets of the sequences packed along L (then the batch is 1), starting
-            at 0; each starts from its own state. Tokens after the last offset belong to none and give zeros.
+        cu_seqlens: int32 or int64 [sequences + 1], token offsets of the sequences packed along L (then the batch is 1),
+            starting at 0; each starts from its own state. Tokens after the last offset belong to none and give zeros.
         backend: "auto", "cpu", "triton", "cuda" or "reference" (see pykernels.backends).
 
     Returns:
@@ -107,8 +118,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
         BackendUnavailable: the backend asked for can't serve this call.
 
-    Derivatives of first and second order exist with respect to every tensor but cu_seqlens (through out and final_state); the
-    second in eager mode only, computed by the reference.
+    Derivatives of first and second order exist with respect to every tensor but cu_seqlens (through out and
+    final_state); the second in eager mode only, computed by the reference.
 
     Source: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces (arXiv:2312.00752).
     """
@@ -186,23 +197,25 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
     return (out, final_state) if return_final_state else out
 
 
-def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor | None = None,
+def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
+                        D: Tensor | None = None,
                         z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
                         state_indices: Tensor | None = None, backend: str = "auto") -> Tensor:
     """One token of generation: advances the state of `selective_scan` in place and returns the token's output.
 
     Args:
         x: [B, D], or in heads [B, H, P] as Mamba-2 has them; float32, bfloat16, float16, or float64 on the CPU.
-        state: [B, D, N] or [B, H, P, N], [slots, ...] with state_indices; float32 (float64 beside float64), complex if A is; any
-            strides. Overwritten.
+        state: [B, D, N] or [B, H, P, N], [slots, ...] with state_indices; float32 (float64 beside float64), complex if
+            A is; any strides. Overwritten.
         delta: as x, x's dtype or float32.
-        A: [D, N] or [H, P, N], which may be expanded from one number per head. Dtypes as in `selective_scan`, here and below.
+        A: [D, N] or [H, P, N], which may be expanded from one number per head. Dtypes as in `selective_scan`, here and
+            below.
         B, C: [B, N] or [B, G, N]; channel d reads group d // (D // G), head h group h // (H // G).
         D, delta_bias: [D] or [H, P].
         z: as x.
         delta_softplus: as in `selective_scan`.
-        state_indices: int32 or int64 [B], the slot of each batch entry, no slot twice; -1 marks padding, whose output is zero
-            and which touches no state.
+        state_indices: int32 or int64 [B], the slot of each batch entry, no slot twice; -1 marks padding, whose output
+            is zero and which touches no state.
         backend: as in `selective_scan`.
 
     Returns:
@@ -210,7 +223,8 @@ def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: T
 
     Raises:
         TypeError, ValueError: as in `selective_scan`; nothing is written.
-        RuntimeError: grad mode is on and an input requires grad: this function is for inference, its state is overwritten.
+        RuntimeError: grad mode is on and an input requires grad: this function is for inference, its state is
+            overwritten.
         BackendUnavailable: the backend asked for can't serve this call.
     """
     if not isinstance(x, Tensor) or x.dim() not in (2, 3):

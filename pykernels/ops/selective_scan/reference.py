@@ -1,6 +1,7 @@
 """The definition of the selective scan: plain differentiable PyTorch, one token after another, exact in float64.
 
-Per batch entry and channel d, with dt_t = softplus(delta_t + delta_bias) (the identity above 20), or delta_t + delta_bias:
+Per batch entry and channel d, with dt_t = softplus(delta_t + delta_bias) (the identity above 20), or delta_t +
+delta_bias:
 
     h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t                      [N], from the initial state (zeros without one)
     y_t = C_t . h_t + D u_t                                       2 Re(C_t . h_t) + D u_t for complex A
@@ -70,7 +71,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     outs, states = [u[..., :0] * 1], [(A * 1)[None, :][:0] if initial_state is None else initial_state[:0]]
     for s, (start, end) in enumerate(zip(ends, ends[1:])):
         out, state = _sequence(u[..., start:end], delta[..., start:end], A, _per_channel(B, channels, start, end),
-                               _per_channel(C, channels, start, end), D, None if z is None else z[..., start:end], delta_bias,
+                               _per_channel(C, channels, start, end), D, None if z is None else z[..., start:end],
+                               delta_bias,
                                None if initial_state is None else initial_state[s:s + 1], softplus)
         outs.append(out)
         states.append(state)
@@ -79,8 +81,10 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 
 def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-                        z: Tensor | None, delta_bias: Tensor | None, state_indices: Tensor | None, softplus: bool) -> Tensor:
-    """x, delta, z [B, H, P] against state [slots, H, P, N], in place; A [H, P, N], B and C [B, G, N], D and delta_bias [H, P].
+                        z: Tensor | None, delta_bias: Tensor | None, state_indices: Tensor | None,
+                        softplus: bool) -> Tensor:
+    """x, delta, z [B, H, P] against state [slots, H, P, N], in place; A [H, P, N], B and C [B, G, N], D and delta_bias
+    [H, P].
 
     Entries whose index is outside [0, slots) are padding.
     """
@@ -92,7 +96,8 @@ def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: T
         entry = slice(b, b + 1)
         if 0 <= slot < state.shape[0]:
             tokens = [None if y is None else y[entry].flatten(1)[..., None] for y in (x, delta, z)]
-            out, new = selective_scan(tokens[0], tokens[1], A, B[entry, ..., None], C[entry, ..., None], D, tokens[2], delta_bias,
+            out, new = selective_scan(tokens[0], tokens[1], A, B[entry, ..., None], C[entry, ..., None], D, tokens[2],
+                                      delta_bias,
                                       state[slot].reshape(1, heads * channels, n), None, softplus)
             state[slot] = new.view(heads, channels, n)
             outs.append(out.view(1, heads, channels))

@@ -1,7 +1,7 @@
 """The selective scan as PyTorch ops: fakes, and autograd around whichever backend runs.
 
-Each backend has its own ops, `selective_scan_{fwd,bwd,step}_<backend>`, with one schema for all. They take complex tensors as
-real ones with a last axis of 2. What chunk_states holds is the backend's own affair.
+Each backend has its own ops, `selective_scan_{fwd,bwd,step}_<backend>`, with one schema for all. They take complex
+tensors as real ones with a last axis of 2. What chunk_states holds is the backend's own affair.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ def _fake_fwd(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, de
     chunks = u.shape[2] // CHUNK
     chunks = u.shape[0] * (chunks + 1) if cu_seqlens is None else chunks + cu_seqlens.shape[0]
     rows = A.shape[1] * (2 if A.dim() == 3 else 1)
-    return (empty_like_layout(u), _states(u, A, cu_seqlens), A.new_empty(chunks if keep_states else 0, rows, A.shape[0]))
+    return (empty_like_layout(u), _states(u, A, cu_seqlens), A.new_empty(chunks if keep_states else 0, rows,
+                                                                         A.shape[0]))
 
 
-def _fake_bwd(dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, chunk_states):
+def _fake_bwd(dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus,
+              chunk_states):
     states = _states(u, A, cu_seqlens)
-    return (empty_like_layout(u), empty_like_layout(delta), A.new_empty(A.shape), A.new_empty(B.shape), A.new_empty(C.shape),
+    return (empty_like_layout(u), empty_like_layout(delta), A.new_empty(A.shape), A.new_empty(B.shape),
+            A.new_empty(C.shape),
             A.new_empty(0 if D is None else A.shape[0]), u.new_empty(0) if z is None else empty_like_layout(z),
             A.new_empty(0 if delta_bias is None else A.shape[0]),
             states.new_empty(0, *A.shape) if initial_state is None else states)
@@ -58,10 +61,23 @@ def _fake_step(x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_
 
 _FAKES = {"fwd": _fake_fwd, "bwd": _fake_bwd, "step": _fake_step}
 
-if _library.error() is None:
-    for _part, _fake in _FAKES.items():
+
+
+def _triton(part: str):
+    def run(*args):
+        from . import triton  # at the first call: importing Triton takes a second, and it may not be installed
+
+        return getattr(triton, part)(*args)
+
+    return run
+
+
+for _part, _fake in _FAKES.items():
+    _dispatch.define(f"selective_scan_{_part}_triton", SCHEMAS[_part], _triton(_part), _fake)
+    if _library.error() is None:
         _dispatch.register_fake(f"selective_scan_{_part}_cpu", _fake)
-    _dispatch.bump_versions("selective_scan_step_cpu", (1,))
+for _backend in ("triton", "cpu") if _library.error() is None else ("triton",):
+    _dispatch.bump_versions(f"selective_scan_step_{_backend}", (1,))
 
 
 def run(part: str, backend: str, *args):
@@ -112,7 +128,8 @@ class _Backward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *upstream):
         dout, dfinal_state, *primals, cu_seqlens = ctx.saved_tensors
-        cotangents, primals = second_derivative(lambda *p: reference.selective_scan(*p, cu_seqlens, ctx.delta_softplus), primals,
+        cotangents, primals = second_derivative(lambda *p: reference.selective_scan(*p, cu_seqlens,
+                                                                                    ctx.delta_softplus), primals,
                                                 (dout, dfinal_state), upstream)
         return *cotangents, *primals, None, None, None, None
 
