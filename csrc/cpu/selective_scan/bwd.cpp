@@ -59,12 +59,43 @@ __attribute__((noinline)) void recompute(int64_t count, const S* dt, const S* ra
   }
 }
 
+// A sum over many tokens, as two numbers: `low` keeps what each addition rounds off. (Terms of either sign leave a small sum
+// of large ones, which plain addition in order would blur.)
+template <class S>
+struct Total {
+  S *sum, *low;
+  PYKERNELS_INLINE void add(int64_t i, Vec<S> x) const {
+    const Vec<S> before = load(sum + i), after = before + x, added = after - before;
+    store(low + i, load(low + i) + ((before - (after - added)) + (x - added)));
+    store(sum + i, after);
+  }
+  template <int P>
+  PYKERNELS_INLINE void add(int64_t i, Number<S, P> x) const {
+    add(i, x.re);
+    if constexpr (P == 2) add(i + kLanes<S>, x.im);
+  }
+  void clear(int64_t n) const {
+    fill(sum, n);
+    fill(low, n);
+  }
+  // Leaves all of it in `sum`. Where that is infinite, `low` is NaN.
+  void finish(int64_t n) const {
+    for (int64_t i = 0; i < n; i += kLanes<S>) {
+      const Vec<S> rest = load(low + i);
+      store(sum + i, load(sum + i) + (Vec<S>)((Mask<S>)rest & (rest == rest)));
+    }
+  }
+  Total from(int64_t i) const { return {sum + i, low + i}; }
+};
+constexpr int64_t kGroup = 16;  // tokens that are summed in a register first
+
 // Where one block's part of the adjoint goes.
 template <class S>
 struct Adjoint {
   S* carry;  // [n]: conj(a) g of the token after the chunk; of its first token on return
-  S* dA;     // [n], added to
-  S* dB;     // added to: [t][n][part][lane], or [n] of the chunk when constant; rows b_row apart
+  Total<S> dA;
+  Total<S> dB_total, dC_total;  // where B and C are constant
+  S* dB;  // added to: [t][n][part][lane], or when constant [n] of a group of tokens; rows b_row apart
   S* dC;
   int64_t b_row, c_row;
   S* ddtu;  // [t], added to: Re(conj(B) g)
@@ -104,13 +135,23 @@ __attribute__((noinline)) void adjoint_block(int64_t count, const S* dt, const S
     }
     store(out.ddtu + t * lanes, load(out.ddtu + t * lanes) + (ddtu[0] + ddtu[1]));
     store(out.ddt + t * lanes, load(out.ddt + t * lanes) + (ddt[0] + ddt[1]));
+    if (t % kGroup != 0) continue;
+#pragma GCC unroll 16
+    for (int n = 0; n < Block; ++n) {
+      out.dA.template add<P>(n * step, dA[n]);
+      dA[n] = Number<S, P>{};
+      if constexpr (BConstant) {
+        out.dB_total.template add<P>(n * step, load_number<S, P>(dB + n * step));
+        store_number<S, P>(dB + n * step, Number<S, P>{});
+      }
+      if constexpr (CConstant) {
+        out.dC_total.template add<P>(n * step, load_number<S, P>(dC + n * step));
+        store_number<S, P>(dC + n * step, Number<S, P>{});
+      }
+    }
   }
 #pragma GCC unroll 16
-  for (int n = 0; n < Block; ++n) {
-    store_number<S, P>(out.carry + n * step, carry[n]);
-    // The chunk's sum first, then the total: fewer roundings than token by token.
-    store_number<S, P>(out.dA + n * step, add<S, P>(load_number<S, P>(out.dA + n * step), dA[n]));
-  }
+  for (int n = 0; n < Block; ++n) store_number<S, P>(out.carry + n * step, carry[n]);
 }
 
 // dst[i] = the sum over lanes of src[i], for i < n; dst has room for whole vectors.
@@ -186,22 +227,27 @@ struct Backward {
     const SelectiveScanParams& f;
     // Per tile of the task.
     struct State {
-      S *a, *carry, *dA, *b, *c, *dB, *dC, *dD, *ddelta_bias;
+      S *a, *carry, *b, *c;
+      Total<S> dA, dB, dC, dD, ddelta_bias;  // dB, dC: where constant
     } state[kTiles];
     // Of a chunk and tile, [t][lane]; slope is softplus's, gate is sigmoid(z).
     S *u, *slope, *dt, *rate, *dtu, *dout, *z, *gate, *dy, *y, *ddtu, *ddt;
     S *start;                    // [n]
     S *h, *a;                    // of a block over a chunk
-    S *b, *c, *dB_sum, *dC_sum;  // of a chunk; the sums [t][n][part][lane], or [n][part][lane] when constant
+    S *b, *c, *dB_sum, *dC_sum;  // of a chunk; the sums [t][n][part][lane], or [n][part][lane] of a group when constant
     S* sums;                     // of a chunk: dB_sum or dC_sum over lanes, [t][n][part]
 
     Worker(const Backward& w, Scratch& scratch) : w(w), p(w.p), f(w.f) {
       const int64_t of_states = w.rows * lanes, of_tokens = kChunk * lanes;
       for (State& s : state) {
-        for (S** x : {&s.a, &s.carry, &s.dA}) *x = scratch.take<S>(of_states);
-        for (S** x : {&s.b, &s.dB}) *x = BConstant ? scratch.take<S>(of_states) : nullptr;
-        for (S** x : {&s.c, &s.dC}) *x = CConstant ? scratch.take<S>(of_states) : nullptr;
-        for (S** x : {&s.dD, &s.ddelta_bias}) *x = scratch.take<S>(lanes);
+        const auto total = [&](int64_t n) -> Total<S> { return {scratch.take<S>(n), scratch.take<S>(n)}; };
+        for (S** x : {&s.a, &s.carry}) *x = scratch.take<S>(of_states);
+        s.b = BConstant ? scratch.take<S>(of_states) : nullptr;
+        s.c = CConstant ? scratch.take<S>(of_states) : nullptr;
+        s.dA = total(of_states);
+        s.dB = total(BConstant ? of_states : 0);
+        s.dC = total(CConstant ? of_states : 0);
+        s.dD = total(lanes), s.ddelta_bias = total(lanes);
       }
       for (S** x : {&u, &slope, &dt, &rate, &dtu, &dout, &z, &gate, &dy, &y, &ddtu, &ddt}) *x = scratch.take<S>(of_tokens);
       start = scratch.take<S>(of_states);
@@ -224,10 +270,10 @@ struct Backward {
         const State& s = state[i];
         const Tile tile = w.tiles[first_tile + i];
         load_states(s.a, f.A, 0, tile, w.rows);
-        fill(s.dA, w.rows * lanes);
-        if constexpr (BConstant) load_states(s.b, f.B.data, 0, tile, w.rows), fill(s.dB, w.rows * lanes);
-        if constexpr (CConstant) load_states(s.c, f.C.data, 0, tile, w.rows), fill(s.dC, w.rows * lanes);
-        fill(s.dD, lanes), fill(s.ddelta_bias, lanes);
+        s.dA.clear(w.rows * lanes);
+        if constexpr (BConstant) load_states(s.b, f.B.data, 0, tile, w.rows), s.dB.clear(w.rows * lanes);
+        if constexpr (CConstant) load_states(s.c, f.C.data, 0, tile, w.rows), s.dC.clear(w.rows * lanes);
+        s.dD.clear(lanes), s.ddelta_bias.clear(lanes);
       }
       int64_t chunks_done = 0;
       for (int64_t s = block * w.per_block; s < least(w.sequences, (block + 1) * w.per_block); ++s)
@@ -236,8 +282,9 @@ struct Backward {
         const State& s = state[i];
         const Tile tile = w.tiles[first_tile + i];
         S* out = partial + block * w.sums * f.channels + tile.channel;
-        const auto put = [&](const S* src, int64_t n) {
-          store_tile(out, f.channels, 1, src, lanes, n, tile.count);
+        const auto put = [&](const Total<S>& total, int64_t n) {
+          total.finish(n * lanes);
+          store_tile(out, f.channels, 1, total.sum, lanes, n, tile.count);
           out += n * f.channels;
         };
         put(s.dA, w.rows);
@@ -367,7 +414,9 @@ struct Backward {
         recompute<S, P, Block, BConstant, CConstant>(count, dt, rate, dtu, s.a + at, b_n, b_row, c_n, c_row, start + at,
                                                      f.z != nullptr ? y : nullptr, h, a);
         const Adjoint<S> out{s.carry + at,
-                             s.dA + at,
+                             s.dA.from(at),
+                             BConstant ? s.dB.from(at) : Total<S>{},
+                             CConstant ? s.dC.from(at) : Total<S>{},
                              dB_sum + at,
                              dC_sum + at,
                              BConstant ? 0 : w.rows * lanes,
@@ -377,13 +426,10 @@ struct Backward {
         adjoint_block<S, P, Block, BConstant, CConstant>(count, dt, dtu, dy, s.a + at, b_n, b_row, c_n, c_row, start + at, h, a,
                                                          out);
       });
-      for (int64_t i = 0; i < w.rows * lanes; i += lanes) {
-        if constexpr (BConstant) store(s.dB + i, load(s.dB + i) + load(dB_sum + i));
-        if constexpr (CConstant) store(s.dC + i, load(s.dC + i) + load(dC_sum + i));
-      }
 
-      Vec<S> dD = load(s.dD), ddelta_bias = load(s.ddelta_bias), dD_chunk{}, ddelta_bias_chunk{};
-      for (int64_t i = 0; i < count * lanes; i += lanes) {
+      Vec<S> dD_sum{}, ddelta_bias_sum{};
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t i = t * lanes;
         const Vec<S> u_t = load(u + i), dout_t = load(dout + i);
         Vec<S> dy_t = dout_t;
         if (f.z != nullptr) {
@@ -391,15 +437,17 @@ struct Backward {
           dy_t = dout_t * z_t * s;
           store(z + i, dout_t * y_t * silu_slope<S>(z_t, s));  // dz
         }
-        dD_chunk = dD_chunk + dy_t * u_t;
+        dD_sum = dD_sum + dy_t * u_t;
         store(dout + i, load(dt + i) * load(ddtu + i) + dy_t * skip);  // du
         Vec<S> ddt_t = u_t * load(ddtu + i) + load(ddt + i);
         if (f.delta_softplus) ddt_t = ddt_t * load(slope + i);
-        ddelta_bias_chunk = ddelta_bias_chunk + ddt_t;
+        ddelta_bias_sum = ddelta_bias_sum + ddt_t;
         store(ddt + i, ddt_t);
+        if ((t + 1) % kGroup != 0 && t + 1 < count) continue;
+        s.dD.add(0, dD_sum);
+        s.ddelta_bias.add(0, ddelta_bias_sum);
+        dD_sum = ddelta_bias_sum = Vec<S>{};
       }
-      store(s.dD, dD + dD_chunk);
-      store(s.ddelta_bias, ddelta_bias + ddelta_bias_chunk);
       store_tokens(f.dtype, p.du, p.du_stride, tile, batch, token, count, dout);
       store_tokens(f.delta_dtype, p.ddelta, p.ddelta_stride, tile, batch, token, count, ddt);
       if (p.dz != nullptr) store_tokens(f.dtype, p.dz, p.dz_stride, tile, batch, token, count, z);
