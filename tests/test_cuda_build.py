@@ -28,6 +28,8 @@ LOCAL_MEMORY = {
     ("flash_attention_fwd_sm80_kernel", "128", "sm_90a"):
         "three addresses of the next stage's copies: stored before the loop, loaded once per tile of keys; on sm_90a "
         "this kernel serves only tensors that TMA can't read",
+    ("flash_attention_decode_sm80_kernel", "64", "sm_100"):
+        "two addresses: stored before the loop over tiles of keys, one of them loaded once per tile, none in the loops inside",
 }
 
 

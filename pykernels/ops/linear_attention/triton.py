@@ -816,6 +816,9 @@ _WALK = {
               512: _Config(16, 32, 8, 1)},
     "sm_90": {64: _Config(64, 64, 8, 2), 128: _Config(64, 32, 8, 2), 256: _Config(32, 32, 8, 1),
               512: _Config(16, 32, 8, 1)},
+    # sm_80's matrix instructions, but the same kernels take more registers there: narrower slices.
+    "sm_120": {64: _Config(32, 16, 4, 2), 128: _Config(32, 16, 8, 2), 256: _Config(32, 32, 8, 1),
+               512: _Config(16, 32, 8, 1)},
     "gfx942": {64: _Config(64, 32, 4, 1), 128: _Config(32, 32, 4, 1), 256: _Config(16, 32, 8, 1),
                512: _Config(16, 32, 8, 1)},
 }
@@ -832,7 +835,9 @@ def _class(name: str) -> str:
     if name in ("sm_90", "sm_100", "sm_103"):
         return "sm_90"
     # What sm_80 runs fits the 99 KB of sm_86, sm_89 and sm_120. Older NVIDIA GPUs have 64 KB as AMD's; so may others.
-    return "sm_80" if name.startswith(("sm_8", "sm_11", "sm_12")) else "gfx942"
+    if name.startswith("sm_12"):
+        return "sm_120"
+    return "sm_80" if name.startswith(("sm_8", "sm_11")) else "gfx942"
 
 
 def _config(q: Tensor, v: Tensor, kind: int) -> _Config:
