@@ -395,7 +395,8 @@ struct Backward {
         store(dtu + i, step * load(u + i));
         Vec<S> dy_t = load(dout + i) * static_cast<S>(P);  // y is P Re(C . h) + D u
         if (f.z != nullptr) {
-          const Vec<S> z_t = load(z + i), s = sigmoid<S>(z_t);
+          // The exact one: every gradient goes through dy.
+          const Vec<S> z_t = load(z + i), s = exact_sigmoid<S>(z_t, exact_exp<S>(-abs<S>(z_t)));
           store(gate + i, s);
           dy_t = dy_t * z_t * s;
         }

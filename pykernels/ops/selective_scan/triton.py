@@ -445,22 +445,23 @@ def _strides(axes: str, **tensors: Tensor | None) -> dict[str, int]:
 
 _COMPILED = {"num_warps": 4, "num_stages": 1}
 # Channels of a program: as many as registers hold without spilling on every target (read off code compiled ahead of
-# time). Not measured.
-_CHANNELS = 16
+# time; for the forward pass by the bytes of an element: sm_86 spills with 32 in bf16 and, oddly, with 16 in fp32). Not
+# measured.
+_FWD_CHANNELS, _BWD_CHANNELS = {2: 16, 4: 32}, 16
 _ROWS = 256  # states of a program that walks over chunks
 
 
 class _Call:
-    """What the kernels of one call share."""
+    """What the kernels of one call share; BD is their block of channels on a GPU."""
 
-    def __init__(self, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus):
+    def __init__(self, BD, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus):
         self.u, self.A, self.cu_seqlens = u, A.contiguous(), cu_seqlens
         self.batch, channels, length = u.shape
         groups = next((x.shape[1] for x in (B, C) if x.dim() == 4), 1)
         B, C = (x.contiguous() if x.dim() == 2 else x for x in (B, C))
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         chunks = length // CHUNK + 1 if cu_seqlens is None else tiles_packed(length, self.sequences, CHUNK)
-        self.BD = 4 if target(u.device) == "interpreter" else _CHANNELS
+        self.BD = 4 if target(u.device) == "interpreter" else BD
         self.per_group, self.groups = channels // groups, groups
         self.of_group = triton.cdiv(self.per_group, self.BD)
         self.grid = (chunks * groups * self.of_group * self.batch,)
@@ -492,7 +493,7 @@ class _Call:
 
 
 def fwd(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, keep_states):
-    call = _Call(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus)
+    call = _Call(_FWD_CHANNELS[u.element_size()], u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus)
     out, final_state = empty_like_layout(u), A.new_empty(call.sequences, *A.shape)
     states, products = call.local()
     call.launch(selective_scan_fwd_chunk_kernel, ends=states, products=products, **call.inputs, **call.B, **call.steps)
@@ -505,7 +506,7 @@ def fwd(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_so
 
 def bwd(dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus,
         chunk_states):
-    call = _Call(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus)
+    call = _Call(_BWD_CHANNELS, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus)
     gradient = dict(dout=dout, **_strides("bct", d=dout))
     carries, products = call.local()
     call.launch(selective_scan_bwd_chunk_kernel, ends=carries, products=products, **call.C, **call.gate, **gradient,
