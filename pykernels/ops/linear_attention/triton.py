@@ -982,7 +982,7 @@ def fwd(q, k, v, decay, bonus, initial_state, cu_seqlens, scale, normalize, reve
     initial_state = None if initial_state is None else initial_state.contiguous()
     out = call.rows(call.value_dim, dtype=q.dtype)
     denominator = call.rows() if normalize else q.new_empty(call.batch, 0, call.heads, dtype=torch.float32)
-    final_state = q.new_empty(call.sequences, call.heads, call.key_dim, call.value_dim + normalize, dtype=torch.float32)
+    final_state = call.empty(call.sequences, call.heads, call.key_dim, call.value_dim + normalize)
     states = call.states(registration.tiles(v, cu_seqlens)) if checkpoint or call.several else None
     if call.several:
         call.between(call.k, call.v, initial_state, states)
@@ -1025,8 +1025,7 @@ def bwd(dout, dfinal_state, q, k, v, decay, bonus, cu_seqlens, out, checkpoints,
     dq, dk = call.rows(call.key_dim, dtype=of_k), call.rows(call.key_dim, dtype=of_k)
     dv = call.rows(call.value_dim, dtype=q.dtype)
     dbonus = call.empty(checkpoints.shape[0] if bonus is not None else 0, call.heads, call.key_dim)
-    dinitial_state = q.new_empty(call.sequences, call.heads, call.key_dim, call.value_dim + normalize,
-                                 dtype=torch.float32)
+    dinitial_state = call.empty(call.sequences, call.heads, call.key_dim, call.value_dim + normalize)
     decays = dict(ddecay=ddecay, chunk_states=chunk_states)
     call.walk(dout, v, k, dq, states=checkpoints, transposed=True, edge_kept=True, within=within_q,
               d=q if decay_gradient or bonus is not None else None, dbonus=None if bonus is None else dbonus, **decays,
