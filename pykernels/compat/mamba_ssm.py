@@ -1,4 +1,4 @@
-"""mamba_ssm's functions on `selective_scan`, `selective_scan_step`, `causal_conv1d` and, for Mamba-2, `linear_attention`.
+"""mamba_ssm's functions on `selective_scan`, `causal_conv1d` and, for Mamba-2, `linear_attention`.
 
 Mamba-2's recurrence S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t is linear attention with q = C, k = B,
 v = dt x and decay dt A. Beyond the original: CPUs, float64 there, any sizes, gradients through every state and through

@@ -1,4 +1,4 @@
-"""Attention of Hugging Face Transformers' models (5.4 or newer) on `flash_attention` and `flash_attention_decode`.
+"""Attention, scans and convolutions of Hugging Face Transformers' models (5.4 or newer; scans 5.16) on our ops.
 
     pykernels.compat.transformers.enable()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="pykernels")
@@ -9,6 +9,11 @@ never materialised: it is a `Mask`, which holds what the model asked for (causal
 sequences) in terms of our ops. Padded batches are packed: padding is neither read nor computed. A pattern that our ops
 cannot express raises an error that names it, when the mask is made or attention is called; the model's other
 implementations stay available.
+
+Models with scans and causal convolutions take these from mamba_ssm and causal_conv1d where they find them, else from
+slow PyTorch code, each through a wrapper that Transformers makes when the model's module is imported. `enable` puts
+`pykernels.compat.mamba_ssm` and `.causal_conv1d` into the wrappers that are there and those that come, `disable` takes
+them out again.
 """
 
 from __future__ import annotations
@@ -16,6 +21,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
+import inspect
+import types
 from collections.abc import Callable
 
 import torch
@@ -23,8 +31,10 @@ import transformers
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers.integrations import hub_kernels
 
 from ..ops.flash_attention import flash_attention, flash_attention_decode
+from . import causal_conv1d, mamba_ssm
 
 __all__ = ["Mask", "disable", "enable"]
 
@@ -317,6 +327,116 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
     return out.index_put(mask.queries, packed[0]), None
 
 
+# ---- Scans and convolutions ------------------------------------------------------------------------------------------
+
+_FACTORY = getattr(hub_kernels, "use_kernel_func_from_hub_with_fallback", None)  # since Transformers 5.16
+# What a wrapper made by it holds, that says which function it calls.
+_ROUTE = ("implementation", "applicable_params", "is_new_implementation")
+
+
+def _nested(code: types.CodeType, name: str) -> types.CodeType | None:
+    """The code of a function defined inside another, at any depth."""
+    for inner in (x for x in code.co_consts if isinstance(x, types.CodeType)):
+        if inner.co_name == name:
+            return inner
+        if (found := _nested(inner, name)) is not None:
+            return found
+    return None
+
+
+_WRAPPER = None if _FACTORY is None else _nested(_FACTORY.__code__, "wrapped")
+
+
+def _not_fused(*args, **kwargs) -> None:
+    """In training models first ask for their whole layer in one call, and go on by parts if nothing comes.
+
+    They get nothing here: the parts are as fast, and a layer in one call does not mask padding between convolution and
+    scan, and in Falcon-Mamba takes a norm elsewhere, so that its results are not the model's.
+    """
+
+
+@functools.wraps(mamba_ssm.mamba_chunk_scan_combined)
+def _chunk_scan(x, dt, A, B, C, *args, **kwargs):
+    """In float32 on a CPU, as Transformers' own; in the model's dtype elsewhere, as mamba_ssm's, which it would find."""
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        x, B, C = x.float(), B.float(), C.float()
+    return mamba_ssm.mamba_chunk_scan_combined(x, dt, A, B, C, *args, **kwargs)
+
+
+_FUNCTIONS: dict[str, Callable] = {
+    "causal_conv1d_update": causal_conv1d.causal_conv1d_update,
+    "mamba_chunk_scan_combined": _chunk_scan,
+    "mamba_inner_fn": _not_fused,
+    "mamba_split_conv1d_scan_combined": _not_fused,
+    "selective_scan_fn": mamba_ssm.selective_scan_fn,
+    "selective_state_update": mamba_ssm.selective_state_update,
+}
+_scanning: set[str] = set()  # modules of models whose scan takes no seq_idx
+_routed: list[tuple[dict[str, types.CellType], list[object]]] = []  # wrappers' variables and what these held before
+
+
+def _convolution(module: str) -> Callable:
+    """causal_conv1d_fn for the models of a module."""
+
+    @functools.wraps(causal_conv1d.causal_conv1d_fn)
+    def causal_conv1d_fn(*args, **kwargs):
+        if kwargs.get("seq_idx") is not None and module in _scanning:
+            raise ValueError(f"seq_idx must be None, got a tensor: the scan of {module.rpartition('.')[2]} takes none, "
+                             "so its states would pass from sequence to sequence")
+        return causal_conv1d.causal_conv1d_fn(*args, **kwargs)
+
+    return causal_conv1d_fn
+
+
+def _route(wrapper: types.FunctionType) -> None:
+    """Has a wrapper call ours, if we have its function."""
+    cells = dict(zip(wrapper.__code__.co_freevars, wrapper.__closure__))
+    name, module = cells["func_name"].cell_contents, wrapper.__module__
+    ours = _convolution(module) if name == "causal_conv1d_fn" else _FUNCTIONS.get(name)
+    if ours is None:
+        return
+    if name == "selective_scan_fn":
+        _scanning.add(module)
+    _routed.append((cells, [cells[variable].cell_contents for variable in _ROUTE]))
+    for variable, value in zip(_ROUTE, (ours, tuple(inspect.signature(ours).parameters), True)):
+        cells[variable].cell_contents = value
+
+
+def _noticing(layer_name: str) -> Callable:
+    """Stands in for the first decorator that Transformers puts around its wrappers, to see those that come."""
+    decorate = _noticing.original(layer_name)
+
+    def decorator(x):
+        if getattr(x, "__code__", None) is _WRAPPER:
+            _route(x)
+        return decorate(x)
+
+    return decorator
+
+
+def _route_all() -> None:
+    if _FACTORY is None:
+        return
+    if _WRAPPER is None or not {"func_name", *_ROUTE} <= set(_WRAPPER.co_freevars):
+        raise RuntimeError(f"this version of Transformers ({transformers.__version__}) calls the functions of mamba_ssm "
+                           "and causal_conv1d in a way that pykernels does not know")
+    for x in gc.get_referrers(_WRAPPER):  # wherever models and other libraries keep them
+        if isinstance(x, types.FunctionType):
+            _route(x)
+    _noticing.original = hub_kernels.use_kernel_forward_from_hub
+    hub_kernels.use_kernel_forward_from_hub = _noticing
+
+
+def _unroute_all() -> None:
+    while _routed:
+        cells, before = _routed.pop()
+        for variable, value in zip(_ROUTE, before):
+            cells[variable].cell_contents = value
+    _scanning.clear()
+    if hub_kernels.use_kernel_forward_from_hub is _noticing:
+        hub_kernels.use_kernel_forward_from_hub = _noticing.original
+
+
 # ---- Registration ----------------------------------------------------------------------------------------------------
 
 _INTERFACES = (AttentionInterface, _attention), (AttentionMaskInterface, _make_mask)
@@ -331,7 +451,10 @@ def _set(interface: type, name: str, function: Callable | None) -> None:
 
 
 class enable(contextlib.AbstractContextManager):
-    """Registers our attention in Transformers, as `attn_implementation="pykernels"`.
+    """Registers our attention in Transformers, as `attn_implementation="pykernels"`, and serves all models' scans.
+
+    Scans and causal convolutions (of Mamba, Mamba-2 and the many models with their layers, those that exist too) are
+    ours from then on, on every device.
 
     Args:
         replace: names of implementations whose place ours takes, in models that exist too: "sdpa" is what most models
@@ -341,7 +464,7 @@ class enable(contextlib.AbstractContextManager):
 
     Raises:
         TypeError, ValueError: `replace` is not a list of names, or one is not registered in Transformers.
-        RuntimeError: this version of Transformers describes its masks in another way.
+        RuntimeError: this version of Transformers describes its masks, or finds its kernels, in another way.
     """
 
     def __init__(self, replace: tuple[str, ...] | list[str] = ()) -> None:
@@ -354,6 +477,7 @@ class enable(contextlib.AbstractContextManager):
             if name not in known:
                 raise ValueError(f"replace must hold names out of {', '.join(sorted(known))}, got {name!r}")
         disable()
+        _route_all()
         for interface, function in _INTERFACES:
             for name in (NAME, *dict.fromkeys(replace)):
                 original = interface._global_mapping.get(name)
@@ -371,3 +495,4 @@ def disable() -> None:
     """Undoes `enable`. Models that were loaded with attn_implementation="pykernels" need another one then."""
     while _before:
         _set(*_before.pop())
+    _unroute_all()

@@ -134,8 +134,9 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out + (0 if bias is None else bias[:, None])
 
 
-@pytest.mark.parametrize(("form", "complex"), (("plain", False), ("biases", False), ("norms", False), ("constant", False),
-                                               ("plain", True), ("biases", True), ("constant", True)))
+@pytest.mark.parametrize(
+    ("form", "complex"), [(form, complex) for form in ("plain", "biases", "constant") for complex in (False, True)]
+    + [("norms", False)])
 def test_mamba_inner(form, complex):
     A = torch.complex(-normal(D, N).exp(), normal(D, N)) if complex else -normal(D, N).exp()
     states = N * (2 if complex else 1)
