@@ -19,7 +19,7 @@ import types
 
 __all__ = ["PACKAGES", "install", "uninstall"]
 
-PACKAGES = ("causal_conv1d", "fla", "flash_attn", "mamba_ssm", "torchscale")
+PACKAGES = ("causal_conv1d", "fla", "flash_attn", "flashfftconv", "mamba_ssm", "torchscale")
 
 # A package installed by us -> the modules that it took the names of.
 _replaced: dict[str, dict[str, types.ModuleType]] = {}

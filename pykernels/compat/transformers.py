@@ -357,7 +357,7 @@ def _not_fused(*args, **kwargs) -> None:
 
 @functools.wraps(mamba_ssm.mamba_chunk_scan_combined)
 def _chunk_scan(x, dt, A, B, C, *args, **kwargs):
-    """In float32 on a CPU, as Transformers' own; in the model's dtype elsewhere, as mamba_ssm's, which it would find."""
+    """In float32 on a CPU, as Transformers' own; elsewhere in the model's dtype, as mamba_ssm's."""
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
         x, B, C = x.float(), B.float(), C.float()
     return mamba_ssm.mamba_chunk_scan_combined(x, dt, A, B, C, *args, **kwargs)
@@ -418,8 +418,8 @@ def _route_all() -> None:
     if _FACTORY is None:
         return
     if _WRAPPER is None or not {"func_name", *_ROUTE} <= set(_WRAPPER.co_freevars):
-        raise RuntimeError(f"this version of Transformers ({transformers.__version__}) calls the functions of mamba_ssm "
-                           "and causal_conv1d in a way that pykernels does not know")
+        raise RuntimeError(f"this version of Transformers ({transformers.__version__}) calls the functions of "
+                           "mamba_ssm and causal_conv1d in a way that pykernels does not know")
     for x in gc.get_referrers(_WRAPPER):  # wherever models and other libraries keep them
         if isinstance(x, types.FunctionType):
             _route(x)

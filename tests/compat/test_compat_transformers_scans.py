@@ -286,7 +286,7 @@ def test_what_cannot_be_served():
     with compat.enable():
         attend(model("jamba"), "pykernels")
         convolution = sys.modules["transformers.models.jamba.modeling_jamba"].causal_conv1d_fn
-        with pytest.raises(ValueError, match="seq_idx must be None, got a tensor: the scan of modeling_jamba takes none"):
+        with pytest.raises(ValueError, match="seq_idx must be None, got a tensor: the scan of modeling_jamba takes"):
             convolution(torch.randn(1, 4, 3), torch.randn(4, 4), seq_idx=torch.zeros(1, 3, dtype=torch.int32))
         made = transformers.MambaForCausalLM(transformers.MambaConfig(**MAMBA, hidden_act="gelu"))
         with pytest.raises(ValueError, match="activation must be None, 'silu' or 'swish', got 'gelu'"):
