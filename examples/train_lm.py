@@ -3,6 +3,8 @@
     python examples/train_lm.py                     a few minutes on two CPU cores
     python examples/train_lm.py --short             under a minute
     python examples/train_lm.py --steps 2000 --dim 512 --layers 8 --dtype bf16 --compile
+    python examples/train_lm.py --mixer hyena,hyena,hyena,attention     layers in turn, as in StripedHyena
+    python examples/train_lm.py --mixer mamba,mamba,local_attention     as in Griffin, with Mamba's recurrence
 
 It prints the loss beside the unigram entropy (what a model that only knows how frequent each byte is would reach), the
 loss on held-out files, and a sample. The sample is generated through the mixers' states, token by token, and checked
@@ -12,6 +14,7 @@ against the whole sequence in one call; if the two disagree, or the model learne
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import pathlib
 import sys
@@ -23,16 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pykernels.nn import Attention, HyenaOperator, LinearAttention, Mamba, MultiScaleRetention
+from pykernels.nn import make_mixer
 
-# How to make each sequence mixer: (dim, longest sequence, backend) -> a layer with the interface of pykernels.nn.
-MIXERS: dict[str, Callable[[int, int, str], nn.Module]] = {
-    "attention": lambda dim, tokens, backend: Attention(dim, heads=dim // 32, key_heads=dim // 64, rotary_base=10000.0,
-                                                        backend=backend),
-    "hyena": lambda dim, tokens, backend: HyenaOperator(dim, tokens, backend=backend),
-    "linear_attention": lambda dim, tokens, backend: LinearAttention(dim, heads=dim // 32, backend=backend),
-    "mamba": lambda dim, tokens, backend: Mamba(dim, backend=backend),
-    "retention": lambda dim, tokens, backend: MultiScaleRetention(dim, heads=dim // 64, backend=backend),
+# The name of each sequence mixer in pykernels.nn, and its options for tokens of a size.
+MIXERS: dict[str, tuple[str, Callable[[int], dict[str, object]]]] = {
+    "attention": ("attention", lambda dim: {"heads": dim // 32, "key_heads": dim // 64, "rotary_base": 10000.0}),
+    "hyena": ("hyena", lambda dim: {}),
+    "linear_attention": ("linear_attention", lambda dim: {"heads": dim // 32}),
+    "local_attention": ("attention", lambda dim: {"heads": dim // 32, "key_heads": dim // 64, "rotary_base": 10000.0,
+                                                  "window": (47, 0)}),
+    "long_conv": ("long_conv", lambda dim: {}),
+    "mamba": ("mamba", lambda dim: {}),
+    "retention": ("retention", lambda dim: {}),
 }
 BYTES = 256
 
@@ -55,10 +60,13 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Bytes [B, T] -> logits of the next byte [B, T, 256]."""
 
-    def __init__(self, mixer: str, dim: int, layers: int, max_tokens: int, backend: str) -> None:
+    def __init__(self, mixers: Sequence[str], dim: int, layers: int, max_tokens: int, backend: str) -> None:
         super().__init__()
         self.embedding = nn.Embedding(BYTES, dim)
-        self.blocks = nn.ModuleList(Block(MIXERS[mixer](dim, max_tokens, backend), dim) for _ in range(layers))
+        self.blocks = nn.ModuleList()
+        for _, mixer in zip(range(layers), itertools.cycle(mixers)):
+            name, options = MIXERS[mixer]
+            self.blocks.append(Block(make_mixer(name, dim, max_tokens, backend=backend, **options(dim)), dim))
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, BYTES, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -161,9 +169,19 @@ def decode_error(model: LanguageModel, sequence: Tensor, logits: Tensor, precisi
     return float((logits - whole).abs().max() / whole.abs().max())
 
 
+def mixers(text: str) -> list[str]:
+    """The names in a list with commas."""
+    names = text.split(",")
+    for name in names:
+        if name not in MIXERS:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(MIXERS)}, got {name!r}")
+    return names
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mixer", choices=sorted(MIXERS), default="attention")
+    parser.add_argument("--mixer", type=mixers, default=["attention"], metavar="NAME[,NAME...]",
+                        help=f"of the layers in turn: {', '.join(MIXERS)} (default attention)")
     parser.add_argument("--short", action="store_true", help="a smaller model and fewer steps")
     parser.add_argument("--steps", type=int, help="default 500, with --short 120")
     parser.add_argument("--dim", type=int, help="a multiple of 64; default 256, with --short 128")
@@ -195,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     longest = max(options.context, prompt.shape[1] + new_tokens)
     model = LanguageModel(options.mixer, options.dim, options.layers, longest, options.backend).to(options.device)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{options.mixer} model of {parameters / 1e6:.1f}M parameters on {options.device}, {options.dtype}; "
+    print(f"{','.join(options.mixer)} model of {parameters / 1e6:.1f}M parameters on {options.device}, {options.dtype}; "
           f"{text.numel() / 1e6:.1f} MB of Python, unigram entropy {entropy:.3f} nats per byte", flush=True)
     train(torch.compile(model) if options.compile else model, text, options, precision)
     loss = evaluate(model, held_out, options, precision)

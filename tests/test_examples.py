@@ -49,6 +49,29 @@ def test_recurrent_mixers_learn_and_decode(train_lm: ModuleType, mixer: str, cap
     assert float(re.search(r"token by token \(([\d.e+-]+) from one call", out)[1]) < 1e-4
 
 
+@pytest.mark.parametrize(("mixers", "layers"), [
+    ("hyena,attention", ["HyenaOperator", "Attention", "HyenaOperator"]),
+    ("mamba,local_attention", ["Mamba", "Attention", "Mamba"]),
+])
+def test_layers_in_turn_learn_and_decode(train_lm: ModuleType, mixers: str, layers: list[str],
+                                         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    made = []
+    block = train_lm.Block
+    monkeypatch.setattr(train_lm, "Block", lambda mixer, dim: made.append(mixer) or block(mixer, dim))
+    assert train_lm.main([*SMALL, "--layers", "3", "--steps", "60", "--mixer", mixers]) == 0
+    assert [type(mixer).__name__ for mixer in made] == layers
+    out = capsys.readouterr().out
+    assert out.startswith(f"{mixers} model")
+    loss, entropy = map(float, re.search(r"held-out loss ([\d.]+) .*unigram entropy ([\d.]+)", out).groups())
+    assert 0.5 < loss < entropy - 0.1
+
+
+def test_an_unknown_mixer(train_lm: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        train_lm.main([*SMALL, "--mixer", "attention,lstm"])
+    assert "must be of attention, hyena" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mixer", ["linear_attention", "retention"])
 def test_a_recurrent_state_that_is_not_carried_on_is_a_failure(train_lm: ModuleType, mixer: str,
                                                               monkeypatch: pytest.MonkeyPatch,

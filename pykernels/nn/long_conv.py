@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
@@ -25,15 +26,16 @@ class LongConvState:
     max_tokens: int
 
 
-class _LongMixer(nn.Module):
+class _LongMixer(nn.Module, abc.ABC):
     """The interface of `pykernels.nn` around `_mix`, which convolves by the function it is given."""
 
     dim: int
     max_tokens: int
     backend: str
 
+    @abc.abstractmethod
     def _mix(self, x: Tensor, convolve: _Convolve) -> Tensor:
-        raise NotImplementedError
+        """x [B, T, dim] -> [B, T, dim]."""
 
     def init_state(
         self,
