@@ -165,6 +165,8 @@ class LongConv(_LongMixer):
         return torch.nn.functional.softshrink(k, self.threshold) if self.threshold else k
 
     def _mix(self, x: Tensor, convolve: _Convolve) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # here, because not every step of a convolution is a call that is
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return convolve(x.transpose(1, 2), self._taps, D=self.skip).transpose(1, 2)
 
 

@@ -1,0 +1,230 @@
+"""Transformers' models as they are and with `pykernels.compat.transformers`: forward, training step, generation.
+
+A few layers of each model's true width, with a vocabulary cut in proportion, so that a case takes seconds. All layers:
+
+    python -m bench.bench_transformers             Mamba-130M and a Llama-shaped model; minutes
+    python -m bench.bench_transformers mamba-fwd --dtype bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import pykernels
+from pykernels import testing
+
+from . import timer
+from .kit import DTYPES, Call, Case, Expected, Peer, devices_and_threads
+
+Places = Sequence[tuple[str, int]]
+# name -> (model, direction, tokens of the prompt, tokens after it), (the same for all layers)
+WORK = {
+    "mamba-fwd": (("mamba", "fwd", 256, 0), ("mamba", "fwd", 1024, 0)),
+    "mamba-train": (("mamba", "fwd+bwd", 64, 0), ("mamba", "fwd+bwd", 256, 0)),
+    "mamba-generate": (("mamba", "step", 128, 8), ("mamba", "step", 1024, 64)),
+    "llama-prefill": (("llama", "fwd", 1024, 0), ("llama", "fwd", 1024, 0)),
+}
+LAYERS = {"mamba": (2, 24), "llama": (2, 16)}  # measured by default, and of the whole model
+VOCABULARY = {"mamba": 50280, "llama": 32000}
+
+
+def _config(model: str, layers: int):
+    import transformers
+
+    vocabulary = {"vocab_size": VOCABULARY[model] * layers // LAYERS[model][1]}
+    if model == "mamba":
+        return transformers.MambaConfig(hidden_size=768, num_hidden_layers=layers, **vocabulary)
+    return transformers.LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers,
+                                    num_attention_heads=16, num_key_value_heads=4, **vocabulary)
+
+
+@functools.lru_cache(maxsize=1)
+def _models(model: str, layers: int, dtype: torch.dtype, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """-> (as it is, on pykernels), with the same weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_config(_config(model, layers)).to(device, dtype).eval()
+    return plain, copy.deepcopy(plain)
+
+
+class _Switch:
+    """Turns our functions on and off between calls, in microseconds: `enable` looks for every model that there is."""
+
+    def __init__(self) -> None:
+        from pykernels.compat import transformers as compat
+
+        self._compat = compat
+        compat.enable()
+        self._routed = [(cells, before, [cells[name].cell_contents for name in compat._ROUTE])
+                        for cells, before in compat._routed]
+
+    def set(self, on: bool) -> None:
+        for cells, before, ours in self._routed:
+            for name, value in zip(self._compat._ROUTE, ours if on else before):
+                cells[name].cell_contents = value
+
+    def close(self) -> None:
+        self.set(True)
+        self._compat.disable()
+
+
+class Model:
+    """A model's case; `op` says which of our backends there are."""
+
+    def __init__(self, case: Case, work: tuple[str, str, int, int], layers: int) -> None:
+        self.case, (self.model, self.direction, self.prompt, self.new) = case, work
+        self.op = testing.FLASH_ATTENTION.op if self.model == "llama" else testing.SELECTIVE_SCAN.op
+        self.plain, self.patched = _models(self.model, layers, DTYPES[case.dtype], case.device)
+        vocabulary = self.plain.config.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(1, vocabulary, (1, self.prompt + self.new), generator=generator).to(case.device)
+        self.switch = _Switch()
+        if self.model == "llama":
+            self.patched.set_attn_implementation("pykernels")
+
+    def close(self) -> None:
+        self.switch.close()
+
+    def _run(self, model: torch.nn.Module) -> tuple[Tensor, ...]:
+        if self.direction == "fwd+bwd":
+            model.train()
+            model.zero_grad(set_to_none=True)
+            out = model(self.ids, labels=self.ids, use_cache=False)
+            out.loss.backward()
+            return out.logits[0, -8:].detach(), next(model.parameters()).grad
+        model.eval()
+        with torch.no_grad():
+            if self.direction == "fwd":
+                return (model(self.ids, use_cache=False).logits[0, -8:],)
+            # Generation with the tokens given, so that all candidates are asked for the same.
+            out = model(self.ids[:, :self.prompt], use_cache=True, logits_to_keep=1)
+            cache = {name: out[name] for name in ("cache_params", "past_key_values") if out.get(name) is not None}
+            logits = []
+            for t in range(self.prompt, self.prompt + self.new):
+                logits.append(model(self.ids[:, t:t + 1], use_cache=True, **cache).logits[0, -1])
+            return (torch.stack(logits),)
+
+    @staticmethod
+    def _outputs(results: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return dict(zip(("logits", "dembedding"), results))
+
+    def ours(self, backend: str) -> Call:
+        def run() -> tuple[Tensor, ...]:
+            self.switch.set(True)
+            with pykernels.use_backend(backend):
+                return self._run(self.patched)
+
+        return Call(run, self._outputs)
+
+    def theirs(self) -> Call:
+        def run() -> tuple[Tensor, ...]:
+            self.switch.set(False)
+            return self._run(self.plain)
+
+        return Call(run, self._outputs)
+
+    def expected(self) -> Expected:
+        """The unpatched model in float64 (beside what it computes in float32 whatever its dtype), and as it is."""
+        self.switch.set(False)
+        results = self._outputs(self._run(copy.deepcopy(self.plain).double())), self._outputs(self._run(self.plain))
+        return Expected(*({name: x.detach().clone() for name, x in result.items()} for result in results),
+                        lambda name, x: x, "last tokens' logits, gradient of the embedding")
+
+
+def _missing(case: Case) -> str | None:
+    return None
+
+
+PEER = Peer("transformers", "transformers", _missing, lambda problem, case: {"unpatched": problem.theirs()})
+
+
+def _case(name: str, work: tuple[str, str, int, int], layers: int, dtype: str, device: str, threads: int) -> Case:
+    model, direction, prompt, new = work
+    config = _config(model, layers)
+    tokens = prompt + new
+    per_layer = 3 * 2 * 768 * 768 + 1536 * 80 if model == "mamba" else 1024 * (2 * 1024 + 512) + 3 * 1024 * 2816
+    flops = 2 * tokens * (layers * per_layer + config.hidden_size * config.vocab_size)
+    shape = f"{model} {layers} layers T{prompt}" + (f"+{new}" if new else "")
+    limits = ("bf16 tile", "bf16 dot", "bf16", "fp32") if dtype == "bf16" else ("fp32",)
+    return Case("transformers", shape, name, dtype, direction, device, threads,
+                flops * (3 if direction == "fwd+bwd" else 1), limits)
+
+
+def cases(places: Places) -> Iterator[tuple[Case, tuple, int]]:
+    """The grid, on all threads: whole models are what people run."""
+    device, threads = places[-1]
+    for name, (work, _) in WORK.items():
+        layers = LAYERS[work[0]][0]
+        for dtype in ("fp32", "bf16"):
+            yield _case(name, work, layers, dtype, device, threads), work, layers
+
+
+try:
+    CASES = list(cases(devices_and_threads()))
+    ABSENT = None
+except ImportError as error:
+    CASES, ABSENT = [], str(error)
+
+
+@pytest.mark.parametrize(("case", "work", "layers"), CASES, ids=[case.id for case, *_ in CASES])
+def bench_transformers(case: Case, work: tuple, layers: int, measure) -> None:
+    problem = Model(case, work, layers)
+    with contextlib.closing(problem):
+        measure(case, problem, [PEER])
+
+
+def _time(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Whole models, in turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WORK)} (default all)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), action="append", help="default fp32 and bf16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, help="default those of the whole model")
+    options = parser.parse_args(arguments)
+    if ABSENT:
+        print(ABSENT, file=sys.stderr)
+        return 1
+    device, threads = devices_and_threads()[-1]
+    for name in options.names or WORK:
+        if name not in WORK:
+            parser.error(f"NAME must be of {', '.join(WORK)}, got {name!r}")
+        work = WORK[name][1]
+        layers = options.layers or LAYERS[work[0]][1]
+        for dtype in options.dtype or ("fp32", "bf16"):
+            case = _case(name, work, layers, dtype, device, threads)
+            problem = Model(case, work, layers)
+            with contextlib.closing(problem), testing.use_threads(threads):
+                calls = {"unpatched": problem.theirs(), "pykernels": problem.ours("auto")}
+                first = {key: call.outputs(call.run())["logits"].double() for key, call in calls.items()}  # warm
+                difference = (first["pykernels"] - first["unpatched"]).norm() / first["unpatched"].norm()
+                taken = {key: [] for key in calls}
+                for i in range(options.rounds):
+                    for key in (list(calls), list(calls)[::-1])[i % 2]:
+                        taken[key].append(_time(calls[key].run))
+                medians = {key: timer.quantile(values, 0.5) for key, values in taken.items()}
+                ratio = timer.Ratio.of(taken["unpatched"], taken["pykernels"])
+                print(f"{case}: unpatched {medians['unpatched']:.2f} s, pykernels {medians['pykernels']:.2f} s, "
+                      f"{ratio.of_medians:.2f}x (by round {ratio.per_round.low:.2f} to {ratio.per_round.high:.2f}), "
+                      f"logits differ by {difference:.1e}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
