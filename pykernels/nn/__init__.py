@@ -21,7 +21,8 @@ from .retention import LinearAttention, MultiScaleRetention, RecurrentState
 from .rotary import apply_rotary
 
 __all__ = ["MIXERS", "Attention", "AttentionState", "HyenaFilter", "HyenaOperator", "LinearAttention", "LongConv",
-           "LongConvState", "Mamba", "MambaState", "MultiScaleRetention", "RecurrentState", "apply_rotary", "make_mixer"]
+           "LongConvState", "Mamba", "MambaState", "MultiScaleRetention", "RecurrentState", "apply_rotary",
+           "make_mixer"]
 
 MIXERS: dict[str, type[_nn.Module]] = {
     "attention": Attention,
