@@ -376,7 +376,7 @@ def test_grid_of_a_machine_is_every_case() -> None:
     places = {(case["op"], case["threads"]) for case in found}
     ops = {op for op, _ in places}
     assert {"flash_attention", "flash_attention_decode"} <= ops
-    assert places == {(op, threads) for op in ops for threads in (1, 2)}
+    assert places == {(op, threads) for op in ops for threads in (1, 2)} - {("transformers", 1)}  # whole models
     assert {case["device"] for case in report.grid({**ENVIRONMENT, "gpu": "GPU"})} == {"cuda"}
 
 
