@@ -12,7 +12,7 @@ __device__ __forceinline__ float* part_of(const CausalConv1dBackwardParams& p, i
 }
 
 template <class T, int W, bool kAlongTokens>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kAlongTokens ? 4 : W <= 4 ? 3 : 2)
     causal_conv1d_bwd_kernel(const __grid_constant__ CausalConv1dBackwardParams p, int64_t tiles) {
   using Tiles = Tiling<W, kAlongTokens>;
   constexpr int kPair = Tiles::kPair;
@@ -30,8 +30,9 @@ __global__ void __launch_bounds__(kThreads)
         // e before, in and after the run; dy, the gradient before the activation, in and after it.
         float e[kPair][kRun + 2 * (W - 1)], dy[kPair][kRun + W - 1];
         const bool inner = piece.low <= -kRun && piece.high >= 2 * kRun;
-        load_tokens<1 - W, kAlongTokens>(e, x + first * f.x_stride.token, f.x_stride.token, piece, inner);
-        load_tokens<0, kAlongTokens>(dy, dout + first * p.dout_stride.token, p.dout_stride.token, piece, inner);
+        const int64_t x_stride = ptx::unhoisted(f.x_stride.token), dout_stride = ptx::unhoisted(p.dout_stride.token);
+        load_tokens<1 - W, kAlongTokens>(e, x + first * x_stride, x_stride, piece, inner);
+        load_tokens<0, kAlongTokens>(dy, dout + first * dout_stride, dout_stride, piece, inner);
         if (!inner) load_state<T, W>(e, f, sequence, place.channel, piece);
         if (f.silu) {
 #pragma unroll
@@ -68,7 +69,8 @@ __global__ void __launch_bounds__(kThreads)
           }
         }
       }
-      store_run<kAlongTokens>(dx + first * p.dx_stride.token, p.dx_stride.token, result, piece);
+      const int64_t stride = ptx::unhoisted(p.dx_stride.token);
+      store_run<kAlongTokens>(dx + first * stride, stride, result, piece);
     });
   }
   float* const part = part_of(p, place.batch * tiles + place.tile);
@@ -122,7 +124,7 @@ __device__ __forceinline__ float* dy_row(const CausalConv1dBackwardParams& p, in
 
 // kInput false: dy; true: dx.
 template <class T, bool kAlongTokens, bool kInput>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     causal_conv1d_bwd_any_kernel(const __grid_constant__ CausalConv1dBackwardParams p, int64_t tiles, int64_t parts) {
   using Tiles = Tiling<0, kAlongTokens>;
   const CausalConv1dParams& f = p.forward;
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
 
 // The gradient of e's first W - 1 entries. One thread for each.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 6)
     causal_conv1d_bwd_state_kernel(const __grid_constant__ CausalConv1dBackwardParams p) {
   const CausalConv1dParams& f = p.forward;
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, entries = f.width - 1;

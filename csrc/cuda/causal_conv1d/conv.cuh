@@ -130,12 +130,12 @@ template <int kFrom, bool kAlongTokens, class T, int kPair, int kCount>
 __device__ __forceinline__ void load_tokens(float (&values)[kPair][kCount], const T* row, int64_t stride,
                                             const Piece& piece, bool inner) {
   if (!inner) {
+    const T* p = row + kFrom * (kAlongTokens ? 1 : stride);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kCount; ++i, p += kAlongTokens ? 1 : stride) {
       const bool there = piece.has(kFrom + i);
 #pragma unroll
-      for (int c = 0; c < kPair; ++c)
-        values[c][i] = there ? widen(row[(kFrom + i) * (kAlongTokens ? 1 : stride) + c]) : 0.0f;
+      for (int c = 0; c < kPair; ++c) values[c][i] = there ? widen(p[c]) : 0.0f;
     }
   } else if constexpr (kAlongTokens) {
     static_assert(kFrom > -kRun && kFrom <= 0 && kFrom + kCount <= 2 * kRun);
@@ -154,10 +154,11 @@ __device__ __forceinline__ void load_tokens(float (&values)[kPair][kCount], cons
       for (int i = kRun; i < kFrom + kCount; ++i) values[0][i - kFrom] = part[i - kRun];
     }
   } else {
+    const T* p = row + kFrom * stride;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kCount; ++i, p += stride) {
       float pair[kPair];
-      Neighbours<kPair, T>::load(pair, row + (kFrom + i) * stride);
+      Neighbours<kPair, T>::load(pair, p);
 #pragma unroll
       for (int c = 0; c < kPair; ++c) values[c][i] = pair[c];
     }
@@ -194,10 +195,10 @@ __device__ __forceinline__ void store_run(T* row, int64_t stride, const float (&
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) {
+    for (int i = 0; i < kRun; ++i, row += stride) {
       if (!piece.has(i)) continue;
       const float pair[2] = {values[0][i], values[1][i]};
-      Neighbours<2, T>::store(row + i * stride, pair);
+      Neighbours<2, T>::store(row, pair);
     }
   }
 }

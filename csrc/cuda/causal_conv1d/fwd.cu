@@ -6,7 +6,7 @@ namespace conv {
 namespace {
 
 template <class T, int W, bool kAlongTokens>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kAlongTokens ? 5 : W <= 6 ? 4 : 3)
     causal_conv1d_fwd_kernel(const __grid_constant__ CausalConv1dParams p, int64_t tiles) {
   using Tiles = Tiling<W, kAlongTokens>;
   constexpr int kPair = Tiles::kPair;
@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads)
     if (sequence.index < p.sequences) {
       float e[kPair][kRun + W - 1];
       const bool inner = piece.low <= -kRun && piece.high >= kRun;
-      load_tokens<1 - W, kAlongTokens>(e, x + first * p.x_stride.token, p.x_stride.token, piece, inner);
+      const int64_t stride = ptx::unhoisted(p.x_stride.token);
+      load_tokens<1 - W, kAlongTokens>(e, x + first * stride, stride, piece, inner);
       if (!inner) load_state<T, W>(e, p, sequence, place.channel, piece);
 #pragma unroll
       for (int c = 0; c < kPair; ++c)
@@ -37,7 +38,8 @@ __global__ void __launch_bounds__(kThreads)
           for (int i = 0; i < kRun; ++i) y[c][i] = silu(y[c][i]);
       }
     }
-    store_run<kAlongTokens>(out + first * p.out_stride.token, p.out_stride.token, y, piece);
+    const int64_t stride = ptx::unhoisted(p.out_stride.token);
+    store_run<kAlongTokens>(out + first * stride, stride, y, piece);
   });
 }
 
