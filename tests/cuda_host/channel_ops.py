@@ -13,7 +13,9 @@ from torch import Tensor
 import host_build
 from pykernels import _dispatch, backends
 from pykernels.ops import causal_conv1d as conv
+from pykernels.ops import selective_scan as scan
 from pykernels.ops.causal_conv1d import registration as conv_registration
+from pykernels.ops.selective_scan import registration as scan_registration
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _GUARD = 256  # elements
@@ -37,11 +39,11 @@ def check_guards(*outputs: Tensor) -> None:
 
 
 def fields(**tensors: Tensor | None) -> dict[str, Any]:
-    """Addresses, 0 for None, and strides of three axes."""
+    """Addresses, 0 for None, and strides where there are three axes or four."""
     result: dict[str, Any] = {}
     for name, x in tensors.items():
         result[name] = 0 if x is None else x.data_ptr()
-        if x is not None and x.dim() == 3:
+        if x is not None and x.dim() in (3, 4):
             result[name + "_stride"] = tuple(x.stride())
     return result
 
@@ -101,6 +103,90 @@ for _part, _run in (("fwd", conv_fwd), ("bwd", conv_bwd), ("step", conv_step)):
     _dispatch.define(f"causal_conv1d_{_part}_cuda_host", conv_registration.SCHEMAS[_part], _run)
 
 
+# ---- selective_scan ---------------------------------------------------------------------------------------------------
+
+
+def _chunks(u: Tensor, cu_seqlens: Tensor | None) -> int:
+    chunks = u.shape[2] // scan_registration.CHUNK
+    return u.shape[0] * (chunks + 1) if cu_seqlens is None else chunks + cu_seqlens.shape[0]
+
+
+def _scan_fields(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus) -> dict[str, Any]:
+    batch, channels, length = u.shape
+    return {"dtype": _DTYPES[u.dtype], "delta_dtype": _DTYPES[delta.dtype], "B_dtype": _DTYPES[B.dtype],
+            "C_dtype": _DTYPES[C.dtype], "batch": batch, "channels": channels, "length": length, "state": A.shape[1],
+            "groups": next((x.shape[1] for x in (B, C) if x.dim() == 4), 1),
+            "sequences": batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, "delta_softplus": delta_softplus,
+            **fields(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state,
+                     cu_seqlens=cu_seqlens)}
+
+
+def _scan_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus) -> tuple:
+    A, D, delta_bias, initial_state = _contiguous(A, D, delta_bias, initial_state)
+    B, C = (x.contiguous() if x.dim() == 2 else x for x in (B, C))
+    return u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus
+
+
+def scan_fwd(*inputs):
+    *inputs, keep_states = inputs
+    inputs = _scan_inputs(*inputs)
+    u, A, cu_seqlens = inputs[0], inputs[2], inputs[9]
+    f = _scan_fields(*inputs)
+    out, final_state = guarded(u.shape, u.dtype, u), guarded((f["sequences"], *A.shape), torch.float32)
+    states = guarded((_chunks(u, cu_seqlens) if keep_states else 0, A.shape[1], A.shape[0]), torch.float32)
+    f |= fields(out=out, final_state=final_state, chunk_states=states if keep_states else None)
+    scratch = guarded((host_build.load().selective_scan_fwd_scratch(f),), torch.float32)
+    host_build.load().selective_scan_fwd(f | fields(scratch=scratch))
+    check_guards(out, final_state, states, scratch)
+    return out, final_state, states
+
+
+def scan_bwd(dout, dfinal_state, *inputs):
+    *inputs, states = inputs
+    inputs = _scan_inputs(*inputs)
+    u, delta, A, B, C, D, z, delta_bias, initial_state, *_ = inputs
+    dfinal_state, states = _contiguous(dfinal_state, states)
+    f = _scan_fields(*inputs) | fields(dout=dout, dfinal_state=dfinal_state, chunk_states=states)
+
+    def like(x: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+        return guarded((0,) if x is None else tuple(x.shape), dtype, x if x is not None and x.dim() == 3 else None)
+
+    gradients = {"du": like(u, u.dtype), "ddelta": like(delta, delta.dtype), "dA": like(A), "dB": like(B), "dC": like(C),
+                 "dD": like(D), "dz": like(z, u.dtype), "ddelta_bias": like(delta_bias),
+                 "dinitial_state": guarded((0 if initial_state is None else f["sequences"], *A.shape), torch.float32)}
+    if u.shape[1] == 0:
+        gradients["dB"].zero_(), gradients["dC"].zero_()
+    absent = {"dD": D, "dz": z, "ddelta_bias": delta_bias, "dinitial_state": initial_state}
+    f |= fields(**{name: None if name in absent and absent[name] is None else x for name, x in gradients.items()})
+    scratch = guarded((host_build.load().selective_scan_bwd_scratch(f),), torch.float32)
+    host_build.load().selective_scan_bwd(f | fields(scratch=scratch))
+    check_guards(*gradients.values(), scratch)
+    return tuple(gradients.values())
+
+
+def scan_step(x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus):
+    batch, heads, channels = x.shape
+    out = guarded(x.shape, x.dtype)
+    f = {"dtype": _DTYPES[x.dtype], "delta_dtype": _DTYPES[delta.dtype], "B_dtype": _DTYPES[B.dtype],
+         "C_dtype": _DTYPES[C.dtype], "batch": batch, "heads": heads, "channels": channels, "state": A.shape[2],
+         "groups": B.shape[1], "slots": state.shape[0], "delta_softplus": delta_softplus,
+         "state_indices": 0 if state_indices is None else state_indices.data_ptr()}
+    # The axes that each has of batch, head, channel and state.
+    for axes, tensors in {"bhc": {"x": x, "delta": delta, "z": z, "out": out}, "bhcn": {"states": state},
+                          "hcn": {"A": A}, "bhn": {"B": B, "C": C}, "hc": {"D": D, "delta_bias": delta_bias}}.items():
+        for name, tensor in tensors.items():
+            f[name] = 0 if tensor is None else tensor.data_ptr()
+            if tensor is not None:
+                f[name + "_stride"] = [tensor.stride(axes.index(axis)) if axis in axes else 0 for axis in "bhcn"]
+    host_build.load().selective_scan_step(f)
+    check_guards(out)
+    return out
+
+
+for _part, _run in (("fwd", scan_fwd), ("bwd", scan_bwd), ("step", scan_step)):
+    _dispatch.define(f"selective_scan_{_part}_cuda_host", scan_registration.SCHEMAS[_part], _run)
+
+
 @contextlib.contextmanager
 def on_the_host() -> Iterator[None]:
     """Calls with backend="cuda" run the kernels on the executor, if the backend would take the call on a GPU."""
@@ -112,5 +198,5 @@ def on_the_host() -> Iterator[None]:
             raise backends.BackendUnavailable(reason)
         return "cuda_host"
 
-    with mock.patch.object(conv, "resolve", resolve):
+    with mock.patch.object(conv, "resolve", resolve), mock.patch.object(scan, "resolve", resolve):
         yield

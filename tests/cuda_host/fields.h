@@ -6,7 +6,9 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <tuple>
+#include <vector>
 
 namespace cuda_host {
 

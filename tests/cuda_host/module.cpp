@@ -15,6 +15,7 @@ const char* run_fault(const char* name, const float* in, float* out, int n);
 
 namespace cuda_host {
 void bind_causal_conv1d(py::module_& m);
+void bind_selective_scan(py::module_& m);
 }
 
 namespace {
@@ -132,4 +133,5 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
       },
       "pykernels::cuda::flash_attention_append, likewise.");
   cuda_host::bind_causal_conv1d(m);
+  cuda_host::bind_selective_scan(m);
 }

@@ -76,7 +76,7 @@ void causal_conv1d_bwd(const CausalConv1dBackwardParams& params, const Parallel&
 void causal_conv1d_step(const CausalConv1dStepParams& params, const Parallel& parallel);
 }  // namespace cpu
 
-// Enqueue on the current device's stream `stream` (a cudaStream_t); return null, or what went wrong with the launch.
+// On the current device's stream `stream` (a cudaStream_t); return null, or what went wrong with the launch.
 namespace cuda {
 const char* causal_conv1d_fwd(const CausalConv1dParams& params, void* stream);
 int64_t causal_conv1d_bwd_scratch(const CausalConv1dBackwardParams& params);

@@ -72,11 +72,12 @@ def _triton(part: str):
     return run
 
 
+_NATIVE = () if _library.error() is not None else ("cpu",) if _library.cuda_build() is None else ("cpu", "cuda")
 for _part, _fake in _FAKES.items():
     _dispatch.define(f"selective_scan_{_part}_triton", SCHEMAS[_part], _triton(_part), _fake)
-    if _library.error() is None:
-        _dispatch.register_fake(f"selective_scan_{_part}_cpu", _fake)
-for _backend in ("triton", "cpu") if _library.error() is None else ("triton",):
+    for _backend in _NATIVE:
+        _dispatch.register_fake(f"selective_scan_{_part}_{_backend}", _fake)
+for _backend in ("triton", *_NATIVE):
     _dispatch.bump_versions(f"selective_scan_step_{_backend}", (1,))
 
 
