@@ -43,10 +43,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int n = place.lane; n < states; n += kLanes) carry[n] = 0.0f;
   __syncwarp();
   float segment_rate = 0.0f;
-  const int64_t chunks = (segment.last - segment.first + kChunk - 1) / kChunk;
+  const int chunks = static_cast<int>((segment.last - segment.first + kChunk - 1) / kChunk);
 #pragma unroll 1
-  for (int64_t k = chunks - 1; k >= 0; --k) {
-    const int64_t token = segment.first + k * kChunk + place.lane * kRun;
+  for (int k = chunks - 1; k >= 0; --k) {
+    const int64_t token = segment.first + int64_t{k} * kChunk + place.lane * kRun;
     const int count = inside ? static_cast<int>(max(min(segment.last - token, int64_t{kRun}), int64_t{0})) : 0;
     float rate[kRun], dy[kRun], lane_rate = 0.0f;
     load_steps<T>(rate, f, segment.batch, place.channel, token, count);
@@ -124,15 +124,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncwarp();
 
-  const float skip = f.D != nullptr ? static_cast<const float*>(f.D)[place.channel] : 0.0f;
-  const float bias = f.delta_bias != nullptr ? static_cast<const float*>(f.delta_bias)[place.channel] : 0.0f;
-  const int64_t chunks = (segment.last - segment.first + kChunk - 1) / kChunk;
+  const int chunks = static_cast<int>((segment.last - segment.first + kChunk - 1) / kChunk);
   const bool writes = place.active && place.lane == 0;
   float dskip = 0.0f, dbias = 0.0f;
   int turn = 0;
 #pragma unroll 1
-  for (int64_t k = chunks - 1; k >= 0; --k) {
-    const int64_t start = segment.first + k * kChunk, token = start + place.lane * kRun;
+  for (int k = chunks - 1; k >= 0; --k) {
+    const int64_t start = segment.first + int64_t{k} * kChunk, token = start + place.lane * kRun;
     const bool fresh = k == chunks - 1;
     const int there = place.active ? static_cast<int>(max(min(segment.last - token, int64_t{kRun}), int64_t{0})) : 0;
     const int count = segment.owned ? there : 0;
@@ -229,7 +227,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncwarp();
 
-    // input holds dt u; u itself is read again.
+    // Read only now, that registers may hold the loop: u, of which input holds dt u, and the parameters.
+    const float skip = f.D != nullptr ? static_cast<const float*>(f.D)[place.channel] : 0.0f;
+    const float bias = f.delta_bias != nullptr ? static_cast<const float*>(f.delta_bias)[place.channel] : 0.0f;
     float u[kRun], x[kRun], du[kRun];
     load_tokens<T>(u, f.u, f.u_stride, segment.batch, place.channel, token, count);
     load_run<T>(x, f.delta, f.delta_dtype, offset_of(f.delta_stride, segment.batch, place.channel, token),

@@ -71,21 +71,24 @@ __device__ __forceinline__ Segment segment_at(const SelectiveScanParams& p, cons
 
 // What a thread works on in a block of kChannels channels, which all belong to one group.
 struct Place {
-  int64_t slot, group, block, channel;  // block: of the group
-  int lane, row;                        // of the eight; of the block's channels
-  bool active;                          // whether there is such a channel
+  int64_t channel;
+  int slot, group, block;  // block: of the group
+  int lane, row;           // of the eight; of the block's channels
+  bool active;             // whether there is such a channel
 
   template <int kChannels>
   static __device__ __forceinline__ Place of(const SelectiveScanParams& p) {
-    const int64_t per_group = p.channels / p.groups, of_group = (per_group + kChannels - 1) / kChannels;
-    const int64_t blocks = p.groups * of_group;
+    const int64_t per_group = p.channels / p.groups;
+    // A grid has fewer than 2^31 blocks.
+    const int of_group = static_cast<int>((per_group + kChannels - 1) / kChannels), index = static_cast<int>(blockIdx.x);
+    const int blocks = static_cast<int>(p.groups) * of_group;
     Place place;
-    place.slot = blockIdx.x / blocks;
-    place.group = blockIdx.x % blocks / of_group;
-    place.block = blockIdx.x % of_group;
+    place.slot = index / blocks;
+    place.group = index % blocks / of_group;
+    place.block = index % of_group;
     place.lane = threadIdx.x % kLanes;
     place.row = threadIdx.x / kLanes;
-    const int64_t within = place.block * kChannels + place.row;
+    const int64_t within = int64_t{place.block} * kChannels + place.row;
     place.active = within < per_group;
     place.channel = place.group * per_group + (place.active ? within : 0);
     return place;
