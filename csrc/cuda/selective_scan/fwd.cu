@@ -9,7 +9,7 @@ constexpr int kWarps = 4, kThreads = kWarps * 32, kChannels = kWarps * kWarpChan
 
 // kEnds: what the segment does to a state, ends and products [slots, N, D]; else the segment itself.
 template <class T, bool kEnds>
-__global__ void __launch_bounds__(kThreads, 5)
+__global__ void __launch_bounds__(kThreads, kEnds ? 5 : 4)
     selective_scan_fwd_kernel(const __grid_constant__ SelectiveScanParams p, Split split, float* products) {
   const Place place = Place::of<kChannels>(p);
   const Segment segment = segment_at(p, split, place.slot);
@@ -29,7 +29,6 @@ __global__ void __launch_bounds__(kThreads, 5)
   }
   __syncwarp();
 
-  const float skip = !kEnds && p.D != nullptr ? static_cast<const float*>(p.D)[place.channel] : 0.0f;
   float segment_rate = 0.0f;
   int64_t chunk = segment.chunk;
 #pragma unroll 1
@@ -78,6 +77,7 @@ __global__ void __launch_bounds__(kThreads, 5)
     }
     __syncwarp();
     if constexpr (!kEnds) {
+      const float skip = p.D != nullptr ? static_cast<const float*>(p.D)[place.channel] : 0.0f;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) y[i] += skip * u[i];
       if (p.z != nullptr) {
