@@ -74,6 +74,13 @@ __device__ __forceinline__ int64_t unhoisted(int64_t x) {
   return x;
 }
 
+// No instruction: these values are held in registers, not computed again wherever they are used.
+template <int kCount>
+__device__ __forceinline__ void keep(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i]));
+}
+
 // ---- Matrix products of one warp ----------------------------------------------------------------------------------
 
 // d [16, 8] = a [16, 16] b [16, 8] + c, T bf16 or fp16, accumulated in fp32. Registers of lane (g, t), two elements

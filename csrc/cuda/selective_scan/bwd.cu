@@ -57,11 +57,13 @@ __global__ void __launch_bounds__(kThreads, 3)
       lane_rate += rate[i];
     }
     segment_rate += lane_rate;
+    ptx::keep(rate);
+    States<T> C(f.C, segment.batch, place.group, place.channel, states, token, count);
 #pragma unroll 1
     for (int n = 0; n < states; ++n) {
-      const float A = load_rate(f, place.channel, n);
+      const float A = finite_rate(rates_of(f, ptx::unhoisted(place.channel))[n]);
       float c[kRun], q = place.lane == kLanes - 1 ? carry[n] : 0.0f;
-      load_projection<T>(c, f.C, segment.batch, place.group, place.channel, states, n, token, count);
+      C.next(c, f.C, count);
 #pragma unroll
       for (int i = kRun - 1; i >= 0; --i) q = ptx::exp2(rate[i] * A) * (c[i] * dy[i] + q);
       q = scan_lanes<true>(q, ptx::exp2(lane_rate * A), place.lane);
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int n = place.lane; n < states; n += kLanes) {
     const int64_t at = row_at(f, place.slot, n, place.channel);
     split.enter[at] = carry[n];
-    parts.products[at] = ptx::exp2(segment_rate * load_rate(f, place.channel, n));
+    parts.products[at] = ptx::exp2(segment_rate * finite_rate(rates_of(f, place.channel)[n]));
   }
 }
 
@@ -145,10 +147,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 #pragma unroll 1
     for (int n = 0; n < states; ++n) {
-      const float A = load_rate(f, place.channel, n);
+      const float A = finite_rate(rates_of(f, place.channel)[n]);
       float a[kRun], b[kRun], c[kRun], before[kRun];  // before: h of the token before
-      load_projection<T>(b, f.B, segment.batch, place.group, place.channel, states, n, token, count);
-      load_projection<T>(c, f.C, segment.batch, place.group, place.channel, states, n, token, count);
+      // Their places are found anew for each state: no registers are left to keep them in.
+      States<T>(f.B, segment.batch, place.group, place.channel, states, token, count, n).next(b, f.B, count);
+      States<T>(f.C, segment.batch, place.group, place.channel, states, token, count, n).next(c, f.C, count);
       const float product = ptx::exp2(lane_rate * A);
       float h = 0.0f;
       if (inside && place.lane == 0)

@@ -46,13 +46,18 @@ __global__ void __launch_bounds__(kThreads, kEnds ? 5 : 4)
       lane_rate += rate[i];
     }
     segment_rate += lane_rate;
+    ptx::keep(rate), ptx::keep(input);
+    States<T> B(p.B, segment.batch, place.group, place.channel, states, token, count);
+    States<T> C(p.C, segment.batch, place.group, place.channel, states, token, count);
+    const float* const rates = rates_of(p, place.channel);
+    const bool keeps = !kEnds && p.chunk_states != nullptr && inside && place.lane == 0;
+    float* kept = static_cast<float*>(p.chunk_states) + row_at(p, chunk, 0, place.channel);
 #pragma unroll 1
-    for (int n = 0; n < states; ++n) {
-      const float A = load_rate(p, place.channel, n), before = state[n];
-      if (!kEnds && p.chunk_states != nullptr && inside && place.lane == 0)
-        static_cast<float*>(p.chunk_states)[row_at(p, chunk, n, place.channel)] = before;
+    for (int n = 0; n < states; ++n, kept += p.channels) {
+      const float A = finite_rate(rates[n]), before = state[n];
+      if (keeps) *kept = before;
       float a[kRun], x[kRun];
-      load_projection<T>(x, p.B, segment.batch, place.group, place.channel, states, n, token, count);
+      B.next(x, p.B, count);
       float h = place.lane == 0 ? before : 0.0f;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
@@ -67,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, kEnds ? 5 : 4)
       if constexpr (!kEnds) {
         h = place.lane == 0 ? before : entering;
         float c[kRun];
-        load_projection<T>(c, p.C, segment.batch, place.group, place.channel, states, n, token, count);
+        C.next(c, p.C, count);
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
           h = a[i] * h + x[i];
@@ -101,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, kEnds ? 5 : 4)
     if constexpr (kEnds) {
       const int64_t at = row_at(p, place.slot, n, place.channel);
       split.enter[at] = state[n];
-      products[at] = ptx::exp2(segment_rate * load_rate(p, place.channel, n));
+      products[at] = ptx::exp2(segment_rate * finite_rate(rates_of(p, place.channel)[n]));
     } else if (!split.split && segment.ends) {
       static_cast<float*>(p.final_state)[state_at(p, segment.sequence, place.channel, n)] = state[n];
     }

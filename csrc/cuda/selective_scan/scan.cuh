@@ -177,24 +177,50 @@ __device__ __forceinline__ void load_tokens(float (&x)[kRun], const void* data, 
   load_run(x, static_cast<const T*>(data) + offset_of(stride, batch, channel, token), stride.token, count);
 }
 
-// State n of B or C at a thread's tokens.
+// B or C at a thread's tokens, one state after another from n on.
 template <class T>
-__device__ __forceinline__ void load_projection(float (&x)[kRun], const Projection& from, int64_t batch, int64_t group,
-                                                int64_t channel, int64_t states, int64_t n, int64_t token, int count) {
-  if (from.constant) {
-    const float value = static_cast<const float*>(from.data)[channel * states + n];
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) x[i] = value;
-  } else {
-    load_run<T>(x, from.data, from.dtype,
-                batch * from.batch + group * from.group + n * from.state + token * from.token, from.token, count);
+class States {
+ public:
+  __device__ __forceinline__ States(const Projection& from, int64_t batch, int64_t group, int64_t channel, int64_t states,
+                                    int64_t token, int count, int n = 0) {
+    fp32_ = std::is_same_v<T, float> || from.constant || from.dtype == DType::kFloat32;
+    const int64_t first = from.constant ? channel * states + n
+                                        : batch * from.batch + group * from.group + n * from.state + token * from.token;
+    at_ = first * size();
+    // Whether eight tokens of every state are 16 bytes, or twice 16, at a multiple of 16.
+    wide_ = !from.constant && count == kRun && from.token == 1 &&
+            ((reinterpret_cast<uintptr_t>(from.data) + static_cast<uintptr_t>(at_)) |
+             static_cast<uintptr_t>(from.state * size())) % 16 == 0;
   }
-}
+
+  __device__ __forceinline__ void next(float (&x)[kRun], const Projection& from, int count) {
+    const unsigned char* const p = static_cast<const unsigned char*>(from.data) + at_;
+    if (wide_) {
+      if (std::is_same_v<T, float> || fp32_)
+        Neighbours<kRun, float>::load(x, reinterpret_cast<const float*>(p));
+      else
+        Neighbours<kRun, T>::load(x, reinterpret_cast<const T*>(p));
+    } else if (from.constant) {
+      const float value = *reinterpret_cast<const float*>(p);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) x[i] = value;
+    } else {
+      load_run<T>(x, p, fp32_ ? DType::kFloat32 : from.dtype, 0, from.token, count);
+    }
+    at_ += (from.constant ? 1 : from.state) * size();
+  }
+
+ private:
+  __device__ __forceinline__ int64_t size() const { return std::is_same_v<T, float> || fp32_ ? 4 : sizeof(T); }
+
+  int64_t at_;  // in bytes
+  bool fp32_, wide_;
+};
 
 // A rate that is minus infinity forgets all, but not where there is no step: 0 times it must be 0.
-__device__ __forceinline__ float load_rate(const SelectiveScanParams& p, int64_t channel, int64_t n) {
-  const float rate = static_cast<const float*>(p.A)[channel * p.state + n];
-  return rate < -FLT_MAX ? -FLT_MAX : rate;
+__device__ __forceinline__ float finite_rate(float rate) { return rate < -FLT_MAX ? -FLT_MAX : rate; }
+__device__ __forceinline__ const float* rates_of(const SelectiveScanParams& p, int64_t channel) {
+  return static_cast<const float*>(p.A) + channel * p.state;
 }
 
 // h -> product h + end of a lane's tokens, to that of all tokens up to it (from it, if kReverse) of the eight lanes.
