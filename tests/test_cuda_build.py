@@ -119,7 +119,8 @@ def _code(arch: str, *words: str) -> dict[str, list[str]]:
     names = {k.name for k in _kernels() if k.arch == arch and all(word in k.name for word in words)}
     listing = _cuobjdump("--dump-sass", "--gpu-architecture", arch, "--function", ",".join(sorted(names)))
     parts = (part.partition("\n") for part in re.split(r"\n\s*Function : ", listing)[1:])
-    return {name.strip(): re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]*?)\s*;", code) for name, _, code in parts}
+    instruction = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]*?)\s*;"
+    return {name.strip(): re.findall(instruction, code) for name, _, code in parts}
 
 
 @pytest.mark.parametrize("kernel, instructions", (

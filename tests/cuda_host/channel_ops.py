@@ -1,4 +1,4 @@
-"""The channel-first ops on the host executor, as a backend "cuda_host", with what csrc/torch does around the kernels."""
+"""The channel-first ops on the host executor, as a backend "cuda_host", with what csrc/torch does around them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-# ---- causal_conv1d ----------------------------------------------------------------------------------------------------
+# ---- causal_conv1d ---------------------------------------------------------------------------------------------------
 
 
 def _conv_fields(x, weight, bias, initial_state, cu_seqlens, silu) -> dict[str, Any]:
@@ -78,7 +78,8 @@ def conv_bwd(dout, dfinal_state, x, weight, bias, initial_state, cu_seqlens, sil
     dx = guarded(x.shape, x.dtype, x)
     dweight, dbias = guarded(tuple(weight.shape), torch.float32), guarded((x.shape[1],), torch.float32)
     dinitial_state = guarded((0 if initial_state is None else f["sequences"], x.shape[1], f["width"] - 1), x.dtype)
-    f |= fields(dout=dout, dfinal_state=dfinal_state, dx=dx, dweight=dweight, dbias=dbias, dinitial_state=dinitial_state)
+    f |= fields(dout=dout, dfinal_state=dfinal_state, dx=dx, dweight=dweight, dbias=dbias,
+                dinitial_state=dinitial_state)
     if initial_state is None:
         f["dinitial_state"] = 0
     scratch = guarded((host_build.load().causal_conv1d_bwd_scratch(f),), torch.float32)
@@ -103,7 +104,7 @@ for _part, _run in (("fwd", conv_fwd), ("bwd", conv_bwd), ("step", conv_step)):
     _dispatch.define(f"causal_conv1d_{_part}_cuda_host", conv_registration.SCHEMAS[_part], _run)
 
 
-# ---- selective_scan ---------------------------------------------------------------------------------------------------
+# ---- selective_scan --------------------------------------------------------------------------------------------------
 
 
 def _chunks(u: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -151,8 +152,8 @@ def scan_bwd(dout, dfinal_state, *inputs):
     def like(x: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
         return guarded((0,) if x is None else tuple(x.shape), dtype, x if x is not None and x.dim() == 3 else None)
 
-    gradients = {"du": like(u, u.dtype), "ddelta": like(delta, delta.dtype), "dA": like(A), "dB": like(B), "dC": like(C),
-                 "dD": like(D), "dz": like(z, u.dtype), "ddelta_bias": like(delta_bias),
+    gradients = {"du": like(u, u.dtype), "ddelta": like(delta, delta.dtype), "dA": like(A), "dB": like(B),
+                 "dC": like(C), "dD": like(D), "dz": like(z, u.dtype), "ddelta_bias": like(delta_bias),
                  "dinitial_state": guarded((0 if initial_state is None else f["sequences"], *A.shape), torch.float32)}
     if u.shape[1] == 0:
         gradients["dB"].zero_(), gradients["dC"].zero_()

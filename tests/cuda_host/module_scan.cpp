@@ -86,14 +86,16 @@ SelectiveScanStepParams scan_step_params(const py::dict& f) {
 }  // namespace
 
 void bind_selective_scan(py::module_& m) {
-  m.def("selective_scan_fwd_scratch", [](const py::dict& f) { return cuda::selective_scan_fwd_scratch(scan_params(f)); });
+  m.def("selective_scan_fwd_scratch",
+        [](const py::dict& f) { return cuda::selective_scan_fwd_scratch(scan_params(f)); });
   m.def("selective_scan_fwd", [](const py::dict& f) {
     check(cuda::selective_scan_fwd(scan_params(f), pointer<void>(f, "scratch"), nullptr));
   });
   m.def("selective_scan_bwd_scratch",
         [](const py::dict& f) { return cuda::selective_scan_bwd_scratch(scan_bwd_params(f)); });
   m.def("selective_scan_bwd", [](const py::dict& f) { check(cuda::selective_scan_bwd(scan_bwd_params(f), nullptr)); });
-  m.def("selective_scan_step", [](const py::dict& f) { check(cuda::selective_scan_step(scan_step_params(f), nullptr)); });
+  m.def("selective_scan_step",
+        [](const py::dict& f) { check(cuda::selective_scan_step(scan_step_params(f), nullptr)); });
 }
 
 }  // namespace cuda_host

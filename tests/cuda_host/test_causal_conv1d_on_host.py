@@ -142,7 +142,7 @@ def test_under_the_sanitizers():
     ops = {case.name: op.name for op, case in MATRIX}
     tests = [f"{Path(__file__).name}::test_numbers[{ops[name]}-{name}-{dtype}]" for name in SANITIZED
              for dtype in ("bfloat16", "float32")]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=host_build.HERE,
-                            env=host_build.sanitized_environment(), capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+                            cwd=host_build.HERE, env=host_build.sanitized_environment(), capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert f"{len(tests)} passed" in result.stdout, result.stdout[-4000:]

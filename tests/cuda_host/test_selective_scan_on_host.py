@@ -1,4 +1,5 @@
-"""The CUDA kernels of the selective scan, executed on the host: the op's ordinary cases against the float64 definition."""
+"""The CUDA kernels of the selective scan, executed on the host: the op's ordinary cases against the float64
+definition."""
 
 from __future__ import annotations
 
@@ -147,8 +148,8 @@ def test_complex_states_and_float64_are_named_as_unserved():
         selective_scan(u.double(), u.double(), torch.zeros(2, 3).double(), B.double(), B.double(), backend="cuda")
 
 
-SANITIZED = ("mamba", "state-7", "constant-B", "groups", "packed", "packed-rest", "layout-token-first", "layout-strided",
-             "split-ragged", "split-packed")
+SANITIZED = ("mamba", "state-7", "constant-B", "groups", "packed", "packed-rest", "layout-token-first",
+             "layout-strided", "split-ragged", "split-packed")
 
 
 def test_under_the_sanitizers():
@@ -159,7 +160,7 @@ def test_under_the_sanitizers():
     tests = [f"{Path(__file__).name}::test_numbers[{op.name}-{name}-{dtype}]"
              for op, names in ((SELECTIVE_SCAN, SANITIZED), (SELECTIVE_SCAN_STEP, ("groups", "indexed-heads")))
              for name in names for dtype in ("bfloat16", "float32")]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=host_build.HERE,
-                            env=host_build.sanitized_environment(), capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+                            cwd=host_build.HERE, env=host_build.sanitized_environment(), capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert f"{len(tests)} passed" in result.stdout, result.stdout[-4000:]
