@@ -270,8 +270,8 @@ const char* for_width(int64_t width, Launch&& launch) {
 
 // A launch of `blocks` blocks; none is fine.
 template <class... Parameters, class... Arguments>
-const char* launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, unsigned shared_bytes, void* stream,
-                          const Arguments&... arguments) {
+const char* launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, unsigned shared_bytes,
+                          void* stream, const Arguments&... arguments) {
   if (blocks == 0) return nullptr;
   if (blocks > INT32_MAX) return "more tiles than a grid has blocks";
   return launch(kernel,

@@ -7,7 +7,8 @@ namespace {
 
 // W is the width when it is 2 to 4, else 0.
 template <class T, int W>
-__global__ void __launch_bounds__(kThreads) causal_conv1d_step_kernel(const __grid_constant__ CausalConv1dStepParams p) {
+__global__ void __launch_bounds__(kThreads)
+    causal_conv1d_step_kernel(const __grid_constant__ CausalConv1dStepParams p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= p.batch * p.channels) return;
   const int64_t channel = i % p.channels, batch = i / p.channels, width = W > 0 ? W : p.width;

@@ -248,8 +248,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       dskip += dy[i] * u[i];
       dbias += ddt[i];
     }
-    store_run(static_cast<T*>(p.du) + offset_of(p.du_stride, segment.batch, place.channel, token), p.du_stride.token, du,
-              there);
+    store_run(static_cast<T*>(p.du) + offset_of(p.du_stride, segment.batch, place.channel, token), p.du_stride.token,
+              du, there);
     store_run<T>(p.ddelta, f.delta_dtype, offset_of(p.ddelta_stride, segment.batch, place.channel, token),
                  p.ddelta_stride.token, ddt, there);
     if (f.z != nullptr) {
@@ -279,8 +279,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Sums over parts: to[j] = sum of from[part][i], where j is i, or i transposed from [rows, columns]. A thread adds every
-// eighth part, then the eight sums are added, always in the same order.
+// Sums over parts: to[j] = sum of from[part][i], where j is i, or i transposed from [rows, columns]. A thread adds
+// every eighth part, then the eight sums are added, always in the same order.
 constexpr int kSumColumns = 32, kSumRows = 8;
 
 __global__ void __launch_bounds__(kSumColumns* kSumRows)
@@ -306,8 +306,8 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
 const char* launch_sum(const float* from, void* to, int64_t parts, int64_t rows, int64_t columns, bool transposed,
                        void* stream) {
   return launch_blocks(selective_scan_bwd_sum_kernel, (rows * columns + kSumColumns - 1) / kSumColumns,
-                       kSumColumns * kSumRows, kSumColumns * kSumRows, stream, from, static_cast<float*>(to), parts, rows,
-                       columns, transposed);
+                       kSumColumns * kSumRows, kSumColumns * kSumRows, stream, from, static_cast<float*>(to), parts,
+                       rows, columns, transposed);
 }
 
 // Lays the scratch memory out from `base`; returns its size in floats.
@@ -356,7 +356,8 @@ const char* launch_bwd(const SelectiveScanBackwardParams& p, void* stream) {
                        : launch_sum(part, to, of_group, f.batch * f.groups * f.state, f.length, false, stream);
   };
   projection(f.B, parts.B, p.dB), projection(f.C, parts.C, p.dC);
-  if (error == nullptr && p.dD != nullptr) error = launch_sum(parts.skip, p.dD, split.slots, 1, f.channels, false, stream);
+  if (error == nullptr && p.dD != nullptr)
+    error = launch_sum(parts.skip, p.dD, split.slots, 1, f.channels, false, stream);
   if (error == nullptr && p.ddelta_bias != nullptr)
     error = launch_sum(parts.delta_bias, p.ddelta_bias, split.slots, 1, f.channels, false, stream);
   return error;

@@ -129,8 +129,8 @@ const char* selective_scan_fwd(const SelectiveScanParams& p, void* scratch, void
   float* const products = split.enter + (split.split ? scan::rows_of(p, split) : 0);
   return scan::for_dtype(p.dtype, [&]<class T>() -> const char* {
     const auto run = [&](auto* kernel) {
-      return scan::launch_blocks(kernel, split.slots * blocks, scan::kThreads, scan::kChannels * p.state, stream, p, split,
-                                 products);
+      return scan::launch_blocks(kernel, split.slots * blocks, scan::kThreads, scan::kChannels * p.state, stream, p,
+                                 split, products);
     };
     if (split.split) {
       if (const char* error = run(scan::selective_scan_fwd_kernel<T, true>)) return error;

@@ -80,7 +80,8 @@ struct Place {
   static __device__ __forceinline__ Place of(const SelectiveScanParams& p) {
     const int64_t per_group = p.channels / p.groups;
     // A grid has fewer than 2^31 blocks.
-    const int of_group = static_cast<int>((per_group + kChannels - 1) / kChannels), index = static_cast<int>(blockIdx.x);
+    const int of_group = static_cast<int>((per_group + kChannels - 1) / kChannels);
+    const int index = static_cast<int>(blockIdx.x);
     const int blocks = static_cast<int>(p.groups) * of_group;
     Place place;
     place.slot = index / blocks;
@@ -161,7 +162,8 @@ __device__ __forceinline__ float softplus(float x) {
 template <class T>
 __device__ __forceinline__ void load_steps(float (&dt)[kRun], const SelectiveScanParams& p, int64_t batch,
                                            int64_t channel, int64_t token, int count) {
-  load_run<T>(dt, p.delta, p.delta_dtype, offset_of(p.delta_stride, batch, channel, token), p.delta_stride.token, count);
+  load_run<T>(dt, p.delta, p.delta_dtype, offset_of(p.delta_stride, batch, channel, token), p.delta_stride.token,
+              count);
   const float bias = p.delta_bias != nullptr ? static_cast<const float*>(p.delta_bias)[channel] : 0.0f;
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
@@ -181,8 +183,8 @@ __device__ __forceinline__ void load_tokens(float (&x)[kRun], const void* data, 
 template <class T>
 class States {
  public:
-  __device__ __forceinline__ States(const Projection& from, int64_t batch, int64_t group, int64_t channel, int64_t states,
-                                    int64_t token, int count, int n = 0) {
+  __device__ __forceinline__ States(const Projection& from, int64_t batch, int64_t group, int64_t channel,
+                                    int64_t states, int64_t token, int count, int n = 0) {
     fp32_ = std::is_same_v<T, float> || from.constant || from.dtype == DType::kFloat32;
     const int64_t first = from.constant ? channel * states + n
                                         : batch * from.batch + group * from.group + n * from.state + token * from.token;
@@ -248,7 +250,8 @@ __device__ __forceinline__ float sum_lanes(float x) {
 }
 
 // Of a [states, D, N] or a [slots, N, D] tensor.
-__device__ __forceinline__ int64_t state_at(const SelectiveScanParams& p, int64_t sequence, int64_t channel, int64_t n) {
+__device__ __forceinline__ int64_t state_at(const SelectiveScanParams& p, int64_t sequence, int64_t channel,
+                                            int64_t n) {
   return (sequence * p.channels + channel) * p.state + n;
 }
 __device__ __forceinline__ int64_t row_at(const SelectiveScanParams& p, int64_t slot, int64_t n, int64_t channel) {
@@ -302,8 +305,8 @@ inline Split make_split(const SelectiveScanParams& p, int64_t blocks) {
 inline int64_t rows_of(const SelectiveScanParams& p, const Split& split) { return split.slots * p.state * p.channels; }
 
 template <class... Parameters, class... Arguments>
-const char* launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_floats, void* stream,
-                          const Arguments&... arguments) {
+const char* launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_floats,
+                          void* stream, const Arguments&... arguments) {
   if (blocks == 0) return nullptr;
   if (blocks > INT32_MAX) return "more segments than a grid has blocks";
   return launch(kernel,
@@ -317,8 +320,8 @@ template <bool kReverse>
 const char* launch_carry(const SelectiveScanParams& p, const Split& split, const float* products, const void* first,
                          void* last, void* stream) {
   const int64_t states = p.sequences * p.state * p.channels;
-  return launch_blocks(selective_scan_carry_kernel<kReverse>, (states + kCarryThreads - 1) / kCarryThreads, kCarryThreads,
-                       0, stream, p, split, products, static_cast<const float*>(first), static_cast<float*>(last));
+  return launch_blocks(selective_scan_carry_kernel<kReverse>, (states + kCarryThreads - 1) / kCarryThreads,
+                       kCarryThreads, 0, stream, p, split, products, static_cast<const float*>(first), static_cast<float*>(last));
 }
 
 // States of packed sequences that no block serves, as offsets that lie may leave some, are zero.

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kThreads = 128, kChannels = kThreads / kLanes;
 
-__device__ __forceinline__ int64_t offset_of(const SelectiveScanStepParams::Strides& stride, int64_t batch, int64_t head,
-                                             int64_t channel) {
+__device__ __forceinline__ int64_t offset_of(const SelectiveScanStepParams::Strides& stride, int64_t batch,
+                                             int64_t head, int64_t channel) {
   return batch * stride.batch + head * stride.head + channel * stride.channel;
 }
 template <class T>
