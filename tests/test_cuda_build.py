@@ -73,7 +73,8 @@ class Kernel:
         return found.group(1) if found else None
 
     def __str__(self) -> str:
-        arguments = [self.head or "", "bf16" if "BFloat16" in self.name else "fp16" if "Float16" in self.name else ""]
+        head = self.head or "".join(re.findall(r"Li(\d+)E", self.name)[:1])
+        arguments = [head, "bf16" if "BFloat16" in self.name else "fp16" if "Float16" in self.name else ""]
         flags = re.findall(r"Lb([01])E", self.name)
         return f"{self.function}<{', '.join(filter(None, [*arguments, *flags]))}>"
 
@@ -102,11 +103,38 @@ def test_report_lists_every_kernel_for_every_architecture():
     shared_by_all = set.intersection(*names.values())
     assert {k.function for k in _kernels() if k.name in shared_by_all} >= {
         "probe_kernel", "flash_attention_fwd_sm80_kernel", "flash_attention_bwd_sm80_kernel",
-        "flash_attention_bwd_delta_sm80_kernel"}
+        "flash_attention_bwd_delta_sm80_kernel", "causal_conv1d_fwd_kernel", "causal_conv1d_bwd_kernel",
+        "causal_conv1d_step_kernel", "selective_scan_fwd_kernel", "selective_scan_bwd_kernel",
+        "selective_scan_step_kernel"}
     heads = {k.head for k in _kernels() if k.function == "flash_attention_fwd_sm80_kernel"}
     assert heads == {"32", "64", "96", "128", "192", "256"}
     for kernel in sorted(_kernels(), key=lambda k: (k.arch, str(k))):
         print(f"{kernel.arch:7} {kernel!s:60} {kernel.registers:4} registers, {kernel.local_bytes:4} bytes local")
+
+
+def _code(arch: str, *words: str) -> dict[str, list[str]]:
+    """{kernel: instructions} of the kernels for an architecture whose names contain all the words."""
+    if arch not in _library.cuda_build():
+        pytest.skip(f"not built for {arch}")
+    names = {k.name for k in _kernels() if k.arch == arch and all(word in k.name for word in words)}
+    listing = _cuobjdump("--dump-sass", "--gpu-architecture", arch, "--function", ",".join(sorted(names)))
+    parts = (part.partition("\n") for part in re.split(r"\n\s*Function : ", listing)[1:])
+    instruction = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]*?)\s*;"
+    return {name.strip(): re.findall(instruction, code) for name, _, code in parts}
+
+
+@pytest.mark.parametrize("kernel, instructions", (
+    (("causal_conv1d_fwd_kernel", "BFloat16ELi4ELb1E"), ("LDG.E.128", "STG.E.128")),  # lanes along tokens
+    (("causal_conv1d_bwd_kernel", "BFloat16ELi4ELb1E"), ("LDG.E.128", "STG.E.128")),
+    (("causal_conv1d_fwd_kernel", "fLi4ELb0E"), ("LDG.E.64", "STG.E.64")),  # along channels, in pairs
+    (("selective_scan_fwd_kernel", "BFloat16ELb0E"), ("LDG.E.128", "STG.E.128", "MUFU.EX2", "SHFL.UP")),
+    (("selective_scan_bwd_kernel", "BFloat16"), ("LDG.E.128", "STG.E.128", "STS.128", "MUFU.EX2", "SHFL.BFLY")),
+), ids=lambda x: x[0])
+def test_accesses_are_as_wide_as_they_were_meant(kernel, instructions):
+    for arch in re.findall(r"sm_\w+", _library.cuda_build()):
+        (code,) = _code(arch, *kernel).values()
+        for instruction in instructions:
+            assert any(line.startswith(instruction) for line in code), (arch, instruction)
 
 
 @functools.cache

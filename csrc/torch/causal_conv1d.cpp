@@ -1,88 +1,27 @@
-// torch.ops.pykernels.causal_conv1d_*: schemas, memory checks and the CPU implementations.
-#include "channels.h"
+// torch.ops.pykernels.causal_conv1d_*_cpu.
+#include "causal_conv1d.h"
 
 namespace pykernels::bindings {
 namespace {
 
-using Owner = std::vector<Tensor>;
-
-CausalConv1dParams make_params(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                               const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens, bool silu,
-                               Owner& owner) {
-  STD_TORCH_CHECK(x.dim() == 3, "pykernels: x needs 3 axes");
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) >= 1, "pykernels: weight needs 2 axes and a width of at least 1");
-  CausalConv1dParams p{};
-  p.dtype = dtype_of(x);
-  p.batch = x.size(0), p.channels = x.size(1), p.length = x.size(2), p.width = weight.size(1);
-  p.x = x.const_data_ptr(), p.x_stride = channel_strides(x);
-  p.weight = contiguous_data(weight, accumulator_of(x), {p.channels, p.width}, "weight", owner);
-  p.bias = contiguous_data(bias, accumulator_of(x), {p.channels}, "bias", owner);
-  const int64_t states = count_sequences(x, cu_seqlens);
-  p.initial_state =
-      contiguous_data(initial_state, x.scalar_type(), {states, p.channels, p.width - 1}, "initial_state", owner);
-  p.cu_seqlens = indices_data(cu_seqlens, states + 1, "cu_seqlens");
-  p.sequences = states;
-  p.silu = silu;
-  return p;
-}
-
 std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                                    std::optional<Tensor> initial_state, std::optional<Tensor> cu_seqlens, bool silu) {
-  Owner owner;
-  CausalConv1dParams p = make_params(x, weight, bias, initial_state, cu_seqlens, silu, owner);
-  Tensor out = empty_like_layout(x);
-  Tensor final_state = empty({p.sequences, p.channels, p.width - 1}, x.scalar_type(), x);
-  p.out = out.mutable_data_ptr(), p.out_stride = channel_strides(out);
-  p.final_state = final_state.mutable_data_ptr();
-  cpu::causal_conv1d_fwd(p, torch_threads());
-  return {out, final_state};
+  const auto launch = [](const CausalConv1dParams& p, const Tensor&) { cpu::causal_conv1d_fwd(p, torch_threads()); };
+  return conv_fwd(launch, x, weight, bias, initial_state, cu_seqlens, silu);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_cpu(const Tensor& dout, std::optional<Tensor> dfinal_state, const Tensor& x,
                                                    const Tensor& weight, std::optional<Tensor> bias,
                                                    std::optional<Tensor> initial_state, std::optional<Tensor> cu_seqlens,
                                                    bool silu) {
-  Owner owner;
-  CausalConv1dBackwardParams p{};
-  p.forward = make_params(x, weight, bias, initial_state, cu_seqlens, silu, owner);
-  const CausalConv1dParams& f = p.forward;
-  check_same_dtype(dout, x, "dout");
-  check_shape(dout, {f.batch, f.channels, f.length}, "dout");
-  p.dout = dout.const_data_ptr(), p.dout_stride = channel_strides(dout);
-  p.dfinal_state =
-      contiguous_data(dfinal_state, x.scalar_type(), {f.sequences, f.channels, f.width - 1}, "dfinal_state", owner);
-  Tensor dx = empty_like_layout(x);
-  Tensor dweight = empty({f.channels, f.width}, accumulator_of(x), x);
-  Tensor dbias = empty({f.channels}, accumulator_of(x), x);
-  Tensor dinitial_state = empty({initial_state ? f.sequences : 0, f.channels, f.width - 1}, x.scalar_type(), x);
-  p.dx = dx.mutable_data_ptr(), p.dx_stride = channel_strides(dx);
-  p.dweight = dweight.mutable_data_ptr(), p.dbias = dbias.mutable_data_ptr();
-  if (initial_state) p.dinitial_state = dinitial_state.mutable_data_ptr();
-  cpu::causal_conv1d_bwd(p, torch_threads());
-  return {dx, dweight, dbias, dinitial_state};
+  const auto launch = [](const CausalConv1dBackwardParams& p, const Tensor&) { cpu::causal_conv1d_bwd(p, torch_threads()); };
+  return conv_bwd(launch, dout, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu);
 }
 
 Tensor step_cpu(const Tensor& x, Tensor state, const Tensor& weight, std::optional<Tensor> bias,
                 std::optional<Tensor> state_indices, bool silu) {
-  STD_TORCH_CHECK(x.dim() == 3 && state.dim() == 3, "pykernels: x and state need 3 axes");
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) >= 1, "pykernels: weight needs 2 axes and a width of at least 1");
-  Owner owner;
-  CausalConv1dStepParams p{};
-  p.dtype = dtype_of(x);
-  p.batch = x.size(0), p.channels = x.size(1), p.tokens = x.size(2), p.width = weight.size(1), p.slots = state.size(0);
-  STD_TORCH_CHECK(state_indices || p.slots == p.batch, "pykernels: state needs one slot per batch entry, or state_indices");
-  check_same_dtype(state, x, "state");
-  check_shape(state, {p.slots, p.channels, p.width - 1}, "state");
-  p.x = x.const_data_ptr(), p.x_stride = channel_strides(x);
-  p.state = state.mutable_data_ptr(), p.state_stride = channel_strides(state);
-  p.weight = contiguous_data(weight, accumulator_of(x), {p.channels, p.width}, "weight", owner);
-  p.bias = contiguous_data(bias, accumulator_of(x), {p.channels}, "bias", owner);
-  p.state_indices = indices_data(state_indices, p.batch, "state_indices");
-  p.silu = silu;
-  Tensor out = empty_like_layout(x);
-  p.out = out.mutable_data_ptr(), p.out_stride = channel_strides(out);
-  cpu::causal_conv1d_step(p, torch_threads());
-  return out;
+  const auto launch = [](const CausalConv1dStepParams& p, const Tensor&) { cpu::causal_conv1d_step(p, torch_threads()); };
+  return conv_step(launch, x, state, weight, bias, state_indices, silu);
 }
 
 }  // namespace

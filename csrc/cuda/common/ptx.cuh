@@ -67,6 +67,20 @@ __device__ __forceinline__ float log2(float x) {
   return result;
 }
 
+// No instruction: what is computed from the result is computed where it stands, not once before a loop and then held in
+// registers that the loop lacks.
+__device__ __forceinline__ int64_t unhoisted(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
+// No instruction: these values are held in registers, not computed again wherever they are used.
+template <int kCount>
+__device__ __forceinline__ void keep(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i]));
+}
+
 // ---- Matrix products of one warp ----------------------------------------------------------------------------------
 
 // d [16, 8] = a [16, 16] b [16, 8] + c, T bf16 or fp16, accumulated in fp32. Registers of lane (g, t), two elements

@@ -50,6 +50,7 @@ struct CausalConv1dBackwardParams {
   void* dweight;         // [D, W] in the compute type
   void* dbias;           // [D] in the compute type
   void* dinitial_state;  // contiguous, or null: not wanted
+  void* scratch;         // cuda: causal_conv1d_bwd_scratch() floats
 };
 
 // A few new tokens x [B, D, T] per entry against states that are read and replaced: state[slot] has slot = state_indices[b],
@@ -74,5 +75,13 @@ void causal_conv1d_fwd(const CausalConv1dParams& params, const Parallel& paralle
 void causal_conv1d_bwd(const CausalConv1dBackwardParams& params, const Parallel& parallel);
 void causal_conv1d_step(const CausalConv1dStepParams& params, const Parallel& parallel);
 }  // namespace cpu
+
+// On the current device's stream `stream` (a cudaStream_t); return null, or what went wrong with the launch.
+namespace cuda {
+const char* causal_conv1d_fwd(const CausalConv1dParams& params, void* stream);
+int64_t causal_conv1d_bwd_scratch(const CausalConv1dBackwardParams& params);
+const char* causal_conv1d_bwd(const CausalConv1dBackwardParams& params, void* stream);
+const char* causal_conv1d_step(const CausalConv1dStepParams& params, void* stream);
+}  // namespace cuda
 
 }  // namespace pykernels

@@ -75,6 +75,7 @@ struct SelectiveScanBackwardParams {
   void* dD;              // or null
   void* ddelta_bias;     // or null
   void* dinitial_state;  // or null
+  void* scratch;         // cuda: selective_scan_bwd_scratch() floats
 };
 
 // One token of each batch entry against states that are read and replaced. state [slots, H, P, N] is indexed by
@@ -109,5 +110,15 @@ void selective_scan_fwd(const SelectiveScanParams& params, const Parallel& paral
 void selective_scan_bwd(const SelectiveScanBackwardParams& params, const Parallel& parallel);
 void selective_scan_step(const SelectiveScanStepParams& params, const Parallel& parallel);
 }  // namespace cpu
+
+// On the current device's stream `stream` (a cudaStream_t), for real A; return null, or what went wrong with the launch.
+// The sizes of scratch memory, in floats, depend on the current device.
+namespace cuda {
+int64_t selective_scan_fwd_scratch(const SelectiveScanParams& params);
+const char* selective_scan_fwd(const SelectiveScanParams& params, void* scratch, void* stream);
+int64_t selective_scan_bwd_scratch(const SelectiveScanBackwardParams& params);
+const char* selective_scan_bwd(const SelectiveScanBackwardParams& params, void* stream);
+const char* selective_scan_step(const SelectiveScanStepParams& params, void* stream);
+}  // namespace cuda
 
 }  // namespace pykernels

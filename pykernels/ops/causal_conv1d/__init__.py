@@ -26,7 +26,14 @@ def _triton(query: Query) -> str | None:
     return None
 
 
-OP = Op("causal_conv1d", {"triton": _triton, "cpu": _any, "reference": _any})
+def _cuda(query: Query) -> str | None:
+    if query.dtype == torch.float64:
+        return "the CUDA kernels compute in float32"
+    return None
+
+
+OP = Op("causal_conv1d", {"cuda": _cuda, "triton": _triton, "cpu": _any, "reference": _any},
+        explicit_only={"cuda": "not yet measured against Triton on a GPU, so only on request"})
 
 
 def _check_parameters(x: Tensor, weight: object, bias: object, activation: object) -> bool:

@@ -30,7 +30,16 @@ def _triton(query: Query) -> str | None:
     return None
 
 
-OP = Op("selective_scan", {"triton": _triton, "cpu": _any, "reference": _any})
+def _cuda(query: Query) -> str | None:
+    if query.dtype == torch.float64:
+        return "the CUDA kernels compute in float32"
+    if "complex" in query.options:
+        return "the CUDA kernels take a real A"
+    return None
+
+
+OP = Op("selective_scan", {"cuda": _cuda, "triton": _triton, "cpu": _any, "reference": _any},
+        explicit_only={"cuda": "not yet measured against Triton on a GPU, so only on request"})
 
 
 def _compute(dtype: torch.dtype) -> torch.dtype:
