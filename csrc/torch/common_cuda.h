@@ -27,6 +27,15 @@ class CudaScope {
   void* stream_ = nullptr;
 };
 
+// All tensors that a kernel reads must be where it runs; each of `others` is a Tensor or an optional one.
+template <class... Others>
+void check_devices(const Tensor& x, const Others&... others) {
+  const auto check = [&](const std::optional<Tensor>& other) {
+    STD_TORCH_CHECK(!other || other->device() == x.device(), "pykernels: the tensors are on different devices");
+  };
+  (check(others), ...);
+}
+
 inline void check_launch(const char* error, const char* kernel) {
   STD_TORCH_CHECK(error == nullptr, "pykernels: ", kernel, ": ", error);
 }

@@ -1,10 +1,7 @@
 // The Python module: the executor's settings, the kernels' launch functions and the instructions, all on host memory.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <cstdint>
 #include <string>
 
+#include "fields.h"
 #include "include/pykernels/flash_attention.h"
 #include "runtime.h"
 
@@ -16,18 +13,14 @@ namespace pykernels::cuda {
 const char* run_fault(const char* name, const float* in, float* out, int n);
 }
 
+namespace cuda_host {
+void bind_linear_attention(py::module_& m);
+}
+
 namespace {
 
-void check(const char* error) {
-  if (error != nullptr) throw std::runtime_error(error);
-}
-
-// {"q": address, "q_stride": (batch, token, head), "batch": ..., ...}: the fields of the params structs by their
-// names.
-template <class T>
-T* pointer(const py::dict& fields, const char* name) {
-  return reinterpret_cast<T*>(fields[name].cast<std::uintptr_t>());
-}
+using cuda_host::check;
+using cuda_host::pointer;
 
 pykernels::Strides3 strides(const py::dict& fields, const char* name) {
   const auto stride = fields[name].cast<std::tuple<int64_t, int64_t, int64_t>>();
@@ -138,4 +131,5 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
         check(pykernels::cuda::flash_attention_append(p, nullptr));
       },
       "pykernels::cuda::flash_attention_append, likewise.");
+  cuda_host::bind_linear_attention(m);
 }
