@@ -20,6 +20,7 @@ from pykernels import backends, testing
 from . import timer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LONG_ROUND = 3.0  # seconds, from which on three rounds are enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,10 @@ def measure(case: Case, problem: Problem, peers: Iterable[Peer], *, seconds: flo
             best = timer.fastest({name: call.run for name, call in variants.items()}, case.device)
             add(peer.name, best, variants[best], allowed=10.0)
         clock = timer.clock_for(case.device)
-        samples = timer.interleave(runs, clock, seconds=seconds, warm=warm, min_rounds=min_rounds,
+        if sum(warm.values()) > LONG_ROUND:
+            min_rounds = min(min_rounds, 3)
+        theirs = [name for name in runs if not name.startswith("pykernels ")]
+        samples = timer.interleave(runs, clock, seconds=seconds, warm=warm, peers=theirs, min_rounds=min_rounds,
                                    seed=zlib.crc32(str(case).encode())) if runs else {}
     for entry in entries:
         taken = samples.get(entry["name"], [])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _dispatch, _library
+from ... import _dispatch
 from ..._autograd import second_derivative
 from . import reference
 
@@ -59,30 +59,8 @@ def _fake_step(x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_
     return x.new_empty(x.shape)
 
 
-_FAKES = {"fwd": _fake_fwd, "bwd": _fake_bwd, "step": _fake_step}
-
-
-
-def _triton(part: str):
-    def run(*args):
-        from . import triton  # at the first call: importing Triton takes a second, and it may not be installed
-
-        return getattr(triton, part)(*args)
-
-    return run
-
-
-for _part, _fake in _FAKES.items():
-    _dispatch.define(f"selective_scan_{_part}_triton", SCHEMAS[_part], _triton(_part), _fake)
-    if _library.error() is None:
-        _dispatch.register_fake(f"selective_scan_{_part}_cpu", _fake)
-for _backend in ("triton", "cpu") if _library.error() is None else ("triton",):
-    _dispatch.bump_versions(f"selective_scan_step_{_backend}", (1,))
-
-
-def run(part: str, backend: str, *args):
-    """Calls a part (a key of `SCHEMAS`) of a compiled backend."""
-    return _dispatch.op(f"selective_scan_{part}_{backend}")(*args)
+run = _dispatch.register("selective_scan", SCHEMAS, {"fwd": _fake_fwd, "bwd": _fake_bwd, "step": _fake_step},
+                         mutated={"step": (1,)}, triton=f"{__package__}.triton")
 
 
 def real(x: Tensor | None) -> Tensor | None:
