@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import host_build
-from pykernels import _dispatch
+from pykernels import _dispatch, backends
 from pykernels.ops.linear_attention import registration
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -58,9 +62,9 @@ def _optional(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _shapes(fake: str, *args: Any) -> list[Tensor]:
-    """Outputs of the shapes and dtypes that the op's fake promises, on NaN."""
-    promised = registration._FAKES[fake](*(x.to("meta") if isinstance(x, Tensor) else x for x in args))
+def _shapes(fake: Callable, *args: Any) -> list[Tensor]:
+    """Outputs of the shapes and dtypes that the op's fake promises, full of NaN."""
+    promised = fake(*(x.to("meta") if isinstance(x, Tensor) else x for x in args))
     return [_guarded(*x.shape, dtype=x.dtype) for x in promised]
 
 
@@ -68,7 +72,7 @@ def fwd(q, k, v, decay, bonus, initial_state, cu_seqlens, scale, normalize, reve
     q, k, v = map(_last_contiguous, (q, k, v))
     decay = decay if decay is None or decay.dim() < 4 else _last_contiguous(decay)
     bonus, initial_state = _optional(bonus), _optional(initial_state)
-    outputs = _shapes("fwd", q, k, v, decay, bonus, initial_state, cu_seqlens, scale, normalize, reverse, checkpoint)
+    outputs = _shapes(registration._fake_fwd, q, k, v, decay, bonus, initial_state, cu_seqlens, scale, normalize, reverse, checkpoint)
     out, final_state, checkpoints, denominator = outputs
     fields = _fields(q, k, v, decay, bonus, cu_seqlens, scale, normalize, reverse) | _strided(out=out)
     fields |= _addresses(initial_state=initial_state, final_state=final_state, denominator=denominator,
@@ -82,7 +86,7 @@ def fwd(q, k, v, decay, bonus, initial_state, cu_seqlens, scale, normalize, reve
 
 def bwd(dout, dfinal_state, q, k, v, decay, bonus, cu_seqlens, out, checkpoints, denominator, scale, normalize, reverse,
         decay_gradient):
-    outputs = _shapes("bwd", dout, dfinal_state, q, k, v, decay, bonus, cu_seqlens, out, checkpoints, denominator, scale,
+    outputs = _shapes(registration._fake_bwd, dout, dfinal_state, q, k, v, decay, bonus, cu_seqlens, out, checkpoints, denominator, scale,
                       normalize, reverse, decay_gradient)
     q, k, v, dout = map(_last_contiguous, (q, k, v, dout))
     decay = decay if decay is None or decay.dim() < 4 else _last_contiguous(decay)
@@ -119,3 +123,18 @@ def step(state, q, k, v, decay, bonus, state_indices, scale, normalize):
 
 for _part, _run in {"fwd": fwd, "bwd": bwd, "step": step}.items():
     _dispatch.define(f"linear_attention_{_part}_cuda_host", registration.SCHEMAS[_part], _run)
+
+
+@contextlib.contextmanager
+def on_the_host() -> Iterator[None]:
+    """Calls with backend="cuda" run the kernels on the executor, if the backend would take the call on a GPU."""
+
+    def resolve(op: backends.Op, query: backends.Query, backend: str) -> str:
+        if backend != "cuda":
+            return backends.resolve(op, query, backend)
+        if (reason := op.backends["cuda"](query)) is not None:
+            raise backends.BackendUnavailable(reason)
+        return "cuda_host"
+
+    with mock.patch.object(importlib.import_module("pykernels.ops.linear_attention"), "resolve", resolve):
+        yield
