@@ -77,15 +77,25 @@ struct WalkConfig {
                                            2 * sizeof(Decays) + kChunk * sizeof(float);
 };
 
-// d += a b, b two neighbouring 16 x 8 blocks of a state, given as the accumulators of its transpose. `exactly`: fp16
-// does not round the state.
+// What pack<T>(low, high) = packed lost.
+template <class T>
+__device__ __forceinline__ uint32_t pack_rest(float low, float high, uint32_t packed) {
+  return ptx::pack<T>(low - ptx::to_float(T{static_cast<uint16_t>(packed)}),
+                      high - ptx::to_float(T{static_cast<uint16_t>(packed >> 16)}));
+}
+
+// d += a b, b two neighbouring 16 x 8 blocks of a state, given as the accumulators of its transpose. `exactly`: in twice
+// the instructions, with what rounding the state loses.
 template <class T>
 __device__ __forceinline__ void mma_state(float (&d)[2][4], const uint32_t (&a)[4], const float (&low)[4],
                                           const float (&high)[4], bool exactly) {
   if constexpr (std::is_same_v<T, BFloat16>) {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const uint32_t b[2] = {ptx::pack<T>(low[2 * n], low[2 * n + 1]), ptx::pack<T>(high[2 * n], high[2 * n + 1])};
+      uint32_t b[2] = {ptx::pack<T>(low[2 * n], low[2 * n + 1]), ptx::pack<T>(high[2 * n], high[2 * n + 1])};
+      ptx::mma_m16n8k16<T>(d[n], a, b, d[n]);
+      if (!exactly) continue;
+      b[0] = pack_rest<T>(low[2 * n], low[2 * n + 1], b[0]), b[1] = pack_rest<T>(high[2 * n], high[2 * n + 1], b[1]);
       ptx::mma_m16n8k16<T>(d[n], a, b, d[n]);
     }
   } else {
@@ -116,6 +126,9 @@ template <class Config>
 __global__ void __launch_bounds__(kThreads, Config::kBlocks) linear_attention_walk_sm80_kernel(const __grid_constant__ Walk w) {
   using T = typename Config::T;
   constexpr int kInner = Config::kInner;
+  // Rounding an update is shared by a whole row of the state, so that few errors average out. In bf16 other roundings hide
+  // that, but not from the gradient of a decay, which sums over everything; in fp16 what it loses is always added too.
+  constexpr bool kExactUpdate = std::is_same_v<T, Float16>;
   constexpr bool kResult = Config::kMode != Mode::kStates, kGeneral = Config::kMode == Mode::kGeneral;
   const Call& call = w.call;
   const int64_t head = blockIdx.x % call.heads, slot = blockIdx.x / call.heads;
@@ -398,8 +411,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks) linear_attention_wa
     }
 #pragma unroll
     for (int y = 0; y < 2; ++y) {
-      // Operand a is c^T with the factors of its columns. Their rounding is shared by a whole row of the state, so that
-      // few errors average out: in bf16 other roundings hide that, in fp16 what it loses is added too.
+      // Operand a is c^T with the factors of its columns.
       uint32_t c[4], high[4], low[4];
       load_a_trans(c, c_now, 16 * y, 16 * warp);
 #pragma unroll
@@ -412,9 +424,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks) linear_attention_wa
           x[e] = ptx::to_float(T{static_cast<uint16_t>(c[i] >> 16 * e)}) * factor;
         }
         high[i] = ptx::pack<T>(x[0], x[1]);
-        if constexpr (std::is_same_v<T, Float16>)
-          low[i] = ptx::pack<T>(x[0] - ptx::to_float(T{static_cast<uint16_t>(high[i])}),
-                                x[1] - ptx::to_float(T{static_cast<uint16_t>(high[i] >> 16)}));
+        if constexpr (kExactUpdate) low[i] = pack_rest<T>(x[0], x[1], high[i]);
       }
 #pragma unroll
       for (int d = 0; d < kInner / 16; ++d) {
@@ -422,7 +432,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks) linear_attention_wa
         load_b_trans(b, b_now, 16 * y, 16 * d);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          if constexpr (std::is_same_v<T, Float16>) ptx::mma_m16n8k16<T>(state[2 * d + n], low, b[n], state[2 * d + n]);
+          if constexpr (kExactUpdate) ptx::mma_m16n8k16<T>(state[2 * d + n], low, b[n], state[2 * d + n]);
           ptx::mma_m16n8k16<T>(state[2 * d + n], high, b[n], state[2 * d + n]);
         }
       }
