@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kStepThreads)
   const int64_t slot = s.state_indices != nullptr ? s.state_indices[entry] : entry;
   const bool exists = slot >= 0 && slot < s.slots;
   const int key_dim = static_cast<int>(p.key_dim), value_dim = static_cast<int>(p.value_dim);
-  const int columns = static_cast<int>(p.value_dim_state());
+  const int columns = value_dim + (p.normalize ? 1 : 0);  // of the state
   const int warp = static_cast<int>(threadIdx.x / 32), lane = threadIdx.x % 32;
   const bool bonus = p.bonus != nullptr;
 
