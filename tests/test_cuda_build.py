@@ -102,7 +102,9 @@ def test_report_lists_every_kernel_for_every_architecture():
     shared_by_all = set.intersection(*names.values())
     assert {k.function for k in _kernels() if k.name in shared_by_all} >= {
         "probe_kernel", "flash_attention_fwd_sm80_kernel", "flash_attention_bwd_sm80_kernel",
-        "flash_attention_bwd_delta_sm80_kernel"}
+        "flash_attention_bwd_delta_sm80_kernel", "linear_attention_walk_sm80_kernel", "linear_attention_scan_sm80_kernel",
+        "linear_attention_ddecay_sm80_kernel", "linear_attention_extra_sm80_kernel", "linear_attention_step_sm80_kernel"}
+    assert {k.head for k in _kernels() if k.function == "linear_attention_walk_sm80_kernel"} == {"64", "128", "256"}
     heads = {k.head for k in _kernels() if k.function == "flash_attention_fwd_sm80_kernel"}
     assert heads == {"32", "64", "96", "128", "192", "256"}
     for kernel in sorted(_kernels(), key=lambda k: (k.arch, str(k))):
@@ -154,6 +156,7 @@ def test_info_names_the_kernels_of_each_capability():
     assert _library.cuda_kernels("flash_attention", (8, 0)) == "sm_80 (mma.sync)"
     assert ("sm_90a" in _library.cuda_kernels("flash_attention", (9, 0))) == ("sm_90a" in _library.cuda_build())
     assert "sm_90a" not in _library.cuda_kernels("flash_attention", (10, 0))
+    assert "sm_80 (mma.sync)" in _library.cuda_kernels("linear_attention", (9, 0))
     assert _library.cuda_kernels("retention", (9, 0)) is None
 
 
