@@ -158,8 +158,10 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks) linear_attention_wa
 
   // The state, transposed: rows are 16 columns of the result, block n of 8 columns lies along the inner axis.
   float state[kInner / 8][4];
+  const int state_inner = static_cast<int>(w.state_inner), state_column = static_cast<int>(w.state_column);
+  const int state_lane = 2 * t * state_inner + (warp_column + g) * state_column;
   const auto state_at = [&](int n, int i) {
-    return (8 * n + 2 * t + i % 2) * w.state_inner + (warp_column + g + 8 * (i / 2)) * w.state_column;
+    return state_lane + (8 * n + i % 2) * state_inner + 8 * (i / 2) * state_column;
   };
   const auto state_exists = [&](int n, int i) {
     return 8 * n + 2 * t + i % 2 < inner && warp_column + g + 8 * (i / 2) < columns;
