@@ -27,6 +27,13 @@ def register_fake(name: str, fake: Callable) -> None:
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_fragment)
 
 
+def empty_like_layout(x: torch.Tensor) -> torch.Tensor:
+    """A new tensor [B, D, L] laid out as x is: token by token when x is, else channel by channel."""
+    if x.stride(1) == 1 and x.stride(2) != 1:
+        return x.new_empty(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2)
+    return x.new_empty(x.shape)
+
+
 def op(name: str) -> torch._ops.OpOverload:
     """The op `pykernels::name`."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ... import _dispatch
 from ..._autograd import second_derivative
+from ..._dispatch import empty_like_layout
 from . import reference
 
 SCHEMAS = {
@@ -20,13 +21,6 @@ SCHEMAS = {
            "bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
     "step": "(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, Tensor? state_indices, bool silu) -> Tensor",
 }
-
-
-def empty_like_layout(x: Tensor) -> Tensor:
-    """A new tensor [B, D, L] laid out as x is: token by token when x is, else channel by channel."""
-    if x.stride(1) == 1 and x.stride(2) != 1:
-        return x.new_empty(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2)
-    return x.new_empty(x.shape)
 
 
 def _states(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ... import _dispatch
 from ..._autograd import second_derivative
+from ..._dispatch import empty_like_layout
 from . import reference
 
 _INPUTS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, "
@@ -24,13 +25,6 @@ SCHEMAS = {
             "Tensor? state_indices, bool delta_softplus) -> Tensor",
 }
 CHUNK = 64  # tokens between the states that the forward pass keeps
-
-
-def empty_like_layout(x: Tensor) -> Tensor:
-    """A new tensor [B, D, L] laid out as x is: token by token when x is, else channel by channel."""
-    if x.stride(1) == 1 and x.stride(2) != 1:
-        return x.new_empty(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2)
-    return x.new_empty(x.shape)
 
 
 def _states(u: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> Tensor:
