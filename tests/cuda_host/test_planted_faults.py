@@ -45,20 +45,18 @@ def _left_out(faulty, index: int) -> Iterator[None]:
         variable.value = -1
 
 
-def _forward(host, seed: int, lengths=None) -> None:
+def _forward(host, seed: int) -> None:
     import host_ops
 
-    case = attention_case("planted", tq=300, tk=None if lengths else 420, heads_q=2, heads_k=1, head_dim=64,
-                          lengths_q=lengths, causal=lengths is not None)
+    case = attention_case("planted", tq=300, tk=420, heads_q=2, heads_k=1, head_dim=64)
     host.set_capability(90)
     check_attention_fwd(host, host_ops, case, BF16, seed)
 
 
-def _backward(host, seed: int, lengths=None) -> None:
+def _backward(host, seed: int) -> None:
     import host_ops  # noqa: F401 (defines the ops)
 
-    case = attention_case("planted-backward", tq=300, tk=None if lengths else 200, heads_q=2, heads_k=1, head_dim=64,
-                          lengths_q=lengths)
+    case = attention_case("planted-backward", tq=300, tk=200, heads_q=2, heads_k=1, head_dim=64)
     host.set_capability(90)
     check_attention(host, case, BF16, seed)
 
@@ -88,12 +86,7 @@ def _linear_check(host, op, case, seed: int) -> None:
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
 
 
-LENGTHS = (70, 150, 80)
-RUNS: dict[str, Callable] = {
-    "fwd": _forward, "fwd-packed": lambda host, seed: _forward(host, seed, LENGTHS),
-    "bwd": _backward, "bwd-packed": lambda host, seed: _backward(host, seed, LENGTHS),
-    "decode": _decode, "linear": _linear, "step": _step,
-}
+RUNS: dict[str, Callable] = {"fwd": _forward, "bwd": _backward, "decode": _decode, "linear": _linear, "step": _step}
 
 
 @pytest.fixture(autouse=True)
