@@ -118,16 +118,20 @@ __global__ void __launch_bounds__(kThreads)
 
   const int warp = static_cast<int>(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const bool bonus = call.bonus != nullptr;
-  const int64_t row = (segment.batch * call.tokens + segment.origin + int64_t{at + lane} * segment.step) * call.heads + head;
+  const auto row_index = [&](int token) {  // of the chunk, in [B, T, H]
+    return (segment.batch * call.tokens + segment.origin + int64_t{at + token} * segment.step) * call.heads + head;
+  };
+  const int64_t row = row_index(lane);
   if (warp == 1) {
     float weight = call.scale;
     if (p.denominator != nullptr && lane < n_tokens) weight /= p.denominator[row];
     make_decays(decay, lane_decay(call, segment, head, at, n_tokens), weight, bonus);
   }
   float scores[2][4] = {}, gradients[2][4] = {};
-  add_products<T>(scores, p.q, p.k, segment, head, at, n_tokens, static_cast<int>(p.key_dim), x_even, x_odd, y_even, y_odd);
-  add_products<T>(gradients, p.dout, p.v, segment, head, at, n_tokens, static_cast<int>(p.value_dim), x_even, x_odd, y_even,
+  add_products<T>(scores, p.q, p.k, segment, head, at, n_tokens, static_cast<int>(p.key_dim), x_even, x_odd, y_even,
                   y_odd);
+  add_products<T>(gradients, p.dout, p.v, segment, head, at, n_tokens, static_cast<int>(p.value_dim), x_even, x_odd,
+                  y_even, y_odd);
 #pragma unroll
   for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -136,8 +140,7 @@ __global__ void __launch_bounds__(kThreads)
       float pair = 0.0f;
       if (query > key) {
         float gradient = gradients[n][i];
-        if (p.extra != nullptr && query < n_tokens)
-          gradient += p.extra[(segment.batch * call.tokens + segment.origin + int64_t{at + query} * segment.step) * call.heads + head];
+        if (p.extra != nullptr && query < n_tokens) gradient += p.extra[row_index(query)];
         pair = gradient * scores[n][i] * decay.weight[query] * expf(decay.between(query - (bonus ? 1 : 0), key));
       }
       pairs[query * Config::kPitch + key] = pair;

@@ -1,4 +1,4 @@
-// What the linear attention kernels for sm_80 and newer share: which tokens a block works on, and the decays of a chunk.
+// What the linear attention kernels for sm_80 and newer share: which tokens a block works on, a chunk's decays.
 #pragma once
 
 #include <cstdint>

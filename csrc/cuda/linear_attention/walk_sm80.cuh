@@ -1,7 +1,8 @@
 // The walk: linear attention over the chunks of a segment, for sm_80 and newer (mma.sync, cp.async).
 //
 // Every result of forward and backward is a linear attention of its own. With rows x and y of a chunk,
-//   result_x = sum over y of w_xy (a_x . b_y) c_y + f_x a_x state,      state <- total state + sum over y of f_y b_y c_y^T
+//   result_x = sum over y of w_xy (a_x . b_y) c_y + f_x a_x state
+//   state <- total state + sum over y of f_y b_y c_y^T
 //
 //   result   a   b   c    time         state            inner axis
 //   out      q   k   v    ascending    S                K
@@ -84,8 +85,8 @@ __device__ __forceinline__ uint32_t pack_rest(float low, float high, uint32_t pa
                       high - ptx::to_float(T{static_cast<uint16_t>(packed >> 16)}));
 }
 
-// d += a b, b two neighbouring 16 x 8 blocks of a state, given as the accumulators of its transpose. `exactly`: in twice
-// the instructions, with what rounding the state loses.
+// d += a b, b two neighbouring 16 x 8 blocks of a state, given as the accumulators of its transpose. `exactly`: in
+// twice the instructions, with what rounding the state loses.
 template <class T>
 __device__ __forceinline__ void mma_state(float (&d)[2][4], const uint32_t (&a)[4], const float (&low)[4],
                                           const float (&high)[4], bool exactly) {
@@ -123,11 +124,12 @@ __device__ __forceinline__ void mma_state(float (&d)[2][4], const uint32_t (&a)[
 }
 
 template <class Config>
-__global__ void __launch_bounds__(kThreads, Config::kBlocks) linear_attention_walk_sm80_kernel(const __grid_constant__ Walk w) {
+__global__ void __launch_bounds__(kThreads, Config::kBlocks)
+    linear_attention_walk_sm80_kernel(const __grid_constant__ Walk w) {
   using T = typename Config::T;
   constexpr int kInner = Config::kInner;
-  // Rounding an update is shared by a whole row of the state, so that few errors average out. In bf16 other roundings hide
-  // that, but not from the gradient of a decay, which sums over everything; in fp16 what it loses is always added too.
+  // Rounding an update is shared by a whole row of the state, so that few errors average out. In bf16 other roundings
+  // hide that; in fp16 what it loses is added too.
   constexpr bool kExactUpdate = std::is_same_v<T, Float16>;
   constexpr bool kResult = Config::kMode != Mode::kStates, kGeneral = Config::kMode == Mode::kGeneral;
   const Call& call = w.call;
@@ -141,8 +143,10 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks) linear_attention_wa
   if (!kResult && final) return;
 
   SharedMemory shared;
-  const auto a_even = take_tile<typename Config::InnerTile>(shared), a_odd = take_tile<typename Config::InnerTile>(shared);
-  const auto b_even = take_tile<typename Config::InnerTile>(shared), b_odd = take_tile<typename Config::InnerTile>(shared);
+  const auto a_even = take_tile<typename Config::InnerTile>(shared),
+             a_odd = take_tile<typename Config::InnerTile>(shared);
+  const auto b_even = take_tile<typename Config::InnerTile>(shared),
+             b_odd = take_tile<typename Config::InnerTile>(shared);
   const auto c_even = take_tile<typename Config::ColumnTile>(shared),
              c_odd = take_tile<typename Config::ColumnTile>(shared);
   const auto score_tile = take_tile<typename Config::ScoreTile>(shared);
@@ -249,7 +253,8 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks) linear_attention_wa
         float sum = 0.0f;
         for (int chunk = lane % 2; 8 * chunk < inner; chunk += 2)
           for (int e = 0; e < 8 && 8 * chunk + e < inner; ++e)
-            sum = fmaf(ptx::to_float(a_now.at(row, chunk)[e]) * u[8 * chunk + e], ptx::to_float(b_now.at(row, chunk)[e]), sum);
+            sum = fmaf(ptx::to_float(a_now.at(row, chunk)[e]) * u[8 * chunk + e],
+                       ptx::to_float(b_now.at(row, chunk)[e]), sum);
         sum += __shfl_xor_sync(~0u, sum, 1);
         own[0] = __shfl_sync(~0u, sum, 2 * g), own[1] = __shfl_sync(~0u, sum, 2 * (g + 8));
       }
@@ -327,8 +332,8 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks) linear_attention_wa
               w.row_dots[warp_column / 16 * (call.batch * call.tokens * call.heads) + row_index(at + row)] = sum;
           }
         const int64_t chunk = slot * kChunksPerSegment + (at - begin) / kChunk;
-        float4* const kept =
-            w.chunk_states + ((chunk * call.heads + head) * kWarps * gridDim.y + warp_column / 16) * (kInner / 8) * 32 + lane;
+        const int64_t part = (chunk * call.heads + head) * kWarps * gridDim.y + warp_column / 16;
+        float4* const kept = w.chunk_states + part * (kInner / 8) * 32 + lane;
         if (w.descending) {
           float sum = 0.0f;
 #pragma unroll
@@ -442,7 +447,8 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks) linear_attention_wa
   }
 
   if (!active) return;
-  if (kResult && final && w.last != nullptr) state_store(w.last + (segment.sequence * call.heads + head) * w.state_size);
+  if (kResult && final && w.last != nullptr)
+    state_store(w.last + (segment.sequence * call.heads + head) * w.state_size);
   if (!kResult) {
     const int64_t next = ((slot + (w.descending ? -1 : 1)) * call.heads + head);
     state_store(w.states + next * w.state_size);
