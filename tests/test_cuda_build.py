@@ -30,6 +30,9 @@ LOCAL_MEMORY = {
         "this kernel serves only tensors that TMA can't read",
     ("flash_attention_decode_sm80_kernel", "64", "sm_100"):
         "two addresses: stored before the loop over tiles of keys, one of them loaded once per tile, none in the loops inside",
+    **{("linear_attention_walk_sm80_kernel", "256", arch):
+           "the state takes 128 registers: addresses, stored before the loop over chunks or once in it and loaded once per chunk, "
+           "so 60 bytes at most for some 400 matrix products" for arch in ("sm_80", "sm_90a", "sm_100")},
 }
 
 
@@ -105,7 +108,9 @@ def test_report_lists_every_kernel_for_every_architecture():
         "probe_kernel", "flash_attention_fwd_sm80_kernel", "flash_attention_bwd_sm80_kernel",
         "flash_attention_bwd_delta_sm80_kernel", "causal_conv1d_fwd_kernel", "causal_conv1d_bwd_kernel",
         "causal_conv1d_step_kernel", "selective_scan_fwd_kernel", "selective_scan_bwd_kernel",
-        "selective_scan_step_kernel"}
+        "selective_scan_step_kernel", "linear_attention_walk_sm80_kernel", "linear_attention_scan_sm80_kernel",
+        "linear_attention_ddecay_sm80_kernel", "linear_attention_extra_sm80_kernel", "linear_attention_step_sm80_kernel"}
+    assert {k.head for k in _kernels() if k.function == "linear_attention_walk_sm80_kernel"} == {"64", "128", "256"}
     heads = {k.head for k in _kernels() if k.function == "flash_attention_fwd_sm80_kernel"}
     assert heads == {"32", "64", "96", "128", "192", "256"}
     for kernel in sorted(_kernels(), key=lambda k: (k.arch, str(k))):
@@ -182,6 +187,7 @@ def test_info_names_the_kernels_of_each_capability():
     assert _library.cuda_kernels("flash_attention", (8, 0)) == "sm_80 (mma.sync)"
     assert ("sm_90a" in _library.cuda_kernels("flash_attention", (9, 0))) == ("sm_90a" in _library.cuda_build())
     assert "sm_90a" not in _library.cuda_kernels("flash_attention", (10, 0))
+    assert "sm_80 (mma.sync)" in _library.cuda_kernels("linear_attention", (9, 0))
     assert _library.cuda_kernels("retention", (9, 0)) is None
 
 

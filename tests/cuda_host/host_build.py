@@ -7,6 +7,7 @@ made from.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -49,12 +50,14 @@ def _flags(variant: str) -> list[str]:
     return [*FLAGS, *OPTIMIZE[variant], *(f"-I{path}" for path in includes)]
 
 
-def _headers_hash() -> str:
+@functools.cache
+def _headers_hash(folder: Path) -> str:
+    """Of the headers that sources in `folder` may include: an op's are its own."""
     digest = hashlib.sha256()
-    for folder in (HERE, CSRC):
-        for file in sorted(folder.rglob("*")):
-            if file.suffix in (".h", ".cuh") and "cpu" not in file.parts:
-                digest.update(file.read_bytes())
+    for file in sorted([*HERE.rglob("*"), *CSRC.rglob("*")]):
+        foreign = file.is_relative_to(CSRC / "cuda") and file.parent not in (CSRC / "cuda" / "common", folder)
+        if file.suffix in (".h", ".cuh") and "cpu" not in file.parts and not foreign:
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -62,10 +65,10 @@ def build(variant: str = "plain") -> Path:
     """The folder that holds the module; builds what has changed."""
     folder = HERE.parents[1] / "build" / "cuda_host" / variant
     folder.mkdir(parents=True, exist_ok=True)
-    flags, headers = _flags(variant), _headers_hash()
+    flags = _flags(variant)
 
     def compile_one(source: Path) -> Path:
-        key = hashlib.sha256("\0".join([COMPILER, *flags, headers, source.read_text()]).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\0".join([COMPILER, *flags, _headers_hash(source.parent), source.read_text()]).encode()).hexdigest()[:16]
         obj = folder / f"{source.parent.name}-{source.name}-{key}.o"
         if not obj.exists():
             for old in folder.glob(f"{source.parent.name}-{source.name}-*.o"):

@@ -16,6 +16,7 @@ const char* run_fault(const char* name, const float* in, float* out, int n);
 namespace cuda_host {
 void bind_causal_conv1d(py::module_& m);
 void bind_selective_scan(py::module_& m);
+void bind_linear_attention(py::module_& m);
 }
 
 namespace {
@@ -134,4 +135,5 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
       "pykernels::cuda::flash_attention_append, likewise.");
   cuda_host::bind_causal_conv1d(m);
   cuda_host::bind_selective_scan(m);
+  cuda_host::bind_linear_attention(m);
 }

@@ -116,9 +116,9 @@ const char* flash_attention_decode(const FlashAttentionDecodeParams& p, void* st
 
 const char* flash_attention_append(const FlashAttentionAppendParams& p, void* stream_) {
   if (p.element_size != 2) return "the CUDA kernels append elements of 2 bytes";
-  const bool wide = p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && attention::aligned(p.k, p.k_stride) &&
-                    attention::aligned(p.v, p.v_stride) && attention::aligned(p.k_cache, p.k_cache_stride) &&
-                    attention::aligned(p.v_cache, p.v_cache_stride);
+  const bool wide = p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && aligned(p.k, p.k_stride) &&
+                    aligned(p.v, p.v_stride) && aligned(p.k_cache, p.k_cache_stride) &&
+                    aligned(p.v_cache, p.v_cache_stride);
   const int64_t elements = p.batch * p.new_tokens * p.heads * (p.head_dim + p.value_dim);
   if (elements == 0) return nullptr;
   const int64_t blocks = std::min<int64_t>((elements / (wide ? 8 : 1) + 255) / 256, 32 * multiprocessors());

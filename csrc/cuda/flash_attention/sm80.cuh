@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../../include/pykernels/flash_attention.h"
+#include "../common/copy.cuh"
 #include "../common/launch.cuh"
 #include "../common/ptx.cuh"
 #include "../common/reduce.cuh"
@@ -19,11 +20,6 @@ struct Alignment {
   bool q, k, v, out, dout, dq, dk, dv;  // 16-byte copies of whole chunks are possible
 };
 
-inline bool aligned(const void* data, const Strides3& stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride.batch % 8 == 0 && stride.token % 8 == 0 &&
-         stride.head % 8 == 0;
-}
-
 // One sequence of a batch or of packed input.
 struct Sequence {
   int64_t index;             // of the sequence; what follows the last offset is one more
@@ -35,9 +31,6 @@ struct Sequence {
 // Packed sequences are cut into tiles of kRows tokens. Without knowing the lengths on the host, sequence s gets the
 // slots from offset(s) / kRows + s on, which are enough for it and overlap no other's; a slot may be empty. A
 // further sequence holds what follows the last offset: its queries see no key.
-__device__ __forceinline__ int clamp_offset(int offset, int64_t tokens) {
-  return offset < 0 ? 0 : offset > tokens ? static_cast<int>(tokens) : offset;
-}
 
 // Tiles (packed: slots) for each head, on the host.
 inline int64_t tiles_per_head(const FlashAttentionParams& p, int64_t tokens, int rows) {
@@ -93,43 +86,6 @@ struct Band {
     return i1 + below <= j0 && j1 <= i0 + above;
   }
 };
-
-// The stage of a double buffer that a step uses; by value, so that the tiles need no address.
-template <class Tile>
-__device__ __forceinline__ Tile stage(int step, const Tile& even, const Tile& odd) {
-  return {step % 2 == 0 ? even.data : odd.data};
-}
-
-// Starts the copy of rows [0, rows) and columns [0, columns) at `source` into a tile; the rest of the tile becomes
-// zero. Complete after cp_async_wait and a barrier.
-template <int kThreads, class Tile, class T>
-__device__ __forceinline__ void load_tile(const Tile& tile, const T* source, int64_t stride, int rows, int columns,
-                                          bool aligned) {
-  constexpr int kCopies = Tile::kRows * Tile::kChunks;
-  if (aligned) {
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kCopies; i += kThreads) {
-      const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
-      const int left = row < rows ? columns - chunk * 8 : 0;
-      const unsigned bytes = left <= 0 ? 0 : left >= 8 ? 16 : 2 * left;
-      ptx::cp_async_16(tile.at(row, chunk), bytes == 0 ? source : source + row * stride + chunk * 8, bytes);
-    }
-  } else {
-    // Rows at any address: element by element, through registers.
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kCopies; i += kThreads) {
-      const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
-      uint32_t pairs[4];
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const int column = chunk * 8 + e;
-        const uint32_t bits = row < rows && column < columns ? source[row * stride + column].bits : 0u;
-        pairs[e / 2] = e % 2 == 0 ? bits : pairs[e / 2] | bits << 16;
-      }
-      *reinterpret_cast<uint4*>(tile.at(row, chunk)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    }
-  }
-}
 
 // Writes rows [row0, row0 + kRows) of a tile, those below `rows`, by one warp.
 template <int kRows, class Tile, class T>

@@ -94,4 +94,16 @@ void linear_attention_bwd(const LinearAttentionBackwardParams& params, const Par
 void linear_attention_step(const LinearAttentionStepParams& params, const Parallel& parallel);
 }  // namespace cpu
 
+// On a CUDA stream; results are contiguous. Each returns null, or what went wrong. `scratch` holds as many floats as the
+// function of that name says.
+namespace cuda {
+int64_t linear_attention_fwd_scratch(const LinearAttentionParams& params);
+const char* linear_attention_fwd(const LinearAttentionParams& params, void* scratch, void* stream);
+int64_t linear_attention_bwd_scratch(const LinearAttentionBackwardParams& params);
+const char* linear_attention_bwd(const LinearAttentionBackwardParams& params, void* scratch, void* stream);
+const char* linear_attention_step(const LinearAttentionStepParams& params, void* stream);
+// The kernels that serve a compute capability (10 major + minor), in words.
+const char* linear_attention_kernels(int capability);
+}  // namespace cuda
+
 }  // namespace pykernels

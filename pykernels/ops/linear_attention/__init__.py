@@ -33,11 +33,24 @@ def _triton(query: Query) -> str | None:
     return _sizes(query)
 
 
+def _cuda(query: Query) -> str | None:
+    if query.dtype == torch.float64:
+        return "the CUDA kernels take no float64"
+    if "step" not in query.options:  # a step takes every option
+        if query.dtype == torch.float32:
+            return "the CUDA kernels take bfloat16 and float16 (a step float32 too)"
+        if "channel_decay" in query.options:
+            return "the CUDA kernels take no decay per channel"
+    return _sizes(query)
+
+
 def _reference(query: Query) -> str | None:
     return None
 
 
-OP = Op("linear_attention", {"triton": _triton, "cpu": _sizes, "reference": _reference})
+_UNMEASURED = {"cuda": "not yet measured against Triton on a GPU, so only on request"}
+OP = Op("linear_attention", {"cuda": _cuda, "triton": _triton, "cpu": _sizes, "reference": _reference},
+        explicit_only=_UNMEASURED)
 
 
 def _check_qkv(q: object, k: object, v: object, axes: str) -> None:

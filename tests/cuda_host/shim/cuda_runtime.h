@@ -154,6 +154,7 @@ inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
+inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 template <class T>
 T __ldg(const T* address) {
   return *address;

@@ -1,0 +1,151 @@
+"""Faults planted in the real kernels: each takes one wait, barrier or fence out of a copy of the source.
+
+The statements are found by their text, so a kernel that changes says so here. All faults of a file are compiled at
+once: a variable of the module names the statement that is left out, none at first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import host_build
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    name: str
+    file: str  # in csrc/cuda
+    statement: str
+    before: str = ""  # text around the statement that tells it from others like it
+    after: str = ""
+    group: str = ""  # which cases show it
+
+    def __str__(self) -> str:
+        return self.name
+
+    def plant(self, source: str, index: int) -> str:
+        text = self.before + self.statement + self.after
+        assert source.count(text) == 1, f"{self.file}: {text!r} occurs {source.count(text)} times"
+        return source.replace(text, f"{self.before}if (pykernels_left_out != {index}) {self.statement}{self.after}")
+
+
+_FORWARD, _BACKWARD = "flash_attention/fwd_sm90.cuh", "flash_attention/bwd_sm90.cuh"
+_DECODE, _WALK = "flash_attention/decode_sm80.cuh", "linear_attention/walk_sm80.cuh"
+_DECAY, _STEP = "linear_attention/gradients_sm80.cuh", "linear_attention/step_sm80.cuh"
+_BOTH = "ptx::named_barrier_sync(kBoth, 256);"
+_OWN = "ptx::named_barrier_sync(kOwn + static_cast<unsigned>(consumer), 128);"
+
+FAULTS = (
+    # Forward for sm_90a.
+    Fault("fwd-barriers-initialised-without-a-fence", _FORWARD, "ptx::fence_mbarrier_init();", group="fwd"),
+    Fault("fwd-query-refilled-early", _FORWARD, "ptx::mbarrier_wait(q_empty, q_parity ^ 1);", group="fwd"),
+    Fault("fwd-query-read-early", _FORWARD, "ptx::mbarrier_wait(q_full, q_parity);", group="fwd"),
+    Fault("fwd-first-keys-read-early", _FORWARD, "k_ring.wait(k_state);", after="\n      issue_scores();", group="fwd"),
+    Fault("fwd-keys-read-early", _FORWARD, "k_ring.wait(k_state);", after="\n        wait_turn();", group="fwd"),
+    Fault("fwd-first-scores-read-early", _FORWARD, "ptx::wgmma_wait<0>();", after="\n      ptx::wgmma_hold(s);", group="fwd"),
+    Fault("fwd-scores-read-early", _FORWARD, "ptx::wgmma_wait<1>();", group="fwd"),
+    Fault("fwd-values-read-early", _FORWARD, "v_ring.wait(v_state);", after="\n        issue_output();", group="fwd"),
+    Fault("fwd-output-read-early", _FORWARD, "ptx::wgmma_wait<0>();", after="\n        ptx::wgmma_hold(o);", group="fwd"),
+    Fault("fwd-last-output-read-early", _FORWARD, "ptx::wgmma_wait<0>();", after="\n      ptx::wgmma_hold(o);", group="fwd"),
+    Fault("fwd-scores-issued-without-a-fence", _FORWARD, "ptx::wgmma_fence();",
+          before="k_operand = by_rows(k_ring.tile(k_state.stage));\n      ", group="fwd"),
+    Fault("fwd-output-issued-without-a-fence", _FORWARD, "ptx::wgmma_fence();",
+          before="v_operand = by_columns(v_ring.tile(v_state.stage));\n      ", group="fwd"),
+    Fault("ring-refilled-early", "flash_attention/sm90.cuh", "ptx::mbarrier_wait(empty + state.stage, state.parity ^ 1);",
+          group="fwd"),
+    # Backward for sm_90a.
+    Fault("bwd-barriers-initialised-without-a-fence", _BACKWARD, "ptx::fence_mbarrier_init();", group="bwd"),
+    Fault("bwd-keys-read-early", _BACKWARD, "ptx::mbarrier_wait(kv_full, 0);", group="bwd"),
+    Fault("bwd-queries-read-early", _BACKWARD, "q_ring.wait(q_state);", group="bwd"),
+    Fault("bwd-dout-read-early", _BACKWARD, "dout_ring.wait(dout_state);", after="\n    ptx::wgmma_fence();", group="bwd"),
+    Fault("bwd-scores-read-early", _BACKWARD, "ptx::wgmma_wait<1>();", after="\n    ptx::wgmma_hold(s);", group="bwd"),
+    Fault("bwd-dp-read-early", _BACKWARD, "ptx::wgmma_wait<1>();", after="\n    ptx::wgmma_hold(dp);", group="bwd"),
+    Fault("bwd-ds-without-a-proxy-fence", _BACKWARD, "ptx::fence_proxy_async();", after="\n    // Both consumers' dS", group="bwd"),
+    Fault("bwd-ds-without-a-barrier", _BACKWARD, _BOTH, after="\n\n    float dq[32] = {};", group="bwd"),
+    Fault("bwd-dq-read-early", _BACKWARD, "ptx::wgmma_wait<1>();", after="  // dV and dQ", group="bwd"),
+    Fault("bwd-part-overwritten-early", _BACKWARD, "if (thread == 0) ptx::bulk_wait_read<0>();", group="bwd"),
+    Fault("bwd-part-overwritten-without-a-barrier", _BACKWARD, _OWN, before="ptx::bulk_wait_read<0>();\n    ", group="bwd"),
+    Fault("bwd-part-without-a-proxy-fence", _BACKWARD, "ptx::fence_proxy_async();", after="\n    ptx::named_barrier_sync(kOwn",
+          group="bwd"),
+    Fault("bwd-part-without-a-barrier", _BACKWARD, _OWN, after="\n    if (thread == 0) {", group="bwd"),
+    Fault("bwd-dk-read-early", _BACKWARD, "ptx::wgmma_wait<0>();", after="\n    ptx::wgmma_hold(dk);", group="bwd"),
+    Fault("bwd-ends-before-dq-is-read", _BACKWARD, "if (thread == 0) ptx::bulk_wait<0>();", group="bwd"),
+    # Decoding.
+    Fault("decode-cache-read-early", _DECODE, "ptx::cp_async_wait<0>();", group="decode"),
+    Fault("decode-stage-refilled-early", _DECODE, "__syncthreads();", after="\n    load_stage(step + 1);", group="decode"),
+    Fault("decode-pieces-read-early", _DECODE, "__syncthreads();", after="  // and nobody reads K or V any more", group="decode"),
+    Fault("decode-outputs-read-early", _DECODE, "__syncthreads();", after="\n  // A split without keys", group="decode"),
+    # Linear attention.
+    Fault("walk-stage-read-early", _WALK, "ptx::cp_async_wait<0>();", group="linear"),
+    Fault("walk-stage-refilled-early", _WALK, "__syncthreads();", after="\n    load_stage(step + 1);", group="linear"),
+    Fault("walk-scores-read-early", _WALK, "if (kResult) __syncthreads();", group="linear"),
+    Fault("ddecay-panel-read-early", _DECAY, "ptx::cp_async_wait<0>();", group="linear"),
+    Fault("ddecay-panel-refilled-early", _DECAY, "__syncthreads();", after="\n    load_stage(panel + 1);", group="linear"),
+    Fault("ddecay-next-products-loaded-early", _DECAY, "__syncthreads();", after="\n}\n\n// A block owns the tokens", group="linear"),
+    Fault("ddecay-pairs-read-early", _DECAY, "__syncthreads();", after="\n  if (warp > 0) return;", group="linear"),
+    Fault("ddecay-sums-read-early", _DECAY, "__syncwarp();", group="linear"),
+    Fault("step-operands-read-early", _STEP, "__syncthreads();", before="[head * key_dim + i] : 1.0f;\n  }\n  ", group="step"),
+    Fault("step-sums-read-early", _STEP, "__syncthreads();", after="\n    for (int c = static_cast<int>(threadIdx.x); c <",
+          group="step"),
+    Fault("step-outputs-read-early", _STEP, "__syncthreads();", after="\n  }\n\n  const float inverse", group="step"),
+)
+
+# The units that the cases of the tests run.
+_UNITS = ("flash_attention/fwd_sm90_64.cu", "flash_attention/bwd_sm90_64.cu", "flash_attention/decode_sm80_64.cu",
+          "linear_attention/walk_sm80_64.cu", "linear_attention/linear_attention.cu")
+_VARIABLE = 'extern "C" __attribute__((visibility("default"))) int pykernels_left_out'
+
+
+def _write_sources(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(host_build.CSRC / "cuda", folder / "cuda")
+    for name in ("include", "common"):
+        (folder / name).symlink_to(host_build.CSRC / name)
+    for index, fault in enumerate(FAULTS):
+        path = folder / "cuda" / fault.file
+        path.write_text(fault.plant(path.read_text(), index))
+    for file in {fault.file for fault in FAULTS}:
+        path = folder / "cuda" / file
+        path.write_text(path.read_text().replace("#pragma once\n", f"#pragma once\n{_VARIABLE};\n", 1))
+    (folder / "left_out.cpp").write_text(f"{_VARIABLE};\nint pykernels_left_out = -1;\n")
+
+
+def _build() -> Path:
+    """The module with all faults; builds it if the sources changed."""
+    plain = host_build.build("plain")
+    folder = plain.parent / "planted"
+    flags = [x.replace(str(host_build.CSRC), str(folder / "csrc")) for x in host_build._flags("plain")]
+    digest = hashlib.sha256("\0".join([*flags, *map(repr, FAULTS), (plain / "linked").read_text()]).encode()).hexdigest()
+    module, stamp = folder / (host_build.NAME + sysconfig.get_config_var("EXT_SUFFIX")), folder / "built"
+    if module.exists() and stamp.exists() and stamp.read_text() == digest:
+        return module
+    _write_sources(folder / "csrc")
+    objects = []
+    for source in (*(folder / "csrc" / "cuda" / unit for unit in _UNITS), folder / "csrc" / "left_out.cpp"):
+        objects.append(source.with_suffix(".o"))
+        subprocess.run([host_build.COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", str(objects[-1])], check=True)
+    replaced = tuple(f"{Path(unit).parent}-{Path(unit).name}-" for unit in _UNITS)
+    kept = [plain / name for name in (plain / "linked").read_text().split("\n") if not name.startswith(replaced)]
+    partial = module.with_suffix(f".{os.getpid()}")
+    subprocess.run([host_build.COMPILER, "-shared", *map(str, [*objects, *kept]), "-o", str(partial)], check=True)
+    partial.replace(module)
+    stamp.write_text(digest)
+    return module
+
+
+def load() -> tuple[ModuleType, ctypes.c_int]:
+    """-> (the module, the index in FAULTS of what is left out)."""
+    path = str(_build())
+    spec = importlib.util.spec_from_file_location(host_build.NAME, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, ctypes.c_int.in_dll(ctypes.CDLL(path), "pykernels_left_out")
