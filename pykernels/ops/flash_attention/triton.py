@@ -563,12 +563,22 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_se
     return out, lse
 
 
-def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right):
+def _reject(*extras: Tensor | None) -> None:
+    """The public functions give a reason before; this is for direct calls of the ops."""
+    if any(x is not None for x in extras):
+        raise NotImplementedError("the Triton kernels of flash attention have no ALiBi, bias, sinks, dropout or block table")
+
+
+def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right, alibi_slopes=None, bias=None,
+        sinks=None, seed=None, dropout_p=0.0):
+    _reject(alibi_slopes, bias, sinks, seed)
     return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, None, 0, scale, softcap, window_left, window_right, 1,
                     _config("fwd", q, v))
 
 
-def decode(q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, window_left, window_right):
+def decode(q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, window_left, window_right, block_table=None,
+           alibi_slopes=None, sinks=None):
+    _reject(block_table, alibi_slopes, sinks)
     G = q.shape[2] // k_cache.shape[2]
     rows = q.shape[1] * G
     config = _config("decode" if rows <= 16 else "fwd", q, v_cache)
@@ -577,7 +587,8 @@ def decode(q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, windo
 
 
 def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right,
-        deterministic):
+        deterministic, alibi_slopes=None, bias=None, sinks=None, seed=None, dropout_p=0.0, bias_gradient=False):
+    _reject(alibi_slopes, bias, sinks, seed)
     # Bitwise repeatable as it is: `deterministic` changes nothing.
     dout, q, k, v, out = (_rows(x) for x in (dout, q, k, v, out))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
@@ -607,10 +618,11 @@ def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softca
     tiles = _tiles(tq, BM, cu_seqlens_q)
     launch(flash_attention_bwd_dq_kernel, (tiles * heads * batch, triton.cdiv(key_dim, BK)), q.device, dq=dq,
            tiles=tiles, BM=BM, BN=BN, BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages, **shared)
-    return dq, dk, dv
+    return dq, dk, dv, lse.new_empty(0), lse.new_empty(0)
 
 
-def append(k_cache, v_cache, k, v, cache_seqlens):
+def append(k_cache, v_cache, k, v, cache_seqlens, block_table=None):
+    _reject(block_table)
     k, v = _rows(k), _rows(v)
     batch, new_tokens, heads, key_dim = k.shape
     value_dim = v.shape[3]
