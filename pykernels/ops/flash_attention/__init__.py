@@ -25,7 +25,7 @@ def _lacks(query: Query, kernels: str, options: tuple[str, ...]) -> str | None:
 
 
 def _cpu(query: Query) -> str | None:
-    return _lacks(query, "CPU", ("alibi_slopes", "bias", "sinks", "dropout_p", "block_table"))
+    return None
 
 
 def _triton(query: Query) -> str | None:
