@@ -137,11 +137,11 @@ def test_a_packed_sequence_sees_nothing_of_its_neighbours(host, host_ops, gpu):
 
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
     dout[:, 70:100] = torch.nan
-    gradients = host_ops.bwd(dout, None, q, k, v, out, lse, cu, cu, 0.125, 0.0, -1, -1, False)
+    gradients = host_ops.bwd(dout, None, q, k, v, out, lse, cu, cu, 0.125, 0.0, -1, -1, False)[:3]
     for first, last in ((0, 70), (220, 320)):
         part = slice(first, last)
         alone = host_ops.bwd(dout[:, part].clone(), None, *(x[:, part].clone() for x in (q, k, v, out)),
-                             lse[:, :, part].clone(), None, None, 0.125, 0.0, -1, -1, False)
+                             lse[:, :, part].clone(), None, None, 0.125, 0.0, -1, -1, False)[:3]
         for packed, expected_ in zip(gradients, alone):
             assert expected_.isfinite().all() and torch.allclose(packed[:, part], expected_, rtol=2e-2, atol=1e-3)
 

@@ -96,7 +96,8 @@ struct FlashAttentionDecodeParams {
 };
 
 // Copies new tokens into a cache: k_cache[b, cache_seqlens[b] + t] = k[b, t], v likewise. Tokens that would land outside
-// [0, Tmax) are dropped. With a block table the cache is paged as above, and capacity what an entry's pages hold together.
+// [0, Tmax) are dropped. With a block table the cache is paged as above (tokens of pages that don't exist are
+// dropped too), and capacity what an entry's pages hold together.
 struct FlashAttentionAppendParams {
   int64_t element_size;  // bytes; the copy does not look inside elements
   int64_t batch, new_tokens, capacity, heads, head_dim, value_dim;

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _dispatch, _library
+from ... import _dispatch
 from . import reference
 
 _INPUTS = (
@@ -47,16 +47,7 @@ def _fake_bwd(dout, u, k, k_rev, D, pre_gate, post_gate, k_rev_lag, circular, in
     )
 
 
-_FAKES = {"fwd": _fake_fwd, "bwd": _fake_bwd}
-
-for _part, _fake in _FAKES.items():
-    if _library.error() is None:
-        _dispatch.register_fake(f"fft_conv_{_part}_cpu", _fake)
-
-
-def run(part: str, backend: str, *args):
-    """Calls a part (a key of `SCHEMAS`) of a compiled backend."""
-    return _dispatch.op(f"fft_conv_{part}_{backend}")(*args)
+run = _dispatch.register("fft_conv", SCHEMAS, {"fwd": _fake_fwd, "bwd": _fake_bwd})
 
 
 def _gradients(backend, dout, tensors, options, input_gradient, kernel_gradient):

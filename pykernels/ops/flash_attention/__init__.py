@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _autograd, _checks
+from ... import _checks
+from ..._autograd import followed
 from ...backends import Op, Query, resolve
 from . import reference, registration
 
@@ -25,7 +26,7 @@ def _lacks(query: Query, kernels: str, options: tuple[str, ...]) -> str | None:
 
 
 def _cpu(query: Query) -> str | None:
-    return _lacks(query, "CPU", ("alibi_slopes", "bias", "sinks", "dropout_p", "block_table"))
+    return None
 
 
 def _triton(query: Query) -> str | None:
@@ -222,14 +223,14 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, wi
                                      "sequences" if packed else "B")
     bias = None if bias is None else _check_bias(bias, q, k.shape[1])
     sinks = None if sinks is None else _check_sinks(sinks, q)
-    followed = _autograd.followed(q, k, v, bias, sinks)
-    chosen = resolve(OP, _query(q, v, options, followed, varlen=cu_seqlens_q is not None, alibi_slopes=alibi_slopes is not None,
+    grad = followed(q, k, v, bias, sinks)
+    chosen = resolve(OP, _query(q, v, options, grad, varlen=cu_seqlens_q is not None, alibi_slopes=alibi_slopes is not None,
                                 bias=bias is not None, sinks=sinks is not None, dropout_p=dropout_p > 0), backend)
     seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     if chosen == "reference":
         out, lse = reference.flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks, seed,
                                              dropout_p)
-    elif followed:
+    elif grad:
         out, lse = registration.FlashAttention.apply(q, k, v, bias, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed,
                                                      options, dropout_p, deterministic, chosen)
     else:
