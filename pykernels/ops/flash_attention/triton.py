@@ -1,12 +1,12 @@
 """Flash attention in Triton: forward, backward, decode and cache append. README.md derives the gradients.
 
 Layout, masks and alignment are those of `reference.py`. Scores live in the exp2 domain: with c = scale * log2(e),
-p = exp2(c * q.k - c * max). With ALiBi or a bias (NATURAL) they are themselves, and p = exp2((s - max) * log2(e)): those
-may be so large that only equal numbers cancel, and lse is in natural log. One program owns one tile of rows of one head
-and walks over the other side's blocks: those that no row sees are skipped, those that every row sees take a loop without
-masks. Nothing is accumulated across programs, so results are bitwise repeatable: what several programs add to, they
-write side by side, to be summed in a fixed order. Grids follow from shapes alone. Options that are off (a pointer that
-is None) leave nothing in the code.
+p = exp2(c * q.k - c * max). With ALiBi or a bias (NATURAL) they are themselves and p = exp2((s - max) * log2(e)): where
+a bias is large, only equal numbers cancel. One program owns one tile of rows of one head and walks over the other
+side's blocks: those that no row sees are skipped, those that every row sees take a loop without masks. Nothing is
+accumulated across programs, so results are bitwise repeatable: what several programs add to, they write side by side,
+to be summed in a fixed order. Grids follow from shapes alone. Options that are off (a pointer that is None) leave
+nothing in the code.
 
 Names: `i_` index, `o_` offset, `m_` mask of rows, `p_` pointer, `b_` block value; BM query rows, BN key rows, BK key
 columns, BV value columns. A head wider than one slice (BK, BV) is read in slices, and each slice of the result gets a
@@ -970,8 +970,8 @@ def _scores(q: Tensor, tk: int, heads_k: int, scale: float, softcap: float, left
     return dict(Tq=q.shape[1], Tk=tk, Hq=q.shape[2], Hk=heads_k,
                 sequences=0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1, left=left if bounded_left else 0,
                 right=right if bounded_right else 0, inner_scale=inner_scale,
-                score_scale=score_scale * (1.0 if natural else LOG2E.value), K=q.shape[3], LEFT=bounded_left, RIGHT=bounded_right, SOFTCAP=softcap > 0,
-                PRECISION=dot_precision(q.dtype))
+                score_scale=score_scale * (1.0 if natural else LOG2E.value), K=q.shape[3], LEFT=bounded_left,
+                RIGHT=bounded_right, SOFTCAP=softcap > 0, PRECISION=dot_precision(q.dtype))
 
 
 def _natural(extras: dict) -> bool:
