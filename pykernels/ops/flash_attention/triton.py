@@ -85,10 +85,10 @@ def _visible(b_distance, m_key, left, right, LEFT: tl.constexpr, RIGHT: tl.const
 
 
 @triton.jit
-def _biased(b_s, p_bias, o_row, o_col, m_row, m_col):
+def _biased(b_s, p_bias, o_row, o_col, m_row, m_col, MASK_COLS: tl.constexpr):
     """b_s plus the bias at element offsets o_row + o_col; where a boolean one is false, -inf."""
     p_b = p_bias + (o_row[:, None] + o_col[None, :])
-    b_bias = load(p_b, m_row[:, None] & m_col[None, :])
+    b_bias = load(p_b, m_row[:, None] & m_col[None, :] if MASK_COLS else m_row[:, None])
     if p_bias.dtype.element_ty == tl.uint8:
         b_s = tl.where(b_bias != 0, b_s, -float("inf"))
     else:
@@ -190,7 +190,7 @@ def _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kb, s
         if b_slope is not None:
             b_s -= b_slope[:, None] * tl.abs(b_distance).to(tl.float32)
         if p_bias is not None:
-            b_s = _biased(b_s, p_bias, o_bias, (i_n + o_n).to(tl.int64) * stride_bk, m_bias, m_n)
+            b_s = _biased(b_s, p_bias, o_bias, (i_n + o_n).to(tl.int64) * stride_bk, m_bias, m_n, MASK)
         if MASK:
             b_s = tl.where(_visible(b_distance, m_n[None, :], left, right, LEFT, RIGHT), b_s, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * factor)
@@ -436,7 +436,7 @@ def _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do
             b_s -= tl.load(p_slope + i_g) * tl.abs(b_distance).to(tl.float32)
         if p_bias is not None:
             o_bias, m_bias = _bias_rows(i_m + o_m, m_q, stride_bq, ONE_ROW)
-            b_s = _biased(b_s, p_bias + i_g * stride_bh, o_n.to(tl.int64) * stride_bk, o_bias, m_k, m_bias)
+            b_s = _biased(b_s, p_bias + i_g * stride_bh, o_n.to(tl.int64) * stride_bk, o_bias, m_k, m_bias, True)
             b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse)  # hidden rows: 0 rather than NaN
         b_p = _power(b_s, b_lse[None, :], NATURAL)
         if MASK:
@@ -567,7 +567,7 @@ def _bwd_keys(b_dq, b_q, b_do, b_lse, b_delta, p_q, o_qt, p_do, o_dt, m_q, o_p, 
         if slope is not None:
             b_s -= slope * tl.abs(b_distance).to(tl.float32)
         if p_bias is not None:
-            b_s = _biased(b_s, p_bias, o_bias, (i_n + o_n).to(tl.int64) * stride_bk, m_bias, m_n)
+            b_s = _biased(b_s, p_bias, o_bias, (i_n + o_n).to(tl.int64) * stride_bk, m_bias, m_n, MASK)
         b_p = _power(b_s, b_lse[:, None], slope is not None or p_bias is not None)
         if MASK:
             b_p = tl.where(_visible(b_distance, m_n[None, :], left, right, LEFT, RIGHT), b_p, 0.0)
@@ -761,7 +761,7 @@ def flash_attention_bwd_dbias_kernel(
         p_bias = (bias + j_b * stride_bb + j_h * stride_bh + tl.cast(q_start, tl.int64) * stride_bq
                   + tl.cast(k_start, tl.int64) * stride_bk)
         o_bias, m_bias = _bias_rows(o_t, m_q, stride_bq, ONE_ROW)
-        b_s = _biased(b_s, p_bias, o_bias, o_n.to(tl.int64) * stride_bk, m_bias, m_n)
+        b_s = _biased(b_s, p_bias, o_bias, o_n.to(tl.int64) * stride_bk, m_bias, m_n, True)
         b_lse = tl.load(lse + o_row, mask=m_q, other=float("inf"))
         b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse)  # hidden rows: 0 rather than NaN
         m_s = _visible(b_distance, m_q[:, None] & m_n[None, :], left, right, LEFT, RIGHT)
@@ -897,9 +897,9 @@ def _config(kernel: str, q: Tensor, v: Tensor, tiled: bool = False) -> _Config:
     classes = _CONFIGS[kernel][q.element_size()]
     sizes = classes.get(_class(name), classes["sm_80"])
     config = next(config for size, config in sizes.items() if size >= min(max(q.shape[3], v.shape[3]), 512))
-    if tiled and kernel != "dbias":  # half as much of what the loop walks over
+    if tiled and kernel != "dbias":  # half as much of what the loop walks over, or less
         walked = "BM" if kernel == "dkv" else "BN"
-        config = config._replace(**{walked: max(getattr(config, walked) // 2, 16)})
+        config = config._replace(**{walked: min(max(getattr(config, walked) // 2, 16), 32)})
     return config
 
 
