@@ -12,7 +12,8 @@
 // queries: scores and weights of a panel stay in the L1 cache, those of a block of keys in L2.
 //
 // Determinism. The blocks of keys add to the dQ^T of a query block in ascending order: each waits for its predecessor, which an
-// earlier task holds and finishes without waiting for later ones. So do the units that share a block of a bias' gradient. Every sum has one order for a given size of the blocks of
+// earlier task holds and finishes without waiting for later ones. So do the units that share a block of a bias' gradient. Every
+// sum has one order for a given size of the blocks of
 // keys, which follows from the shape and, unless deterministic results are asked for, from the number of threads.
 #include "../../include/pykernels/flash_attention.h"
 
@@ -187,14 +188,14 @@ struct Panel {
   PYKERNELS_INLINE void element(int j, int c, Vec<Acc>& p, Vec<Acc>& ds_out) const {
     const Vec<Acc> s = load(scores + j * C::kPanel + c * kLane);
     const Vec<Acc> base = load(lse + c * kLane);
-    Vec<Acc> x;
-    if constexpr (Softcap)
-      x = tanh<Acc>(s * factor) * cap;
-    else
-      x = s * factor;
+    // Beside what is of its size first: the sum is small where weights are not.
+    Vec<Acc> x = -base;
     if constexpr (Extra)
       if (terms) x += load(terms + j * C::kPanel + c * kLane);
-    x = x - base;
+    if constexpr (Softcap)
+      x += tanh<Acc>(s * factor) * cap;
+    else
+      x += s * factor;
     if constexpr (Extra)
       if (far) x = far_exponent(x, base);
     p = exp2<Acc>(x);
