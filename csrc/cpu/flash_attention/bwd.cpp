@@ -13,8 +13,8 @@
 //
 // Determinism. The blocks of keys add to the dQ^T of a query block in ascending order: each waits for its predecessor, which an
 // earlier task holds and finishes without waiting for later ones. So do the units that share a block of a bias' gradient. Every
-// sum has one order for a given size of the blocks of
-// keys, which follows from the shape and, unless deterministic results are asked for, from the number of threads.
+// sum has one order for a given size of the blocks of keys, which follows from the shape and, unless deterministic results are
+// asked for, from the number of threads.
 #include "../../include/pykernels/flash_attention.h"
 
 #include <sched.h>
