@@ -386,7 +386,7 @@ class Worker {
 #endif
     if (!done) {
       scores(row, rows, begin, columns, padded);
-      if (terms_.on()) fast &= add_terms(s_, row, rows, first_key, padded) && maxima_below_bound(row, rows);
+      if (terms_.on()) fast &= add_terms(s_, row, rows, first_key, columns, padded) && maxima_below_bound(row, rows);
       if (edge) hide(s_, row, rows, first_key, padded);
       Softmax<C> softmax{rows,    padded,   s_, weights_, kStride, factor_, m_ + row, l_ + row * kLane, o_ + row * width_,
                          width_};
@@ -428,7 +428,7 @@ class Worker {
     if (last.columns && exceptional_values_) add_exceptional_values(last.row, last.rows, last.key, last.begin, last.columns, w_last);
     if (next.columns && terms_.on()) {
       factor_ = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
-      add_terms(s_next, next.row, next.rows, next.key + next.begin, next.columns);
+      add_terms(s_next, next.row, next.rows, next.key + next.begin, next.columns, next.columns);
     }
     if (next.edge) hide(s_next, next.row, next.rows, next.key + next.begin, next.columns);
     values_stage_ = now;
@@ -473,11 +473,14 @@ class Worker {
             s_q_->tk};
   }
   // Scales the scores of a tile to units of log 2 and adds what the options say. Whether the table of exponentials may have them.
-  bool add_terms(Acc* s, int row, int rows, int64_t first_key, int columns) {
+  // Columns from `valid` on, which will be hidden and hold anything yet, have no say in that.
+  bool add_terms(Acc* s, int row, int rows, int64_t first_key, int valid, int columns) {
     Bounded<Acc> bounded{static_cast<Acc>(kFastExp2Bound)};
     Cursor at = cursor(row);
-    for (int i = 0; i < rows; ++i, at.advance())
+    for (int i = 0; i < rows; ++i, at.advance()) {
+      for (int j = valid; j < columns; ++j) s[i * kStride + j] = 0;
       terms_.add(s + i * kStride, columns, factor_, place(static_cast<int>(at.head)), at.token, first_key, bounded);
+    }
     factor_ = 1;
     return kFastExp && bounded.holds();
   }
