@@ -199,6 +199,21 @@ def test_alibi_is_a_bias_of_distances(target, tq, tk):
 
 
 @on_bias
+@pytest.mark.parametrize("size", (1e2, 1e4, 1e9))
+def test_large_biases(target, size):
+    """As for large scores: what is recomputed from the lse is off by a few roundings of the largest of them."""
+    case = attention_case("bias-large", tq=70, tk=190, head_dim=32, bias=(1, 2, 70, 190), bias_values=lambda x: size * x)
+    sample = case.make(torch.float32, target.device)
+    wanted = run(OP, sample.map(torch.Tensor.double), "reference")
+    with target.active():
+        actual = run(OP, sample, target.backend)
+    for name, x in wanted.items():
+        error = (actual[name].double() - x).abs().max() / x.abs().max()
+        assert error < max(1e-5, min(1.0, 8 * 5 * size * torch.finfo(torch.float32).eps)), (name, float(error))
+        assert actual[name].isfinite().all() and x.abs().max() > 0.1
+
+
+@on_bias
 def test_a_mask_keeps_nan_in_padding_out(target):
     """Keys that a boolean bias hides from all rows may hold anything."""
     q, k, v = _qkv(target)

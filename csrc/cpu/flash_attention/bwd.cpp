@@ -12,8 +12,9 @@
 // queries: scores and weights of a panel stay in the L1 cache, those of a block of keys in L2.
 //
 // Determinism. The blocks of keys add to the dQ^T of a query block in ascending order: each waits for its predecessor, which an
-// earlier task holds and finishes without waiting for later ones. So do the units that share a block of a bias' gradient. Every sum has one order for a given size of the blocks of
-// keys, which follows from the shape and, unless deterministic results are asked for, from the number of threads.
+// earlier task holds and finishes without waiting for later ones. So do the units that share a block of a bias' gradient. Every
+// sum has one order for a given size of the blocks of keys, which follows from the shape and, unless deterministic results are
+// asked for, from the number of threads.
 #include "../../include/pykernels/flash_attention.h"
 
 #include <sched.h>
@@ -187,14 +188,14 @@ struct Panel {
   PYKERNELS_INLINE void element(int j, int c, Vec<Acc>& p, Vec<Acc>& ds_out) const {
     const Vec<Acc> s = load(scores + j * C::kPanel + c * kLane);
     const Vec<Acc> base = load(lse + c * kLane);
-    Vec<Acc> x;
-    if constexpr (Softcap)
-      x = tanh<Acc>(s * factor) * cap;
-    else
-      x = s * factor;
+    // Beside what is of its size first: the sum is small where weights are not.
+    Vec<Acc> x = -base;
     if constexpr (Extra)
       if (terms) x += load(terms + j * C::kPanel + c * kLane);
-    x = x - base;
+    if constexpr (Softcap)
+      x += tanh<Acc>(s * factor) * cap;
+    else
+      x += s * factor;
     if constexpr (Extra)
       if (far) x = far_exponent(x, base);
     p = exp2<Acc>(x);
@@ -486,23 +487,15 @@ class KeyBlock {
 
 // The largest magnitudes of a unit's tensors, gathered while they are packed. They decide afterwards whether SplitF32 served:
 // for all of the unit or for none of it, so that nothing depends on the threads or on other units.
-struct UnitRange {
+struct UnitRange : Largest<5> {
   enum Tensor { kQ, kK, kV, kOutGradient, kDelta, kTensors };
-  uint32_t bits[kTensors];  // of floats, in the order of which infinity comes after all numbers, and NaN after infinity
-
-  void add(Tensor tensor, float largest) {
-    const uint32_t value = bit_cast<uint32_t>(largest);
-    uint32_t seen = __atomic_load_n(&bits[tensor], __ATOMIC_RELAXED);
-    while (seen < value && !__atomic_compare_exchange_n(&bits[tensor], &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-  }
 #if defined(PYKERNELS_HAS_AMX)
   // No product of the magnitudes allowed, nor a sum of many, overflows, and what falls below the normal numbers is small beside
   // the largest of each gradient (zeros give zeros, exactly).
   bool split_serves() const {
     float x[kTensors];
     for (int i = 0; i < kTensors; ++i) {
-      x[i] = bit_cast<float>(bits[i]);
+      x[i] = (*this)[i];
       if (!(x[i] < (i == kDelta ? 0x1p70f : 0x1p30f))) return false;
     }
     const float dp = most(x[kOutGradient] * x[kV], x[kDelta]);

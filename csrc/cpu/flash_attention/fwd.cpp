@@ -8,7 +8,8 @@
 //   S = Q K^T,  P = 2^(c S - m),  l = l 2^(m' - m) + row sums of P,  O = O 2^(m' - m) + P V      (c = scale * log2 e)
 // and at the end out = O / l, lse = (m + log2 l) ln 2. Tiles are cut down to the keys that any of their rows sees;
 // only tiles at an edge of the mask look at single keys. The tiles of rows and blocks of keys depend on the shape
-// alone, so results are the same whatever the number of threads.
+// alone, so results are the same whatever the number of threads. Few rows against many keys are cut along the keys too: a task
+// then leaves O, m and l of its piece of keys, and a second pass puts the pieces of a chunk together.
 #include "../../include/pykernels/flash_attention.h"
 
 #include "../common/matmul.h"
@@ -51,17 +52,31 @@ Range visible(const Problem& problem, const Sequence& s, int64_t i) {
   return {most<int64_t>(0, position - problem.left), least<int64_t>(s.tk, position + problem.right + 1)};
 }
 
-// A chunk of rows of a sequence, and about how many scores it takes.
+// A chunk of rows of a sequence against a piece of its keys, and about how many scores it takes.
 struct Chunk {
   int64_t cost;
-  int32_t sequence, index;
+  int32_t sequence, index, piece, pieces;
+  int64_t partial;  // where its pieces are left, in rows per key head
 };
+
+// Into how many pieces the keys of a sequence are cut: by shapes alone. Where there are many heads and sequences they are work
+// enough, and pieces would take memory.
+constexpr int64_t kPieceKeys = 1024, kMaxPieces = 8, kFewRows = 256, kFewTasks = 16;
+int64_t keys_of_piece(const Sequence& s) {
+  return kPieceKeys * ((s.tk + kMaxPieces * kPieceKeys - 1) / (kMaxPieces * kPieceKeys));
+}
+int64_t key_pieces(const Problem& problem, const Sequence& s) {
+  const int64_t tasks = problem.key_heads * most<int64_t>(1, problem.p.sequences);
+  if (tasks > kFewTasks || s.tq * problem.group > kFewRows || s.tk < 2 * kPieceKeys) return 1;
+  return (s.tk + keys_of_piece(s) - 1) / keys_of_piece(s);
+}
 
 // Most expensive first (heap sort: in place, and nothing from the standard library).
 void sort_chunks(Chunk* chunks, int64_t n) {
   const auto before = [](const Chunk& a, const Chunk& b) {
     if (a.cost != b.cost) return a.cost < b.cost;
-    return a.sequence != b.sequence ? a.sequence > b.sequence : a.index > b.index;
+    if (a.sequence != b.sequence) return a.sequence > b.sequence;
+    return a.index != b.index ? a.index > b.index : a.piece > b.piece;
   };
   const auto sift = [&](int64_t root, int64_t end) {
     for (int64_t child; (child = 2 * root + 1) < end; root = child) {
@@ -129,14 +144,16 @@ class Worker {
     weights_ = sizeof(Elem) == sizeof(Acc) ? reinterpret_cast<Elem*>(s_) : scratch.take<Elem>(buffers * kRows * kStride);
   }
 
-  void run(const Sequence& s, int64_t batch, int64_t head_k, int64_t chunk) {
-    s_q_ = &s;
-    batch_ = batch;
-    head_k_ = head_k;
-    first_row_ = chunk * problem_.chunk_rows;
-    rows_ = static_cast<int>(least(problem_.chunk_rows, s.tq * problem_.group - first_row_));
-    const int64_t end = visible(problem_, s, token(rows_ - 1)).end;
-    const int64_t begin = visible(problem_, s, token(0)).begin / kKeys * kKeys;
+  // `partial`: the results of the chunk's pieces, [pieces][rows][partial_size(p)], where there are several.
+  void run(const Sequence& s, int64_t batch, int64_t head_k, const Chunk& chunk, Acc* partial) {
+    start(s, batch, head_k, chunk);
+    int64_t end = visible(problem_, s, token(rows_ - 1)).end;
+    int64_t begin = visible(problem_, s, token(0)).begin / kKeys * kKeys;
+    if (chunk.pieces > 1) {
+      static_assert(kPieceKeys % kKeys == 0);
+      begin = most(begin, chunk.piece * keys_of_piece(s));
+      end = least(end, (chunk.piece + 1) * keys_of_piece(s));
+    }
     load_queries(begin, end);
     const int tiles = (rows_ + kRows - 1) / kRows;
     for (int64_t key = begin; key < end; key += kKeys) {
@@ -149,10 +166,48 @@ class Worker {
       if constexpr (kIsSplit<C>) finish();
 #endif
     }
-    write();
+    if (chunk.pieces == 1) return write();
+    const int64_t size = partial_size(p_);
+    partial += chunk.piece * rows_ * size;
+    for (int row = 0; row < rows_; ++row, partial += size) {
+      __builtin_memcpy(partial, o_ + row * width_, sizeof(Acc) * width_);
+      partial[width_] = m_[row];
+      partial[width_ + 1] = reduce_add<Acc>(load(l_ + row * kLane));
+    }
   }
 
+  // Puts the pieces of a chunk together.
+  void merge(const Sequence& s, int64_t batch, int64_t head_k, const Chunk& chunk, const Acc* partial) {
+    start(s, batch, head_k, chunk);
+    const int64_t size = partial_size(p_), stride = rows_ * size;
+    __builtin_memset(o_, 0, sizeof(Acc) * rows_ * width_);
+    __builtin_memset(l_, 0, sizeof(Acc) * rows_ * kLane);
+    for (int row = 0; row < rows_; ++row, partial += size) {
+      Acc m = -static_cast<Acc>(kInfinity);
+      for (int i = 0; i < chunk.pieces; ++i) m = most(m, partial[i * stride + width_]);
+      m_[row] = m;
+      for (int i = 0; i < chunk.pieces; ++i) {
+        const Acc* const from = partial + i * stride;
+        if (from[width_] == -static_cast<Acc>(kInfinity) && from[width_ + 1] == 0) continue;  // saw nothing
+        const Vec<Acc> alpha = exp2<Acc>(splat(from[width_] - m));
+        l_[row * kLane] += from[width_ + 1] * alpha[0];
+        for (int j = 0; j < width_; j += kLane)
+          store(o_ + row * width_ + j, load(o_ + row * width_ + j) + load(from + j) * alpha);
+      }
+    }
+    write();
+  }
+  // O, m and l of a row.
+  static int64_t partial_size(const FlashAttentionParams& p) { return round_up(p.value_dim, C::kColumnAlign) + kLane; }
+
  private:
+  void start(const Sequence& s, int64_t batch, int64_t head_k, const Chunk& chunk) {
+    s_q_ = &s;
+    batch_ = batch;
+    head_k_ = head_k;
+    first_row_ = chunk.index * problem_.chunk_rows;
+    rows_ = static_cast<int>(least(problem_.chunk_rows, s.tq * problem_.group - first_row_));
+  }
   int64_t token(int row) const { return (first_row_ + row) / problem_.group; }
 
   // Token and head of consecutive rows, without a division for each.
@@ -331,7 +386,7 @@ class Worker {
 #endif
     if (!done) {
       scores(row, rows, begin, columns, padded);
-      if (terms_.on()) fast &= add_terms(s_, row, rows, first_key, padded) && maxima_below_bound(row, rows);
+      if (terms_.on()) fast &= add_terms(s_, row, rows, first_key, columns, padded) && maxima_below_bound(row, rows);
       if (edge) hide(s_, row, rows, first_key, padded);
       Softmax<C> softmax{rows,    padded,   s_, weights_, kStride, factor_, m_ + row, l_ + row * kLane, o_ + row * width_,
                          width_};
@@ -373,7 +428,7 @@ class Worker {
     if (last.columns && exceptional_values_) add_exceptional_values(last.row, last.rows, last.key, last.begin, last.columns, w_last);
     if (next.columns && terms_.on()) {
       factor_ = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
-      add_terms(s_next, next.row, next.rows, next.key + next.begin, next.columns);
+      add_terms(s_next, next.row, next.rows, next.key + next.begin, next.columns, next.columns);
     }
     if (next.edge) hide(s_next, next.row, next.rows, next.key + next.begin, next.columns);
     values_stage_ = now;
@@ -418,11 +473,14 @@ class Worker {
             s_q_->tk};
   }
   // Scales the scores of a tile to units of log 2 and adds what the options say. Whether the table of exponentials may have them.
-  bool add_terms(Acc* s, int row, int rows, int64_t first_key, int columns) {
+  // Columns from `valid` on, which will be hidden and hold anything yet, have no say in that.
+  bool add_terms(Acc* s, int row, int rows, int64_t first_key, int valid, int columns) {
     Bounded<Acc> bounded{static_cast<Acc>(kFastExp2Bound)};
     Cursor at = cursor(row);
-    for (int i = 0; i < rows; ++i, at.advance())
+    for (int i = 0; i < rows; ++i, at.advance()) {
+      for (int j = valid; j < columns; ++j) s[i * kStride + j] = 0;
       terms_.add(s + i * kStride, columns, factor_, place(static_cast<int>(at.head)), at.token, first_key, bounded);
+    }
     factor_ = 1;
     return kFastExp && bounded.holds();
   }
@@ -771,22 +829,34 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
   problem.chunk_rows = most<int64_t>(tile_rows, round_up((longest + pieces - 1) / pieces, tile_rows));
 
   int64_t count = 0;
-  for (int64_t s = 0; s < sequences; ++s)
-    count += (sequence(p, s).tq * problem.group + problem.chunk_rows - 1) / problem.chunk_rows;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const Sequence seq = sequence(p, s);
+    count += (seq.tq * problem.group + problem.chunk_rows - 1) / problem.chunk_rows * key_pieces(problem, seq);
+  }
   Scratch table;
   Chunk* const chunks = table.take<Chunk>(count);
+  int64_t partial_rows = 0;
   count = 0;
   for (int64_t s = 0; s < sequences; ++s) {
     const Sequence seq = sequence(p, s);
-    const int64_t in_all = seq.tq * problem.group;
+    const int64_t in_all = seq.tq * problem.group, pieces = key_pieces(problem, seq);
     for (int64_t first = 0; first < in_all; first += problem.chunk_rows) {
       const int64_t n = least(problem.chunk_rows, in_all - first);
       const Range range = visible(problem, seq, (first + n / 2) / problem.group);
-      chunks[count++] = {n * most<int64_t>(1, range.end - range.begin), static_cast<int32_t>(s),
-                         static_cast<int32_t>(first / problem.chunk_rows)};
+      const int64_t cost = n * most<int64_t>(1, range.end - range.begin) / pieces;
+      for (int64_t piece = 0; piece < pieces; ++piece)
+        chunks[count++] = {cost, static_cast<int32_t>(s), static_cast<int32_t>(first / problem.chunk_rows),
+                           static_cast<int32_t>(piece), static_cast<int32_t>(pieces), partial_rows};
+      if (pieces > 1) partial_rows += pieces * n;
     }
   }
   sort_chunks(chunks, count);
+  using Acc = typename C::Acc;
+  const int64_t partial_size = Worker<T, C>::partial_size(p);
+  Acc* const partial = partial_rows ? table.take<Acc>(partial_rows * problem.key_heads * partial_size) : nullptr;
+  const auto partial_of = [&](const Chunk& chunk, int64_t bh) {
+    return partial + (bh * partial_rows + chunk.partial) * partial_size;
+  };
 
   run_tasks(parallel, count * problem.key_heads, [&](TaskQueue& queue) {
     const Tiles tiles;
@@ -795,7 +865,18 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
     for (int64_t task; (task = queue.next()) >= 0;) {
       const Chunk& chunk = chunks[task / problem.key_heads];
       const int64_t bh = task % problem.key_heads;
-      worker.run(sequence(p, chunk.sequence), bh / p.heads_k, bh % p.heads_k, chunk.index);
+      worker.run(sequence(p, chunk.sequence), bh / p.heads_k, bh % p.heads_k, chunk, partial_of(chunk, bh));
+    }
+  });
+  if (!partial) return;
+  run_tasks(parallel, count * problem.key_heads, [&](TaskQueue& queue) {
+    Scratch scratch;
+    Worker<T, C> worker(problem, scratch);
+    for (int64_t task; (task = queue.next()) >= 0;) {
+      const Chunk& chunk = chunks[task / problem.key_heads];
+      const int64_t bh = task % problem.key_heads;
+      if (chunk.pieces > 1 && chunk.piece == 0)
+        worker.merge(sequence(p, chunk.sequence), bh / p.heads_k, bh % p.heads_k, chunk, partial_of(chunk, bh));
     }
   });
 }
