@@ -21,6 +21,10 @@ from .limits import beyond_cache_bytes
 # (B, H, T, D). On GPUs the usual grid: heads times size 2048, 16k tokens in all.
 CPU_SHAPES = [(4, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 2048, 128), (1, 4, 8192, 64)]
 GPU_SHAPES = [(16384 // T, 2048 // D, T, D) for D in (64, 128, 256) for T in (512, 2048, 8192, 16384)]
+# What options cost: beside the plain causal rows of the same shape. "bias" is one matrix per head, without a gradient.
+OPTION_SHAPES = {"cpu": (1, 8, 2048, 64), "cuda": (2, 16, 8192, 128)}
+OPTION_ROWS = [("causal alibi", False), ("causal alibi", True), ("causal bias", False), ("causal bias", True),
+               ("causal softcap 20", False), ("causal window 512", False)]
 DECODE_SHAPES = [(1, 32, 8, 4096, 128), (16, 32, 8, 4096, 128)]  # (B, heads, key heads, tokens in the cache, D)
 
 
@@ -42,6 +46,32 @@ def _attention_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
             yield Case("flash_attention", label, mask, dtype, direction, device, threads, work, limits), shape
 
 
+def _option_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
+    for (device, threads), (options, backward), dtype in itertools.product(places, OPTION_ROWS, ("fp32", "bf16")):
+        shape = OPTION_SHAPES["cpu" if device == "cpu" else "cuda"]
+        B, H, T, D = shape
+        # A window of w keys: all but the first queries see w of them.
+        work = _flops(*shape, True, backward) * (1 if "window" not in options else 2 * 512 * (T - 256) / T**2)
+        limits = ("bf16 tile", "bf16 dot", "fp32") if device == "cpu" and dtype == "bf16" else (dtype,)
+        direction = "fwd+bwd" if backward else "fwd"
+        yield Case("flash_attention", "B{} H{} T{} D{}".format(*shape), options, dtype, direction, device, threads, work,
+                   limits), shape
+
+
+def _arguments(case_options: str, heads: int, tokens: int, dtype: torch.dtype, device: str) -> dict:
+    """The arguments of flash_attention that a row's options mean."""
+    arguments: dict = {"causal": case_options.startswith("causal")}
+    if "alibi" in case_options:
+        arguments["alibi_slopes"] = 2 ** (-8 * torch.arange(1, heads + 1, device=device) / heads)
+    if "bias" in case_options:
+        arguments["bias"] = _inputs([(heads, tokens, tokens)], dtype, device)[0]
+    if "softcap" in case_options:
+        arguments["softcap"] = 20.0
+    if "window" in case_options:
+        arguments["window"] = (511, 0)
+    return arguments
+
+
 def _decode_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
     for (device, threads), shape, dtype in itertools.product(places, DECODE_SHAPES, ("fp32", "bf16")):
         B, H, Hk, T, D = shape
@@ -58,7 +88,7 @@ def _order(entry: tuple[Case, tuple]) -> tuple:
 
 def cases(places: Places) -> list[tuple[Case, tuple]]:
     """The grid on (device, threads) pairs."""
-    return sorted([*_attention_cases(places), *_decode_cases(places)], key=_order)
+    return sorted([*_attention_cases(places), *_option_cases(places), *_decode_cases(places)], key=_order)
 
 
 CASES = cases(devices_and_threads())
@@ -70,7 +100,7 @@ def _inputs(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: str) ->
 
 
 @functools.lru_cache(maxsize=1)
-def _expected(shape: tuple, causal: bool, dtype: torch.dtype, device: str) -> Expected:
+def _expected(shape: tuple, options: str, dtype: torch.dtype, device: str) -> Expected:
     """One head, whole: the reference takes T * T operations per head.
 
     Its queries in blocks, so that memory stays small; the keys of a causal block end at its last query, which is how
@@ -78,8 +108,12 @@ def _expected(shape: tuple, causal: bool, dtype: torch.dtype, device: str) -> Ex
     """
     B, H, T, D = shape
     q, k, v, dout = _inputs([(B, T, H, D)] * 4, dtype, device)
+    arguments = _arguments(options, H, T, dtype, device)
+    causal = arguments["causal"]
     b, h = B - 1, (T // 512 + causal) % H  # not always the same head
     q, k, v, dout = (x[b:b + 1, :, h:h + 1] for x in (q, k, v, dout))
+    if "alibi_slopes" in arguments:
+        arguments["alibi_slopes"] = arguments["alibi_slopes"][h:h + 1]
 
     def composition(compute: torch.dtype) -> dict[str, Tensor]:
         sums = torch.float64 if compute == torch.float64 else torch.float32
@@ -87,7 +121,9 @@ def _expected(shape: tuple, causal: bool, dtype: torch.dtype, device: str) -> Ex
         dk, dv = (torch.zeros_like(x, dtype=sums) for x in (k, v))
         for start in range(0, T, 1024):
             rows, end = slice(start, start + 1024), min(start + 1024, T) if causal else T
-            args = {"q": q[:, rows], "k": k[:, :end], "v": v[:, :end], "causal": causal}
+            args = {**arguments, "q": q[:, rows], "k": k[:, :end], "v": v[:, :end]}
+            if "bias" in args:
+                args["bias"] = args["bias"][h:h + 1, rows, :end]
             block = testing.Sample(args, ("q", "k", "v"))
             result = testing.run(testing.FLASH_ATTENTION, block.map(lambda x: x.to(compute)), "reference",
                                  grad={"out": dout[:, rows].to(compute)})
@@ -106,17 +142,19 @@ class Attention:
 
     def __init__(self, case: Case, shape: tuple) -> None:
         B, H, T, D = self.shape = shape
-        self.case, self.causal = case, case.options == "causal"
-        self.q, self.k, self.v, dout = _inputs([(B, T, H, D)] * 4, DTYPES[case.dtype], case.device)
+        self.case, dtype = case, DTYPES[case.dtype]
+        self.options = _arguments(case.options, H, T, dtype, case.device)
+        self.causal = self.options["causal"]
+        self.q, self.k, self.v, dout = _inputs([(B, T, H, D)] * 4, dtype, case.device)
         self.dout = dout if case.backward else None
 
     def ours(self, backend: str) -> Call:
-        run = step(lambda q, k, v: pykernels.flash_attention(q, k, v, causal=self.causal, backend=backend),
+        run = step(lambda q, k, v: pykernels.flash_attention(q, k, v, **self.options, backend=backend),
                    (self.q, self.k, self.v), self.dout)
         return Call(run, lambda result: dict(zip(("out", "dq", "dk", "dv"), result)))
 
     def expected(self) -> Expected:
-        return _expected(self.shape, self.causal, DTYPES[self.case.dtype], self.case.device).of(self.case)
+        return _expected(self.shape, self.case.options, DTYPES[self.case.dtype], self.case.device).of(self.case)
 
 
 class Decode:

@@ -168,14 +168,15 @@ def test_a_limit_is_one() -> None:
 # ---- flash attention's grid ----------------------------------------------------------------------------------------
 
 
-def small_case(dtype: str = "fp32", direction: str = "fwd+bwd") -> tuple[kit.Case, tuple]:
-    return kit.Case("flash_attention", "small", "causal", dtype, direction, "cpu", 1, 1.0, ("fp32",)), (2, 3, 48, 8)
+def small_case(dtype: str = "fp32", direction: str = "fwd+bwd", options: str = "causal") -> tuple[kit.Case, tuple]:
+    return kit.Case("flash_attention", "small", options, dtype, direction, "cpu", 1, 1.0, ("fp32",)), (2, 3, 48, 8)
 
 
 def test_grid_covers_every_combination_once() -> None:
     cases = [case for case, _ in bench_flash_attention.cases([("cpu", 1), ("cpu", 2)])]
     attention = [case for case in cases if case.op == "flash_attention"]
-    assert len(attention) == 4 * 2 * 2 * 2 * 2  # shapes, masks, dtypes, passes, thread counts
+    # Shapes, masks, dtypes, passes, thread counts; then rows of options, dtypes, thread counts.
+    assert len(attention) == 4 * 2 * 2 * 2 * 2 + 6 * 2 * 2
     assert len({case.id for case in attention}) == len(attention)
     decode = {case.shape for case in cases if case.op == "flash_attention_decode"}
     assert decode == {"B1 H32/8 T4096 D128", "B16 H32/8 T4096 D128"}
@@ -188,7 +189,7 @@ def test_grid_covers_every_combination_once() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_reference_in_blocks_is_the_reference(causal: bool) -> None:
     shape = (1, 2, 1300, 8)
-    expected = bench_flash_attention._expected(shape, causal, torch.float32, "cpu")
+    expected = bench_flash_attention._expected(shape, "causal" if causal else "full", torch.float32, "cpu")
     q, k, v, dout = (x.double() for x in bench_flash_attention._inputs([(1, 1300, 2, 8)] * 4, torch.float32, "cpu"))
     sample = testing.Sample({"q": q, "k": k, "v": v, "causal": causal}, ("q", "k", "v"))
     whole = testing.run(testing.FLASH_ATTENTION, sample, "reference", grad={"out": dout})
@@ -216,6 +217,16 @@ def test_measure_checks_and_times(direction: str, dtype: str) -> None:
     assert record["checked"] == "batch 2 of 2, head 2 of 3"
     slow = "has no backward on CPUs" if case.backward else "compiles for every case: measured with --slow-peers"
     assert record["missing"]["FlexAttention"] == slow
+
+
+@pytest.mark.parametrize("options", ["causal alibi", "causal bias", "causal softcap 20", "causal window 512"])
+def test_measure_options(options: str) -> None:
+    case, shape = small_case(options=options)
+    record = kit.measure(case, bench_flash_attention.Attention(case, shape), peers.for_op(case.op), seconds=0.0,
+                         wanted=["reference"], min_rounds=2)
+    names = [entry["name"] for entry in record["candidates"]]
+    assert names == ["pykernels reference"] + ["torch SDPA"] * ("softcap" not in options)
+    assert all(entry["problem"] is None for entry in record["candidates"])
 
 
 def test_measure_decode() -> None:

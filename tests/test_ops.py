@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pykernels import _library, testing
-from pykernels.testing import OPS, check, dtypes, run, targets, use_threads
+from pykernels.testing import OPS, check, dtypes, run, serves, targets, use_threads
 
 assert _library.error() is None, f"the tests need the native library: {_library.error()}"
 
@@ -36,7 +36,7 @@ def _matrix(cases, targets_of=targets):
         for target in targets_of(op if targets_of is _compiled else op.op)
         for dtype in dtypes(op.op, target)
         for case in cases(op)
-        if dtype in case.dtypes
+        if serves(op, case, target, dtype)
     ]
 
 

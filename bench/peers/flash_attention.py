@@ -19,6 +19,8 @@ _SCORES_LIMIT = 1 << 28  # bytes: torch's MATH keeps all scores, and is never th
 def _sdpa_backends(problem, case: Case) -> dict[str, SDPBackend | None]:
     """torch's own choice, and the backends behind it."""
     batch, time, heads, _ = problem.q.shape
+    if len(problem.options) > 1:
+        return {"default": None}  # with a mask, which of the backends take differs
     found: dict[str, SDPBackend | None] = {"default": None}
     if batch * heads * time * problem.k.shape[1] * 4 <= _SCORES_LIMIT:
         found["math"] = SDPBackend.MATH
@@ -37,8 +39,29 @@ def _sdpa_call(backend: SDPBackend | None, **options) -> Callable[..., Tensor]:
     return call
 
 
+def _distances(problem) -> Tensor:
+    """How far each query is behind each key [T, T]; negative for keys that come after."""
+    time = torch.arange(problem.q.shape[1], device=problem.q.device)
+    return time[:, None] - time
+
+
+def _dense_mask(problem) -> Tensor:
+    """What a causal row's options do to scores, as the mask that torch's attention takes."""
+    behind, options = _distances(problem), problem.options
+    hidden = behind < 0
+    if "window" in options:
+        hidden = hidden | (behind > options["window"][0])
+    mask = torch.zeros(behind.shape, device=behind.device)
+    if "alibi_slopes" in options:
+        mask = mask - options["alibi_slopes"][:, None, None] * behind
+    if "bias" in options:
+        mask = mask + options["bias"]
+    return mask.masked_fill(hidden, -torch.inf).to(problem.q.dtype).expand(1, problem.q.shape[2], *behind.shape)
+
+
 def _sdpa(problem, case: Case) -> Mapping[str, Call]:
-    calls = {name: heads_first(problem, _sdpa_call(backend, is_causal=problem.causal))
+    options = {"is_causal": problem.causal} if len(problem.options) == 1 else {"attn_mask": _dense_mask(problem)}
+    calls = {name: heads_first(problem, _sdpa_call(backend, **options))
              for name, backend in _sdpa_backends(problem, case).items()}
     if case.device == "cuda":  # which of them serve depends on the GPU
         calls = {name: call for name, call in calls.items() if _runs(call)}
@@ -56,12 +79,23 @@ def _runs(call: Call) -> bool:
 def _flex(problem, case: Case) -> Mapping[str, Call]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    mask = None
+    mask, options = None, problem.options
     if problem.causal:
         lengths = problem.q.shape[1], problem.k.shape[1]
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, *lengths, device=case.device)
+        window = options.get("window", (lengths[1], 0))[0]
+        mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j <= window), None, None, *lengths, device=case.device)
+    slopes, bias, softcap = options.get("alibi_slopes"), options.get("bias"), options.get("softcap")
+
+    def change(score, b, h, i, j):
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if slopes is not None:
+            score = score - slopes[h] * (i - j)
+        return score if bias is None else score + bias[h, i, j]
+
+    changes = change if options.keys() & {"alibi_slopes", "bias", "softcap"} else None
     compiled = torch.compile(flex_attention, dynamic=False)
-    return {"compiled": heads_first(problem, lambda q, k, v: compiled(q, k, v, block_mask=mask))}
+    return {"compiled": heads_first(problem, lambda q, k, v: compiled(q, k, v, score_mod=changes, block_mask=mask))}
 
 
 def _flash_attn_2(problem, case: Case) -> Mapping[str, Call]:
@@ -100,13 +134,18 @@ def _no_flex(case: Case) -> str | None:
     return "has no backward on CPUs" if case.device == "cpu" and case.backward else None
 
 
+def _plain(missing: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
+    """The conditions of a package that is only set up for rows without options."""
+    return lambda case: missing(case) or (None if case.options in ("causal", "full") else "is not set up for options here")
+
+
 PEERS = [
-    Peer("torch SDPA", "flash_attention", lambda case: None, _sdpa),
+    Peer("torch SDPA", "flash_attention", lambda case: "has no softcap" if "softcap" in case.options else None, _sdpa),
     Peer("FlexAttention", "flash_attention", _no_flex, _flex, slow=True),
-    Peer("flash-attn 2", "flash_attention", needs("flash_attn.flash_attn_interface"), _flash_attn_2),
-    Peer("flash-attn 3", "flash_attention", needs("flash_attn_interface"), _flash_attn_3),
-    Peer("flash-attn 4", "flash_attention", needs("flash_attn.cute"), _flash_attn_4),
-    Peer("fla", "flash_attention", needs("fla", causal_only=True), _fla),
+    Peer("flash-attn 2", "flash_attention", _plain(needs("flash_attn.flash_attn_interface")), _flash_attn_2),
+    Peer("flash-attn 3", "flash_attention", _plain(needs("flash_attn_interface")), _flash_attn_3),
+    Peer("flash-attn 4", "flash_attention", _plain(needs("flash_attn.cute")), _flash_attn_4),
+    Peer("fla", "flash_attention", _plain(needs("fla", causal_only=True)), _fla),
 ]
 
 # ---- flash_attention_decode ----------------------------------------------------------------------------------------

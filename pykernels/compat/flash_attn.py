@@ -212,7 +212,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
 
     Args:
         q: [B, Tq, Hq, K].
-        k_cache, v_cache: [rows, Tmax, Hk, K] and [rows, Tmax, Hk, V].
+        k_cache, v_cache: [rows, Tmax, Hk, K] and [rows, Tmax, Hk, V], or with block_table [pages, page size, ...].
         k, v: new tokens [B, Tnew, Hk, K] and [B, Tnew, Hk, V], written at cache_seqlens; both or neither.
         rotary_cos, rotary_sin: [positions, R / 2]: the first R features of k, and of q, are turned by the angles of
             their positions, cache_seqlens + t (all queries by those of cache_seqlens if neither causal nor local).
@@ -220,7 +220,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
         cache_seqlens: tokens in the cache before the append, left padding included: an int, or int32 [B]. None: all.
         cache_batch_idx: int32 [B], the cache's row of each batch entry; None: entry b has row b. Rows should differ.
         cache_leftpad: int32 [B], where the valid tokens of each row begin; None: at 0.
-        block_table, alibi_slopes: passed on to `flash_attention_decode`, which raises while it doesn't serve them.
+        block_table, alibi_slopes: as in `flash_attention_decode`; pages of any size.
         softmax_scale, causal, window_size, softcap: as in `flash_attn_func`.
         rotary_interleaved: whether features pair as (2i, 2i + 1), rather than (i, i + R / 2).
         num_splits: the original's hint on how to spread the work; ours finds that itself, the result is the same.
@@ -241,6 +241,8 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
     if isinstance(num_splits, bool) or not isinstance(num_splits, int):
         raise TypeError(f"num_splits must be an integer, got {num_splits!r}")
     batch, capacity = q.shape[0], k_cache.shape[1]
+    if isinstance(block_table, Tensor) and block_table.dim() == 2:
+        capacity *= block_table.shape[1]
     if cache_seqlens is None:
         if k is not None:
             raise ValueError("cache_seqlens must be given with k, got None")
@@ -255,7 +257,9 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
     options = {"block_table": block_table, "causal": causal, "window": window, "scale": softmax_scale,
                "softcap": _softcap(softcap), "alibi_slopes": alibi_slopes, "return_lse": return_softmax_lse}
     if cache_batch_idx is None and cache_leftpad is None:
-        return flash_attention_decode(q, k_cache[:batch], v_cache[:batch], lengths, k=k, v=v, **options)
+        if block_table is None:
+            k_cache, v_cache = k_cache[:batch], v_cache[:batch]
+        return flash_attention_decode(q, k_cache, v_cache, lengths, k=k, v=v, **options)
     if block_table is not None:
         raise ValueError("block_table must be None with cache_batch_idx or cache_leftpad, got a tensor")
 

@@ -13,11 +13,17 @@ from .rotary import apply_rotary, positions_of
 
 @dataclasses.dataclass
 class AttentionState:
-    """The keys and values of the tokens so far; entry b of the batch holds lengths[b] of at most Tmax."""
+    """The keys and values of the tokens so far; entry b of the batch holds lengths[b] of them.
 
-    k: Tensor  # [B, Tmax, Hk, K]
-    v: Tensor  # [B, Tmax, Hk, K]
+    With a block table the caches are pages: token t of entry b lies in page block_table[b, t // page size]. Layers of one
+    model may share a table, and whoever manages the pages may give them out as sequences grow, or share those of a common
+    prompt (never one that is still appended to).
+    """
+
+    k: Tensor  # [B, Tmax, Hk, K], or [pages, page size, Hk, K]
+    v: Tensor  # likewise
     lengths: Tensor  # int32 [B]
+    block_table: Tensor | None = None  # int32 [B, pages of an entry]
 
 
 class Attention(nn.Module):
@@ -29,7 +35,9 @@ class Attention(nn.Module):
         key_heads: number of key and value heads, a divisor of `heads` (grouped queries); None is `heads`.
         head_dim: size of a head; None is dim // heads.
         causal, window, scale, softcap, backend: as in `pykernels.flash_attention`.
+        sinks: whether each head has a learned sink, at first of score 0 (see `pykernels.flash_attention`).
         rotary_base: if given, queries and keys are rotated by their positions (see `apply_rotary`).
+        rotary_interleaved: whether neighbouring features make the pairs that are rotated.
         bias: whether the projections have biases.
 
     See `pykernels.nn` for how it is called.
@@ -37,7 +45,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, *, key_heads: int | None = None, head_dim: int | None = None,
                  causal: bool = True, window: tuple[int | None, int | None] | None = None, scale: float | None = None,
-                 softcap: float = 0.0, rotary_base: float | None = None, bias: bool = False, backend: str = "auto",
+                 softcap: float = 0.0, sinks: bool = False, rotary_base: float | None = None,
+                 rotary_interleaved: bool = False, bias: bool = False, backend: str = "auto",
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         key_heads = heads if key_heads is None else key_heads
@@ -51,27 +60,38 @@ class Attention(nn.Module):
             raise ValueError(f"head_dim must be even for rotary_base, got {head_dim}")
         self.dim, self.heads, self.key_heads, self.head_dim = dim, heads, key_heads, head_dim
         self.causal, self.window, self.scale, self.softcap = causal, window, scale, softcap
-        self.rotary_base, self.backend = rotary_base, backend
+        self.rotary_base, self.rotary_interleaved, self.backend = rotary_base, rotary_interleaved, backend
         self.qkv = nn.Linear(dim, (heads + 2 * key_heads) * head_dim, bias=bias, device=device, dtype=dtype)
         self.out = nn.Linear(heads * head_dim, dim, bias=bias, device=device, dtype=dtype)
+        self.sinks = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype)) if sinks else None
 
     def extra_repr(self) -> str:
         return (f"dim={self.dim}, heads={self.heads}, key_heads={self.key_heads}, head_dim={self.head_dim}, "
                 f"causal={self.causal}, window={self.window}, scale={self.scale}, softcap={self.softcap}, "
-                f"rotary_base={self.rotary_base}, backend={self.backend!r}")
+                f"sinks={self.sinks is not None}, rotary_base={self.rotary_base}, "
+                f"rotary_interleaved={self.rotary_interleaved}, backend={self.backend!r}")
 
-    def init_state(self, batch: int, max_tokens: int, *, device: torch.device | str | None = None,
-                   dtype: torch.dtype | None = None) -> AttentionState:
-        """An empty cache for `batch` sequences of at most `max_tokens`, by default where and in what it computes."""
+    def init_state(self, batch: int, max_tokens: int, *, page_size: int | None = None,
+                   device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AttentionState:
+        """An empty cache for `batch` sequences of at most `max_tokens`, by default where and in what it computes.
+
+        With a `page_size` it is paged, and every sequence has all the pages that it may need.
+        """
         if not self.causal:
             raise ValueError("causal must be True for a layer that continues sequences, got a layer with causal=False")
         device = self.qkv.weight.device if device is None else torch.device(device)
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.qkv.weight.dtype
-        shape = batch, max_tokens, self.key_heads, self.head_dim
-        k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        return AttentionState(k, v, torch.zeros(batch, device=device, dtype=torch.int32))
+        shape, block_table = (batch, max_tokens), None
+        if page_size is not None:
+            if page_size < 1:
+                raise ValueError(f"page_size must be at least 1, got {page_size}")
+            pages = -(-max_tokens // page_size)
+            shape = batch * pages, page_size
+            block_table = torch.arange(batch * pages, device=device, dtype=torch.int32).view(batch, pages)
+        k, v = (torch.zeros(*shape, self.key_heads, self.head_dim, device=device, dtype=dtype) for _ in range(2))
+        return AttentionState(k, v, torch.zeros(batch, device=device, dtype=torch.int32), block_table)
 
     def forward(self, x: Tensor, state: AttentionState | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, dim] -> [B, T, dim].
@@ -86,13 +106,17 @@ class Attention(nn.Module):
         q, k, v = heads.split((self.heads, self.key_heads, self.key_heads), dim=2)
         if self.rotary_base is not None:
             positions = positions_of(x, None if state is None else state.lengths, cu_seqlens)
-            q, k = (apply_rotary(y, positions, self.rotary_base) for y in (q, k))
+            q, k = (apply_rotary(y, positions, self.rotary_base, interleaved=self.rotary_interleaved) for y in (q, k))
+        sinks = self.sinks
+        if sinks is not None and sinks.dtype not in (q.dtype, torch.float32):  # under autocast
+            sinks = sinks.float()
         options = {"causal": self.causal, "window": self.window, "scale": self.scale, "softcap": self.softcap,
-                   "backend": self.backend}
+                   "sinks": sinks, "backend": self.backend}
         if state is None:
             out = flash_attention(q, k, v, cu_seqlens_q=cu_seqlens, **options)
         else:
-            out = flash_attention_decode(q, state.k, state.v, state.lengths, k=k, v=v, **options)
+            out = flash_attention_decode(q, state.k, state.v, state.lengths, k=k, v=v, block_table=state.block_table,
+                                         **options)
             state.lengths += tokens
         return self.out(out.flatten(2))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def apply_rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
+def apply_rotary(x: Tensor, positions: Tensor, base: float = 10000.0, *, interleaved: bool = False) -> Tensor:
     r"""Turns each pair of features by an angle that grows with the position, so that q k^T depends on distance alone.
 
     .. math::
@@ -14,7 +14,8 @@ def apply_rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
         x_{i + K/2} \to x_{i + K/2} \cos\theta + x_i \sin\theta, \qquad
         \theta = position \cdot base^{-2i / K}
 
-    Features pair as (i, i + K/2), the layout of Llama and GPT-NeoX weights in Transformers.
+    Features pair as (i, i + K/2), the layout of Llama and GPT-NeoX weights in Transformers, or as (2i, 2i + 1) when
+    `interleaved`, that of GPT-J and of Llama's original weights.
 
     Args:
         x: [B, T, H, K], K even.
@@ -34,8 +35,10 @@ def apply_rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     angles = positions[..., None, None].to(torch.float64) * frequencies  # [(B,) T, 1, K/2]
     cos, sin = angles.cos().to(compute), angles.sin().to(compute)
-    first, second = x[..., :half].to(compute), x[..., half:].to(compute)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    pairs = x.unflatten(-1, (half, 2) if interleaved else (2, half)).to(compute)
+    first, second = pairs.unbind(-1 if interleaved else -2)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return torch.stack(turned, dim=-1 if interleaved else -2).flatten(-2).to(x.dtype)
 
 
 def positions_of(x: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from .causal_conv1d import CAUSAL_CONV1D, CAUSAL_CONV1D_STEP
 from .fft_conv import FFT_CONV
 from .flash_attention import FLASH_ATTENTION, FLASH_ATTENTION_DECODE
-from .kit import BadInput, Case, Description, Error, Sample, check, compare, cotangents, expected, run
+from .kit import BadInput, Case, Description, Error, Sample, check, compare, cotangents, expected, run, serves
 from .linear_attention import LINEAR_ATTENTION, LINEAR_ATTENTION_STEP
 from .retention import RETENTION, RETENTION_STEP
 from .selective_scan import SELECTIVE_SCAN, SELECTIVE_SCAN_STEP
@@ -50,6 +50,7 @@ __all__ = [
     "expected",
     "poisoned_memory",
     "run",
+    "serves",
     "targets",
     "use_isa",
     "use_threads",

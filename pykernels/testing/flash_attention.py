@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ops.flash_attention import DECODE_OP, OP, flash_attention, flash_attention_decode
 from .kit import BadInput, Case, Description, Sample, seed
+from .targets import DTYPES
 
 # ---- Tensors -------------------------------------------------------------------------------------------------
 
@@ -65,10 +66,18 @@ def attention_case(
     lengths_k: Sequence[int] | None = None,
     layout: Callable[[Tensor], Tensor] = _contiguous,
     values: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+    alibi: Sequence[int] | None = None,
+    bias: Sequence[int] | None = None,
+    bias_dtype: torch.dtype | None = None,
+    bias_values: Callable[[Tensor], Tensor] = _contiguous,
+    sinks: float | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
     **options: Any,
 ) -> Case:
-    """A call of flash_attention with normal inputs; `values` may change them, `layout` places them in memory."""
+    """A call of flash_attention with normal inputs; `values` may change them, `layout` places them in memory.
+
+    `alibi` and `bias` are the shapes of the slopes and the bias (of `bias_dtype`, None: that of q), `sinks` is their mean.
+    """
     tk = tq if tk is None else tk
     heads_k = heads_q if heads_k is None else heads_k
     value_dim = head_dim if value_dim is None else value_dim
@@ -89,9 +98,23 @@ def attention_case(
             if lengths is not None:
                 offsets = [0, *itertools.accumulate(lengths)]
                 args["cu_seqlens_" + side] = torch.tensor(offsets, dtype=torch.int32, device=device)
-        return Sample({**args, **options}, ("q", "k", "v"))
+        differentiable = ["q", "k", "v"]
+        if alibi is not None:
+            args["alibi_slopes"] = _normal(name + "alibi", alibi).abs().to(device, dtype)
+        if bias is not None and bias_dtype == torch.bool:
+            args["bias"] = bias_values(_normal(name + "bias", bias) > -0.5).to(device)
+        elif bias is not None:
+            wide = bias_values(_normal(name + "bias", bias))
+            args["bias"] = wide.to(device, bias_dtype if bias_dtype is not None and dtype != torch.float64 else dtype)
+            differentiable.append("bias")
+        if sinks is not None:
+            args["sinks"] = (_normal(name + "sinks", (heads_q,)) + sinks).to(device, dtype)
+            differentiable.append("sinks")
+        return Sample({**args, **options}, tuple(differentiable))
 
-    return Case(name, make) if dtypes is None else Case(name, make, dtypes)
+    given = {"alibi_slopes": alibi, "bias": bias, "sinks": sinks, "dropout_p": options.get("dropout_p")}
+    needs = frozenset(option for option, value in given.items() if value is not None)
+    return Case(name, make, DTYPES if dtypes is None else dtypes, needs, {"head_dim": head_dim, "value_dim": value_dim})
 
 
 CASES = (
@@ -157,6 +180,52 @@ CASES = (
         "layout-padded", batch=2, tq=65, tk=70, head_dim=33, value_dim=20, layout=_padded, causal=True
     ),
     attention_case("layout-expanded", batch=3, tq=20, head_dim=32, layout=_expanded),
+    # ALiBi.
+    attention_case("alibi", batch=2, tq=130, tk=150, heads_q=4, heads_k=2, head_dim=32, alibi=(4,), causal=True),
+    attention_case("alibi-batch-softcap", batch=2, tq=90, tk=75, heads_q=3, head_dim=64, alibi=(2, 3), softcap=3.0),
+    attention_case("alibi-window", tq=300, head_dim=40, alibi=(2,), window=(70, 3), scale=-0.3),
+    attention_case(
+        "alibi-packed", tq=170, head_dim=64, alibi=(4, 2), lengths_q=(65, 0, 38, 67), causal=True
+    ),
+    attention_case("alibi-scale-zero", tq=70, head_dim=16, alibi=(2,), scale=0.0),
+    # Biases, by what they are broadcast over.
+    attention_case("bias", batch=2, tq=113, tk=203, heads_q=4, heads_k=2, head_dim=32, bias=(2, 4, 113, 203)),
+    attention_case("bias-over-batch", batch=3, tq=90, tk=130, heads_q=4, heads_k=2, head_dim=64, bias=(1, 4, 90, 130)),
+    attention_case("bias-over-heads", batch=2, tq=130, heads_q=4, heads_k=2, bias=(2, 1, 130, 130), causal=True),
+    attention_case("bias-over-batch-and-heads", batch=3, tq=140, tk=133, heads_q=6, heads_k=2, head_dim=40,
+                   bias=(140, 133)),
+    attention_case("bias-over-rows", batch=2, tq=150, tk=90, heads_q=4, heads_k=2, head_dim=32, bias=(2, 4, 1, 90)),
+    attention_case("bias-over-all-but-keys", batch=2, tq=150, tk=270, heads_q=4, heads_k=1, head_dim=32, bias=(270,)),
+    attention_case("bias-over-keys", batch=2, tq=70, tk=90, heads_q=4, heads_k=2, head_dim=32, bias=(2, 4, 70, 1),
+                   sinks=0.0),
+    # In float64 the reference's own sum of 10^4 terms that cancel is less exact than the budget.
+    attention_case("bias-over-everything", batch=2, tq=70, heads_q=2, head_dim=32, bias=(1, 1, 1, 1), causal=True,
+                   dtypes=(torch.float32, torch.bfloat16, torch.float16)),
+    attention_case("bias-fp32", batch=1, tq=75, tk=301, head_dim=59, bias=(1, 2, 75, 301), bias_dtype=torch.float32),
+    attention_case("bias-softcap-window", tq=190, heads_q=4, heads_k=2, head_dim=32, bias=(4, 190, 190), softcap=2.0,
+                   window=(60, 20)),
+    attention_case("bias-packed", tq=170, heads_q=4, heads_k=2, head_dim=32, bias=(4, 170, 170),
+                   lengths_q=(65, 0, 1, 37), causal=True),
+    attention_case("bias-strided", batch=2, tq=50, tk=77, head_dim=32, bias=(2, 2, 50, 77),
+                   bias_values=lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)),
+    attention_case("bias-boolean", batch=2, tq=113, tk=140, heads_q=4, heads_k=2, head_dim=64, bias=(2, 1, 113, 140),
+                   bias_dtype=torch.bool),
+    attention_case("bias-boolean-padding", batch=3, tq=70, heads_q=2, head_dim=32, bias=(3, 1, 1, 70),
+                   bias_dtype=torch.bool, causal=True),
+    attention_case("bias-hides", batch=2, tq=90, tk=170, heads_q=2, head_dim=32, bias=(2, 1, 90, 170),
+                   bias_values=lambda x: x.masked_fill(x > 1, -torch.inf)),
+    # Sinks and dropout.
+    attention_case("sinks", batch=2, tq=113, tk=150, heads_q=4, heads_k=2, head_dim=64, sinks=1.0),
+    attention_case("sinks-causal-window", tq=300, heads_q=3, head_dim=32, sinks=-1.0, causal=True, window=(40, None)),
+    attention_case("sinks-packed", tq=120, tk=130, head_dim=40, sinks=0.5, lengths_q=(33, 7, 0, 60),
+                   lengths_k=(70, 0, 12, 30), causal=True),
+    attention_case("dropout", batch=2, tq=113, tk=203, heads_q=4, heads_k=2, head_dim=32, dropout_p=0.17),
+    attention_case("dropout-causal-packed", tq=170, head_dim=64, lengths_q=(65, 1, 37, 66), dropout_p=0.5, causal=True),
+    attention_case("everything", batch=2, tq=130, tk=160, heads_q=4, heads_k=2, head_dim=48, value_dim=40, softcap=4.0,
+                   window=(90, 30), alibi=(2, 4), bias=(1, 4, 130, 160), sinks=0.0, dropout_p=0.1),
+    attention_case("everything-fp32-bias-packed", tq=150, heads_q=4, heads_k=1, head_dim=64, alibi=(3, 4),
+                   bias=(1, 1, 150, 150), bias_dtype=torch.float32, sinks=0.0, dropout_p=0.1, causal=True,
+                   lengths_q=(70, 3, 60)),
 )
 
 
@@ -230,6 +299,14 @@ EXTREMES = (
     attention_case("no-batch", batch=0, tq=5, head_dim=16),
     attention_case("no-heads", tq=5, heads_q=0, heads_k=2, head_dim=16),
     attention_case("packed-all-empty", tq=0, head_dim=16, lengths_q=(0, 0)),
+    attention_case("sinks-blind-rows", batch=2, tq=100, tk=30, head_dim=32, causal=True, sinks=2.0),
+    attention_case("sinks-no-keys", batch=2, tq=33, tk=0, head_dim=16, sinks=0.0),
+    attention_case("sinks-dominate", tq=60, head_dim=32, sinks=9.0),
+    attention_case("bias-blind-rows", batch=2, tq=90, tk=130, head_dim=32, bias=(1, 1, 90, 130), bias_dtype=torch.bool,
+                   bias_values=lambda x: x & (torch.arange(90) % 7 > 0)[:, None], sinks=0.0),
+    attention_case("bias-hides-all", batch=2, tq=40, tk=50, head_dim=32, bias=(2, 1, 40, 50),
+                   bias_values=lambda x: x.masked_fill(torch.tensor([True, False])[:, None, None, None], -torch.inf)),
+    attention_case("alibi-steep", tq=70, tk=600, head_dim=32, alibi=(1, 2), causal=True, values=_scaled(0.1, 1, 1)),
     attention_case(
         "packed-blind", tq=90, tk=50, head_dim=16, lengths_q=(40, 50), lengths_k=(0, 50), causal=True
     ),
@@ -249,19 +326,30 @@ def _options(sample: Sample, causal: bool) -> tuple[float, float, int, int]:
     )
 
 
+def _extras(sample: Sample) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:
+    """-> (alibi_slopes, bias, sinks, seed, dropout_p) as the torch ops take them."""
+    args = sample.args
+    q, bias, dropout_p = args["q"], args.get("bias"), args.get("dropout_p", 0.0)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    slopes, sinks = (x if x is None else x.to(wide) for x in (args.get("alibi_slopes"), args.get("sinks")))
+    return (slopes, None if bias is None else bias[(None,) * (4 - bias.dim())], sinks,
+            torch.tensor([-(2**40) + 7], device=q.device) if dropout_p else None, dropout_p)
+
+
 def _attention_calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:
     q, k, v = (sample.args[name] for name in "qkv")
     cu_q = sample.args.get("cu_seqlens_q")
     cu_k = sample.args.get("cu_seqlens_k", cu_q)
-    options = _options(sample, causal=False)
+    options, extras = _options(sample, causal=False), _extras(sample)
     forward = f"flash_attention_fwd_{backend}"
-    yield forward, (q, k, v, cu_q, cu_k, *options)
-    out, lse = getattr(torch.ops.pykernels, forward)(q, k, v, cu_q, cu_k, *options)
+    yield forward, (q, k, v, cu_q, cu_k, *options, *extras)
+    out, lse = getattr(torch.ops.pykernels, forward)(q, k, v, cu_q, cu_k, *options, *extras)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     for dlse_or_none, deterministic in ((dlse, False), (None, True)):
         yield (
             f"flash_attention_bwd_{backend}",
-            (dout, dlse_or_none, q, k, v, out, lse, cu_q, cu_k, *options, deterministic),
+            (dout, dlse_or_none, q, k, v, out, lse, cu_q, cu_k, *options, deterministic, *extras, "bias" in
+             sample.differentiable),
         )
 
 
@@ -272,7 +360,7 @@ def _attention_peer(sample: Sample) -> Callable[..., Tensor] | None:
     if (
         args.get("window")
         or args.get("softcap")
-        or "cu_seqlens_q" in args
+        or args.keys() & {"cu_seqlens_q", "alibi_slopes", "bias", "sinks", "dropout_p"}
         or causal
         and args["q"].shape[1] != args["k"].shape[1]
     ):
@@ -339,8 +427,19 @@ def _attention_bad_inputs() -> Iterable[BadInput]:
     yield BadInput("value-dim-513", {"v": torch.randn(2, 6, 2, 513)}, ValueError, r"\bv\b.*512.*513")
     yield from _bad_options()
     yield BadInput("deterministic-type", {"deterministic": 1}, TypeError, r"deterministic.*True or False.*1")
-    yield BadInput("bias", {"bias": torch.zeros(2, 4, 6, 6)}, ValueError, r"\bbias\b.*not served")
-    yield BadInput("dropout", {"dropout_p": 0.1}, ValueError, r"dropout_p.*not served.*0.1")
+    yield BadInput("bias-type", {"bias": 0.5}, TypeError, r"bias.*tensor.*float")
+    yield BadInput("bias-rank", {"bias": torch.zeros(1, 2, 4, 6, 6)}, ValueError, r"bias.*broadcastable.*Tk=6.*\[1, 2, 4")
+    yield BadInput("bias-heads", {"bias": torch.zeros(2, 6, 6)}, ValueError, r"bias.*broadcastable.*H=4.*\[2, 6, 6\]")
+    yield BadInput("bias-keys", {"bias": torch.zeros(6, 5)}, ValueError, r"bias.*broadcastable.*Tk=6.*\[6, 5\]")
+    yield BadInput("bias-dtype", {"bias": torch.zeros(6, 6, dtype=torch.float64)}, TypeError, r"bias.*bool.*float32.*float64")
+    yield BadInput("bias-integer", {"bias": torch.zeros(6, 6, dtype=torch.uint8)}, TypeError, r"bias.*bool.*uint8")
+    yield BadInput("bias-device", {"bias": torch.zeros(6, 6, device="meta")}, ValueError, r"bias.*device.*meta")
+    yield BadInput("dropout-type", {"dropout_p": "0.1"}, TypeError, r"dropout_p.*number.*str")
+    yield BadInput("dropout-one", {"dropout_p": 1}, ValueError, r"dropout_p.*less than 1.*1")
+    yield BadInput("dropout-negative", {"dropout_p": -0.1}, ValueError, r"dropout_p.*at least 0.*-0.1")
+    yield BadInput("dropout-nan", {"dropout_p": float("nan")}, ValueError, r"dropout_p.*finite.*nan")
+    yield BadInput("alibi-packed", {**packed, "cu_seqlens_q": cu(0, 3, 6), "alibi_slopes": torch.zeros(1, 4)}, ValueError,
+                   r"alibi_slopes.*sequences=2.*\[1, 4\]")
 
     both = {"cu_seqlens_q", "cu_seqlens_k"}
     for name in sorted(both):
@@ -399,8 +498,19 @@ def _bad_options() -> Iterable[BadInput]:
     yield BadInput("softcap-negative", {"softcap": -1.0}, ValueError, r"softcap.*positive.*-1")
     yield BadInput("softcap-nan", {"softcap": float("nan")}, ValueError, r"softcap.*finite.*nan")
     yield BadInput("return_lse-type", {"return_lse": None}, TypeError, r"return_lse.*True or False.*None")
-    yield BadInput("alibi_slopes", {"alibi_slopes": torch.zeros(4)}, ValueError, r"alibi_slopes.*not served")
-    yield BadInput("sinks", {"sinks": torch.zeros(4)}, ValueError, r"sinks.*not served")
+    yield BadInput("alibi-type", {"alibi_slopes": 0.5}, TypeError, r"alibi_slopes.*tensor.*float")
+    yield BadInput("alibi-rank", {"alibi_slopes": torch.zeros(1, 2, 4)}, ValueError, r"alibi_slopes.*axes.*\[1, 2, 4\]")
+    yield BadInput("alibi-heads", {"alibi_slopes": torch.zeros(2)}, ValueError, r"alibi_slopes.*H=4.*\[2\]")
+    yield BadInput("alibi-batch", {"alibi_slopes": torch.zeros(3, 4)}, ValueError, r"alibi_slopes.*B=2.*\[3, 4\]")
+    yield BadInput("alibi-dtype", {"alibi_slopes": torch.zeros(4).half()}, TypeError, r"alibi_slopes.*float32.*float16")
+    yield BadInput("alibi-device", {"alibi_slopes": torch.zeros(4, device="meta")}, ValueError, r"alibi_slopes.*device.*meta")
+    yield BadInput("alibi-grad", {"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError,
+                   r"alibi_slopes.*require grad")
+    yield BadInput("sinks-type", {"sinks": [0.0] * 4}, TypeError, r"sinks.*tensor.*list")
+    yield BadInput("sinks-rank", {"sinks": torch.zeros(1, 4)}, ValueError, r"sinks.*1 axes.*\[1, 4\]")
+    yield BadInput("sinks-heads", {"sinks": torch.zeros(2)}, ValueError, r"sinks.*H=4.*\[2\]")
+    yield BadInput("sinks-dtype", {"sinks": torch.zeros(4).bfloat16()}, TypeError, r"sinks.*float32.*bfloat16")
+    yield BadInput("sinks-device", {"sinks": torch.zeros(4, device="meta")}, ValueError, r"sinks.*device.*meta")
     yield BadInput("backend-unknown", {"backend": "gpu"}, ValueError, r"backend.*'reference'.*'gpu'")
     yield BadInput("backend-type", {"backend": None}, ValueError, r"backend.*'reference'.*None")
 
@@ -436,11 +546,16 @@ def decode_case(
     head_dim: int = 64,
     value_dim: int | None = None,
     layout: Callable[[Tensor], Tensor] = _contiguous,
+    page_size: int | None = None,
+    shared_pages: int = 0,
+    alibi: Sequence[int] | None = None,
+    sinks: float | None = None,
     **options: Any,
 ) -> Case:
     """A step with `lengths` valid tokens per entry, to which `new_tokens` are appended (None: none are given).
 
-    The rest of the cache is NaN.
+    The rest of the cache is NaN. With a `page_size` it is paged, the pages in random order; all entries have the first
+    `shared_pages` of the first one.
     """
     value_dim = head_dim if value_dim is None else value_dim
     batch = len(lengths)
@@ -454,10 +569,40 @@ def decode_case(
             args[axis + "_cache"] = layout(cache.to(device, dtype))
             if new_tokens is not None:
                 args[axis] = _normal(name + "new" + axis, (batch, new_tokens, heads_k, dim)).to(device, dtype)
+        if page_size is not None:
+            args |= _paged(name, args["k_cache"], args["v_cache"], page_size, shared_pages, lengths, new_tokens or 0)
+            args |= {axis + "_cache": layout(args[axis + "_cache"]) for axis in "kv"}
+        if alibi is not None:
+            args["alibi_slopes"] = _normal(name + "alibi", alibi).abs().to(device, dtype)
+        if sinks is not None:
+            args["sinks"] = (_normal(name + "sinks", (heads_q,)) + sinks).to(device, dtype)
         args["cache_seqlens"] = torch.tensor(lengths, dtype=torch.int32, device=device)
         return Sample({**args, **options})
 
-    return Case(name, make)
+    given = {"alibi_slopes": alibi, "sinks": sinks, "block_table": page_size}
+    needs = frozenset(option for option, value in given.items() if value is not None)
+    return Case(name, make, needs=needs, sizes={"head_dim": head_dim, "value_dim": value_dim})
+
+
+def _paged(name: str, k_cache: Tensor, v_cache: Tensor, page_size: int, shared: int, lengths: Sequence[int],
+           new_tokens: int) -> dict[str, Tensor]:
+    """The same caches in pages; the table names pages that don't exist where there are no tokens."""
+    batch, capacity = k_cache.shape[:2]
+    per_entry = -(-capacity // page_size)
+    generator = torch.Generator().manual_seed(seed(name + "pages"))
+    table = torch.randperm(batch * per_entry + 3, generator=generator)[: batch * per_entry].view(batch, per_entry)
+    table[:, :shared] = table[:1, :shared]
+    result = {}
+    for key, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        pages = cache.new_full((batch * per_entry + 3, page_size, *cache.shape[2:]), torch.nan)
+        for b in reversed(range(batch)):  # what is shared is the first entry's
+            for i in range(per_entry):
+                part = cache[b, i * page_size : (i + 1) * page_size]
+                pages[table[b, i], : part.shape[0]] = part
+        result[key] = pages
+    for b, length in enumerate(lengths):
+        table[b, -(-(length + new_tokens) // page_size) :] = -1 if b % 2 else 10**6
+    return result | {"block_table": table.to(k_cache.device, torch.int32)}
 
 
 DECODE_CASES = (
@@ -485,6 +630,24 @@ DECODE_CASES = (
     decode_case("layout-heads-first", lengths=(20, 33), capacity=40, new_tokens=2, tq=2, layout=_heads_first),
     decode_case("layout-padded", lengths=(20, 33), capacity=40, new_tokens=1, head_dim=33, layout=_padded),
     decode_case("layout-strided-last", lengths=(20, 33), capacity=40, head_dim=24, layout=_strided_last),
+    decode_case("head-576", lengths=(40, 300), capacity=310, new_tokens=1, heads_q=16, heads_k=1, head_dim=576,
+                value_dim=512),
+    decode_case("head-576-prompt", lengths=(0, 30), capacity=130, tq=70, new_tokens=70, heads_q=2, heads_k=1,
+                head_dim=576, value_dim=512),
+    decode_case("alibi", lengths=(50, 300), capacity=310, new_tokens=1, alibi=(4,)),
+    decode_case("alibi-draft", lengths=(50, 130), capacity=140, tq=3, new_tokens=3, alibi=(2, 4), softcap=3.0),
+    decode_case("sinks", lengths=(50, 600), capacity=610, new_tokens=1, sinks=1.0),
+    decode_case("sinks-prompt", lengths=(0, 70), capacity=150, tq=65, new_tokens=65, head_dim=32, sinks=0.0, alibi=(4,)),
+    # Pages.
+    decode_case("paged", lengths=(50, 0, 300), capacity=320, new_tokens=1, page_size=16),
+    decode_case("paged-odd", lengths=(50, 130), capacity=160, tq=4, new_tokens=4, page_size=7, head_dim=40, value_dim=24),
+    decode_case("paged-one-token", lengths=(5, 13), capacity=16, tq=2, new_tokens=3, page_size=1, head_dim=16),
+    decode_case("paged-large", lengths=(700, 513), capacity=1024, page_size=256, head_dim=128, heads_q=8),
+    decode_case("paged-shared", lengths=(77, 90, 64), capacity=120, new_tokens=1, page_size=32, shared_pages=2,
+                window=(70, None), sinks=0.0),
+    decode_case("paged-prompt", lengths=(0, 33), capacity=300, tq=130, new_tokens=130, page_size=32, head_dim=32),
+    decode_case("paged-draft", lengths=(260, 511), capacity=600, tq=8, new_tokens=8, page_size=64, alibi=(4,), softcap=5.0),
+    decode_case("paged-padded", lengths=(20, 33), capacity=48, new_tokens=1, page_size=8, head_dim=33, layout=_padded),
 )
 
 DECODE_EXTREMES = (
@@ -494,21 +657,24 @@ DECODE_EXTREMES = (
     decode_case("more-queries-than-keys", lengths=(0, 2), capacity=9, tq=5, new_tokens=1),
     decode_case("no-queries", lengths=(3, 4), capacity=9, tq=0, new_tokens=2),
     decode_case("no-batch", lengths=(), capacity=9, new_tokens=1),
+    decode_case("sinks-empty-cache", lengths=(0, 5), capacity=6, sinks=0.5),
+    decode_case("paged-empty", lengths=(0, 3), capacity=8, page_size=4),
 )
 
 
 def _decode_calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:
     args = sample.args
     k_cache, v_cache, new_tokens = args["k_cache"].clone(), args["v_cache"].clone(), 0
+    table, (slopes, _, sinks, _, _) = args.get("block_table"), _extras(sample)
     if "k" in args:
         new_tokens = args["k"].shape[1]
-        append = (args["k"], args["v"], args["cache_seqlens"])
+        append = (args["k"], args["v"], args["cache_seqlens"], table)
         yield f"flash_attention_append_{backend}", (k_cache, v_cache, *append)
         getattr(torch.ops.pykernels, f"flash_attention_append_{backend}")(k_cache, v_cache, *append)
     options = _options(sample, causal=True)
     yield (
         f"flash_attention_decode_{backend}",
-        (args["q"], k_cache, v_cache, args["cache_seqlens"], new_tokens, *options),
+        (args["q"], k_cache, v_cache, args["cache_seqlens"], new_tokens, *options, table, slopes, sinks),
     )
 
 
@@ -516,7 +682,8 @@ def _decode_peer(sample: Sample) -> Callable[..., Tensor] | None:
     """Writing into the cache, then scaled_dot_product_attention on its valid part, equally long in all entries."""
     args = sample.args
     lengths = set(args["cache_seqlens"].tolist())
-    if args.get("window") or args.get("softcap") or args["q"].shape[1] != 1 or len(lengths) != 1:
+    other = args.get("window") or args.get("softcap") or args.keys() & {"alibi_slopes", "sinks", "block_table"}
+    if other or args["q"].shape[1] != 1 or len(lengths) != 1:
         return None
     (length,) = lengths
 
@@ -622,12 +789,24 @@ def _decode_bad_inputs() -> Iterable[BadInput]:
         ValueError,
         r"cache_seqlens.*cache of 9.*10 for batch entry 1",
     )
-    yield BadInput(
-        "block_table",
-        {"block_table": torch.zeros(2, 1, dtype=torch.int32)},
-        ValueError,
-        r"block_table.*not served",
-    )
+    yield BadInput("head-dim-577", {"q": torch.randn(2, 1, 4, 577), "k_cache": torch.randn(2, 9, 2, 577), "k": None, "v": None},
+                   ValueError, r"\bq\b.*576.*577")
+    pages, table = torch.randn(6, 4, 2, 8), torch.tensor([[0, 1, 2], [3, 4, 5]], dtype=torch.int32)
+    paged = {"k_cache": pages, "v_cache": pages.clone(), "block_table": table}
+    yield BadInput("table-type", {**paged, "block_table": [[0, 1, 2], [3, 4, 5]]}, TypeError, r"block_table.*tensor.*list")
+    yield BadInput("table-dtype", {**paged, "block_table": table.float()}, TypeError, r"block_table.*int32.*float32")
+    yield BadInput("table-rank", {**paged, "block_table": table[0]}, ValueError, r"block_table.*2 axes.*\[3\]")
+    yield BadInput("table-batch", {**paged, "block_table": table[:1]}, ValueError, r"block_table.*B=2.*\[1, 3\]")
+    yield BadInput("table-device", {**paged, "block_table": table.to("meta")}, ValueError, r"block_table.*device.*meta")
+    yield BadInput("table-page", {**paged, "block_table": table + 1}, ValueError, r"block_table.*below 6.*6 at \[1, 2\]")
+    yield BadInput("table-negative", {**paged, "block_table": table - 1}, ValueError, r"block_table.*-1 at \[0, 0\]")
+    yield BadInput("table-shared-append", {**paged, "cache_seqlens": torch.tensor([8, 8]),
+                                           "block_table": torch.tensor([[0, 1, 2], [3, 4, 2]])},
+                   ValueError, r"block_table.*page 2.*entries 0 and 1")
+    yield BadInput("table-overflow", {**paged, "cache_seqlens": torch.tensor([3, 11])}, ValueError,
+                   r"cache_seqlens.*cache of 12.*11 for batch entry 1")
+    yield BadInput("pages-heads", {**paged, "v_cache": pages[:, :, :1]}, ValueError, r"\bv_cache\b.*H=2.*1, 8\]")
+    yield BadInput("sinks-grad", {"sinks": torch.zeros(4, requires_grad=True)}, RuntimeError, r"sinks.*requires grad")
     for name, x in integers.items():
         yield BadInput(
             f"{name}-requires-grad",

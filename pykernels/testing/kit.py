@@ -44,6 +44,8 @@ class Case:
     name: str
     make: Callable[[torch.dtype, str], Sample]
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    needs: frozenset[str] = frozenset()  # options that not every backend of the op serves, as in backends.Query
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"head_dim": 64, "value_dim": 64})
 
     def __str__(self) -> str:
         return self.name
@@ -94,6 +96,13 @@ class Description:
         return self.name
 
 
+def serves(op: Description, case: Case, target: Target, dtype: torch.dtype) -> bool:
+    """Whether the target serves the case in `dtype`, by what the op itself says of its backends."""
+    query = backends.Query(target.device, dtype, case.sizes, case.needs)
+    choice = backends.choose(op.op, query, target.backend, backends.environment())
+    return dtype in case.dtypes and choice.backend is not None
+
+
 def seed(name: str) -> int:
     """A seed that is the same in every process."""
     return zlib.crc32(name.encode())
@@ -125,7 +134,8 @@ def run(
     args |= {name: _clone(args[name]) for name in op.mutates}
     wanted = sample.differentiable if grad is not False else ()
     args |= {name: args[name].detach().requires_grad_() for name in wanted}
-    with torch.set_grad_enabled(bool(wanted)):
+    with torch.set_grad_enabled(bool(wanted)), torch.random.fork_rng():
+        torch.manual_seed(0)  # what a call draws is the same on every backend
         values = op.function(**args)
     outputs = dict(zip(op.outputs, values if isinstance(values, tuple) else (values,), strict=True))
     result = {name: x.detach() for name, x in outputs.items()} | {name: args[name] for name in op.mutates}

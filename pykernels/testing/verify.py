@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from .kit import Description, Error, Sample, check, cotangents
+from .kit import Description, Error, Sample, check, cotangents, serves
 from .targets import Target, choice, dtypes, targets
 
 _SECONDS_PER_TIMING = 0.6
@@ -64,7 +64,7 @@ def _share(error: Error) -> float:
 
 
 def _check_all(op: Description, target: Target, dtype: torch.dtype, progress: _Progress) -> _Result:
-    cases = [case for case in op.cases + op.extremes if dtype in case.dtypes]
+    cases = [case for case in op.cases + op.extremes if serves(op, case, target, dtype)]
     result = _Result(op.name, str(target), str(dtype).removeprefix("torch."), len(cases), {}, [], {})
     for i, case in enumerate(cases):
         progress.show(f"{op} {target} {result.dtype}: {i + 1} of {len(cases)}, {case}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import pykernels
 from pykernels import _library
 from pykernels.compat import flash_attn as fa
 
@@ -346,6 +347,34 @@ def test_unpad_concatenated_sequences():
     assert torch.equal(tokens, torch.cat((x[0, :5], x[1, :5], x[2]))) and torch.equal(tokens, x.flatten(0, 1)[indices])
 
 
+# ---- Options that pass through ---------------------------------------------------------------------------------------
+
+
+def test_alibi_and_dropout_are_ours():
+    q, k, v = (torch.randn(2, 7, 4, 8) for _ in range(3))
+    slopes = torch.rand(2, 4)
+    out, lse, dropped = fa.flash_attn_func(q, k, v, 0.2, causal=True, alibi_slopes=slopes, return_attn_probs=True)
+    torch.manual_seed(1)
+    first = fa.flash_attn_func(q, k, v, 0.2, causal=True, alibi_slopes=slopes)
+    torch.manual_seed(1)
+    again, ours_lse = pykernels.flash_attention(q, k, v, dropout_p=0.2, causal=True, alibi_slopes=slopes, return_lse=True)
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    torch.testing.assert_close(lse, ours_lse, rtol=0, atol=0)
+    assert out.shape == q.shape and dropped.numel() == 0
+    plain = fa.flash_attn_func(q, k, v, causal=True)
+    assert not torch.allclose(first, plain)
+
+
+def test_a_paged_cache_is_ours():
+    q, k, v = torch.randn(2, 1, 4, 8), torch.randn(6, 4, 2, 8), torch.randn(6, 4, 2, 8)
+    table, lengths = torch.tensor([[5, 0, 3], [1, 2, 4]], dtype=torch.int32), torch.tensor([9, 4], dtype=torch.int32)
+    out = fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table)
+    whole = (x[table.long()].flatten(1, 2) for x in (k, v))
+    expected = fa.flash_attn_with_kvcache(q, *whole, cache_seqlens=lengths)
+    torch.testing.assert_close(out, expected)
+    assert expected.abs().max() > 0
+
+
 # ---- What is not served, and mistakes --------------------------------------------------------------------------------
 
 Q = torch.zeros(2, 4, 2, 8)
@@ -363,20 +392,20 @@ def appended(**options):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     (
-        (lambda: fa.flash_attn_func(Q, Q, Q, dropout_p=0.1), ValueError, "dropout_p is not served"),
-        (lambda: fa.flash_attn_func(Q, Q, Q, alibi_slopes=torch.ones(2)), ValueError, "alibi_slopes is not served"),
+        (lambda: fa.flash_attn_func(Q, Q, Q, dropout_p=1.0), ValueError, "dropout_p must be"),
+        (lambda: fa.flash_attn_func(Q, Q, Q, alibi_slopes=torch.ones(3)), ValueError, "alibi_slopes must have shape"),
         (
-            lambda: fa.flash_attn_varlen_func(PACKED, PACKED, PACKED, CU, CU, 5, 5, 0.1),
+            lambda: fa.flash_attn_varlen_func(PACKED, PACKED, PACKED, CU, CU, 5, 5, -0.1),
             ValueError,
-            "dropout_p is not served",
+            "dropout_p must be",
         ),
         (
             lambda: fa.flash_attn_varlen_func(PACKED, PACKED, PACKED, CU, CU, 5, 5, block_table=CU),
             ValueError,
             "block_table is not",
         ),
-        (lambda: appended(block_table=CU), ValueError, "block_table is not served"),
-        (lambda: appended(alibi_slopes=torch.ones(2)), ValueError, "alibi_slopes is not served"),
+        (lambda: appended(block_table=CU), ValueError, "block_table must have 2 axes"),
+        (lambda: appended(alibi_slopes=torch.ones(3)), ValueError, "alibi_slopes must have shape"),
         (lambda: fa.flash_attn_func(Q, Q, Q, window_size=3), TypeError, "window_size must be"),
         (lambda: fa.flash_attn_func(Q, Q, Q, deterministic=None), TypeError, "deterministic must be"),
         (lambda: fa.flash_attn_func(Q, Q, Q, causal=1), TypeError, "causal must be"),

@@ -52,7 +52,9 @@ def _tensors(**tensors: Tensor) -> dict[str, Any]:
     return pointers | {name + "_stride": tuple(x.stride()[:3]) for name, x in tensors.items()}
 
 
-def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
+def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *options_and_extras):
+    options, extras = options_and_extras[:4], options_and_extras[4:]
+    assert not any(extras), "the CUDA kernels have no ALiBi, bias, sinks or dropout"
     q, k, v = map(_last_contiguous, (q, k, v))
     out = _with_guards(*q.shape[:3], v.shape[3], dtype=q.dtype)
     lse = _with_guards(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
@@ -62,7 +64,8 @@ def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
 
 
 def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options_and_deterministic):
-    *options, deterministic = options_and_deterministic
+    *options, deterministic = options_and_deterministic[:5]
+    assert not any(options_and_deterministic[5:]), "the CUDA kernels have no ALiBi, bias, sinks or dropout"
     q, k, v, out, dout = map(_last_contiguous, (q, k, v, out, dout))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = (_with_guards(*x.shape, dtype=x.dtype) for x in (q, k, v))
@@ -71,7 +74,7 @@ def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options_and_
     scratch = _with_guards(host_build.load().flash_attention_bwd_scratch(fields), dtype=torch.float32)
     host_build.load().flash_attention_bwd(fields | {"scratch": scratch.data_ptr()})
     _check_guards(dq, dk, dv, scratch)
-    return dq, dk, dv
+    return dq, dk, dv, lse.new_empty(0), lse.new_empty(0)
 
 
 def decode(q, k_cache, v_cache, cache_seqlens, new_tokens, *options):

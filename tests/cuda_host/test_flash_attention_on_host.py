@@ -23,7 +23,7 @@ def _fits(case: Case) -> bool:
     args = case.make(torch.float16, "cpu").args
     q, v = args["q"], args["v"]
     work = q.shape[0] * q.shape[1] * q.shape[2] * v.shape[1] * (q.shape[3] + v.shape[3])
-    return max(q.shape[3], v.shape[3]) <= 256 and work < 6e7
+    return max(q.shape[3], v.shape[3]) <= 256 and work < 6e7 and not case.needs
 
 
 CASES = [case for case in (*FLASH_ATTENTION.cases, *FLASH_ATTENTION.extremes) if _fits(case)]
@@ -53,8 +53,8 @@ def _run(host, case: Case, dtype: torch.dtype, seed_: int, deterministic: bool =
     cu_q = args.get("cu_seqlens_q")
     host.set_seed(seed_)
     inputs = [args[name].detach().requires_grad_() for name in "qkv"]
-    out, lse = registration.FlashAttention.apply(*inputs, cu_q, args.get("cu_seqlens_k", cu_q),
-                                                 _options(sample, causal=False), deterministic, "cuda_host")
+    out, lse = registration.FlashAttention.apply(*inputs, None, None, cu_q, args.get("cu_seqlens_k", cu_q), None, None,
+                                                 _options(sample, causal=False), 0.0, deterministic, "cuda_host")
     given = cotangents({"out": out, "lse": lse})
     gradients = torch.autograd.grad((out, lse), inputs, (given["out"], given["lse"]))
     return {"out": out.detach(), "lse": lse.detach()} | dict(zip(("dq", "dk", "dv"), gradients))
@@ -137,11 +137,11 @@ def test_a_packed_sequence_sees_nothing_of_its_neighbours(host, host_ops, gpu):
 
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
     dout[:, 70:100] = torch.nan
-    gradients = host_ops.bwd(dout, None, q, k, v, out, lse, cu, cu, 0.125, 0.0, -1, -1, False)
+    gradients = host_ops.bwd(dout, None, q, k, v, out, lse, cu, cu, 0.125, 0.0, -1, -1, False)[:3]
     for first, last in ((0, 70), (220, 320)):
         part = slice(first, last)
         alone = host_ops.bwd(dout[:, part].clone(), None, *(x[:, part].clone() for x in (q, k, v, out)),
-                             lse[:, :, part].clone(), None, None, 0.125, 0.0, -1, -1, False)
+                             lse[:, :, part].clone(), None, None, 0.125, 0.0, -1, -1, False)[:3]
         for packed, expected_ in zip(gradients, alone):
             assert expected_.isfinite().all() and torch.allclose(packed[:, part], expected_, rtol=2e-2, atol=1e-3)
 

@@ -17,6 +17,8 @@ OPTIONS = {
     "rotary": {"rotary_base": 10000.0},
     "window": {"window": (5, 0), "rotary_base": 500.0},
     "softcap": {"softcap": 3.0, "scale": 0.7, "bias": True, "head_dim": 20},
+    "interleaved": {"rotary_base": 10000.0, "rotary_interleaved": True},
+    "sinks": {"sinks": True, "key_heads": 2, "window": (6, 0)},
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -28,7 +30,10 @@ def seeded() -> None:
 
 def layer(option: str = "rotary", backend: str = "reference", dtype: torch.dtype = torch.float32,
           **options) -> Attention:
-    return Attention(48, 4, backend=backend, dtype=dtype, **{**OPTIONS[option], **options})
+    attention = Attention(48, 4, backend=backend, dtype=dtype, **{**OPTIONS[option], **options})
+    if attention.sinks is not None:
+        torch.nn.init.normal_(attention.sinks)
+    return attention
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -48,6 +53,9 @@ def by_hand(attention: Attention, x: Tensor) -> Tensor:
                            * attention.rotary_base ** (-2 * torch.arange(size // 2, dtype=torch.float64) / size))
 
         def rotate(y: Tensor) -> Tensor:
+            if attention.rotary_interleaved:
+                turned = torch.view_as_complex(y.double().reshape(*y.shape[:-1], size // 2, 2)) * turn
+                return torch.view_as_real(turned).flatten(-2).to(y.dtype)
             turned = torch.complex(y[..., :size // 2].double(), y[..., size // 2:].double()) * turn
             return torch.cat((turned.real, turned.imag), dim=-1).to(y.dtype)
 
@@ -60,7 +68,10 @@ def by_hand(attention: Attention, x: Tensor) -> Tensor:
     hidden = distance < 0
     if attention.window is not None:
         hidden |= distance > attention.window[0]
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if attention.sinks is not None:
+        scores = torch.cat((scores, attention.sinks[:, None, None].expand(batch, h, tokens, 1)), dim=-1)
+    weights = scores.softmax(-1)[..., :tokens]
     return attention.out(torch.einsum("bhij,bjhd->bihd", weights, v).reshape(batch, tokens, h * size))
 
 
@@ -87,6 +98,11 @@ def test_steps_and_chunks_equal_one_call(option: str, backend: str, dtype: torch
         state = attention.init_state(2, 19)
         chunks = [attention(part, state) for part in x.split([7, 1, 11], dim=1)]
         assert_near(torch.cat(chunks, dim=1), whole, TOLERANCE[dtype])
+        paged = attention.init_state(2, 19, page_size=4)
+        paged.block_table = paged.block_table.flip(0)
+        assert paged.k.shape[:2] == (10, 4)
+        again = [attention(part, paged) for part in x.split([7, 1, 11], dim=1)]
+        assert_near(torch.cat(again, dim=1), whole, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

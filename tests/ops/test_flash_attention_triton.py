@@ -43,6 +43,43 @@ ATTENTION = (
     attention_case("no-heads", tq=5, heads_q=0, heads_k=2, head_dim=16),
     attention_case("expanded", batch=3, tq=40, heads_q=1, head_dim=16, causal=True,
                    layout=lambda x: x[:1].expand(x.shape)),
+    attention_case("alibi-gqa", batch=2, tq=40, tk=70, heads_q=2, heads_k=1, head_dim=16, alibi=(2, 2), causal=True,
+                   softcap=3.0),
+    attention_case("alibi-packed", tq=70, heads_q=2, heads_k=1, head_dim=16, alibi=(3, 2), lengths_q=(33, 0, 30)),
+    attention_case("alibi-scale-negative", tq=20, tk=40, heads_q=1, head_dim=16, alibi=(1,), scale=-0.3, window=(9, 5)),
+    # Biases, by what they are broadcast over.
+    attention_case("bias", batch=2, tq=40, tk=37, heads_q=2, heads_k=1, head_dim=16, bias=(2, 2, 40, 37), causal=True),
+    attention_case("bias-over-batch-and-heads", batch=2, tq=40, tk=70, heads_q=4, heads_k=2, head_dim=16,
+                   bias=(40, 70)),
+    attention_case("bias-over-heads-packed", tq=75, heads_q=2, head_dim=16, bias=(1, 1, 75, 75),
+                   lengths_q=(33, 0, 30), causal=True),
+    attention_case("bias-over-queries", batch=2, tq=40, tk=70, heads_q=2, heads_k=1, head_dim=16, bias=(2, 1, 1, 70),
+                   window=(20, 9), bias_dtype=FP32),
+    attention_case("bias-over-queries-packed", tq=75, heads_q=2, head_dim=16, bias=(75,), lengths_q=(33, 0, 30)),
+    attention_case("bias-over-keys", batch=2, tq=40, tk=20, heads_q=2, head_dim=16, bias=(1, 2, 40, 1), causal=True),
+    attention_case("bias-over-keys-sinks-dropout", batch=2, tq=20, tk=37, heads_q=2, head_dim=16, bias=(2, 1, 20, 1),
+                   sinks=0.0, dropout_p=0.3),
+    attention_case("bias-over-everything", tq=20, heads_q=2, head_dim=16, bias=(1, 1, 1, 1), sinks=1.0),
+    attention_case("bias-hides", batch=2, tq=40, tk=70, heads_q=1, head_dim=16, bias=(2, 1, 40, 70), softcap=2.0,
+                   bias_values=lambda x: x.masked_fill((x > 1) | (torch.arange(40) % 7 == 0)[:, None], -torch.inf)),
+    attention_case("bias-slices", tq=20, tk=40, heads_q=1, head_dim=72, value_dim=130, bias=(20, 40)),
+    attention_case("bias-large", tq=40, tk=70, heads_q=1, head_dim=16, bias=(40, 70), bias_values=lambda x: 1e4 * x),
+    attention_case("bias-boolean", batch=2, tq=40, tk=70, heads_q=2, head_dim=16, bias=(2, 1, 40, 70),
+                   bias_dtype=torch.bool, bias_values=lambda x: x & (torch.arange(40) % 7 > 0)[:, None]),
+    attention_case("bias-boolean-padding", batch=2, tq=40, heads_q=1, head_dim=16, bias=(2, 1, 1, 40),
+                   bias_dtype=torch.bool, causal=True, sinks=0.0),
+    # Sinks and dropout.
+    attention_case("sinks-gqa", batch=2, tq=40, tk=20, heads_q=2, heads_k=1, head_dim=16, sinks=1.0, causal=True),
+    attention_case("sinks-packed", tq=70, heads_q=2, head_dim=16, sinks=0.0, lengths_q=(33, 0, 30)),
+    attention_case("sinks-no-keys", tq=20, tk=0, heads_q=2, head_dim=16, sinks=0.0),
+    attention_case("sinks-split", tq=2, tk=256, heads_q=4, heads_k=1, head_dim=16, sinks=0.0, alibi=(4,), causal=True),
+    attention_case("dropout-gqa", batch=2, tq=40, tk=70, heads_q=2, heads_k=1, head_dim=16, dropout_p=0.6),
+    attention_case("dropout-packed", tq=75, heads_q=2, head_dim=16, lengths_q=(33, 0, 30), dropout_p=0.2, causal=True),
+    attention_case("dropout-split-bias", tq=33, tk=256, heads_q=1, head_dim=16, dropout_p=0.2, bias=(256,)),
+    attention_case("everything", batch=2, tq=40, tk=50, heads_q=2, heads_k=1, head_dim=20, value_dim=24, softcap=4.0,
+                   window=(30, 9), alibi=(2, 2), bias=(1, 2, 40, 50), sinks=0.0, dropout_p=0.1, scale=-0.2),
+    attention_case("everything-packed", tq=75, heads_q=2, heads_k=1, head_dim=16, alibi=(3, 2), bias=(75, 75),
+                   bias_dtype=FP32, sinks=0.0, dropout_p=0.1, causal=True, lengths_q=(33, 3, 30)),
     attention_case("strided", batch=2, tq=40, heads_q=2, head_dim=20, causal=True,
                    layout=lambda x: torch.stack([x.mT, x.mT * torch.nan], -1)[..., 0].mT),
 )
@@ -54,6 +91,22 @@ DECODE = (
                 softcap=2.0),
     decode_case("wide", lengths=(40, 7), capacity=50, new_tokens=1, head_dim=130, value_dim=70),
     decode_case("empty-cache", lengths=(0, 5), capacity=6, head_dim=16),
+    decode_case("split", lengths=(0, 300, 511), capacity=512, new_tokens=1, heads_q=2, heads_k=1, head_dim=16,
+                sinks=0.0),
+    decode_case("split-window-draft", lengths=(40, 500), capacity=512, tq=3, new_tokens=3, heads_q=2, heads_k=1,
+                head_dim=16, window=(200, None), alibi=(2,)),
+    decode_case("key-576", lengths=(40, 7), capacity=50, new_tokens=1, heads_q=4, heads_k=1, head_dim=576,
+                value_dim=512),
+    decode_case("alibi-sinks", lengths=(5, 60), capacity=64, tq=2, new_tokens=2, head_dim=16, alibi=(2, 4), sinks=0.0),
+    decode_case("paged", lengths=(50, 0, 90), capacity=96, new_tokens=1, heads_q=2, heads_k=1, head_dim=16,
+                page_size=16, shared_pages=0),
+    decode_case("paged-odd", lengths=(20, 63), capacity=70, tq=3, new_tokens=3, page_size=7, head_dim=20, value_dim=24),
+    decode_case("paged-one-token", lengths=(5, 13), capacity=16, tq=2, new_tokens=3, page_size=1, head_dim=16),
+    decode_case("paged-split", lengths=(500, 413), capacity=512, heads_q=2, heads_k=1, head_dim=16, page_size=64),
+    decode_case("paged-shared", lengths=(37, 50), capacity=64, new_tokens=1, page_size=8, shared_pages=3, head_dim=16,
+                sinks=0.0, window=(33, None)),
+    decode_case("paged-prompt", lengths=(0, 33), capacity=100, tq=40, new_tokens=40, heads_q=2, heads_k=1, page_size=32,
+                head_dim=16),
 )
 
 
@@ -85,7 +138,7 @@ def test_offsets_that_lie_do_not_reach_outside(offsets, monkeypatch):
     options = 0.25, 0.0, -1, 0
     out, lse = torch.ops.pykernels.flash_attention_fwd_triton(q, k, v, cu, cu, *options)
     lse = lse.clamp(min=-100.0)
-    gradients = torch.ops.pykernels.flash_attention_bwd_triton(dout, None, q, k, v, out, lse, cu, cu, *options, False)
+    gradients = torch.ops.pykernels.flash_attention_bwd_triton(dout, None, q, k, v, out, lse, cu, cu, *options, False)[:3]
     for x in (out, *gradients):
         assert x.isfinite().all()
     assert out.count_nonzero() and all(x.count_nonzero() for x in gradients)
@@ -113,6 +166,44 @@ def test_cache_lengths_that_lie_are_clamped_as_in_the_definition():
 
 
 @interpreted
+@pytest.mark.parametrize("page_size", [3, 32])
+def test_block_tables_that_lie_do_not_reach_outside(page_size):
+    """Numbers of pages are clamped where keys are read; new tokens of a page that does not exist are dropped."""
+    table = torch.tensor([[1, -7, 2**31 - 1], [-2**31, 2, 99]], dtype=torch.int32)
+    lengths = torch.tensor([page_size, 2 * page_size - 2], dtype=torch.int32)
+    caches = [_surrounded(torch.randn(1, 4 * page_size, 2, 16))[0].unflatten(0, (4, page_size)) for _ in "kv"]
+    before = [cache.clone() for cache in caches]
+    new, q = torch.randn(2, 4, 2, 16), torch.randn(2, 4, 2, 16)
+    torch.ops.pykernels.flash_attention_append_triton(*caches, new, new, lengths, table)
+    for cache, wanted in zip(caches, before):
+        wanted[2, page_size - 2:] = new[1, :2]
+        assert torch.equal(cache, wanted)
+        size = 4 * page_size
+        around = cache.as_strided((3 * size, 2, 16), cache.stride()[1:], cache.storage_offset() - cache.numel())
+        assert around[:size].isnan().all() and around[2 * size:].isnan().all(), "written outside the cache"
+    out, lse = torch.ops.pykernels.flash_attention_decode_triton(q, *caches, lengths, 4, 0.25, 0.0, -1, 0, table)
+    from pykernels.ops.flash_attention import reference
+
+    wanted, wanted_lse = reference.flash_attention_decode(q, *caches, lengths, 4, 0.25, 0.0, -1, 0, table)
+    torch.testing.assert_close((out, lse), (wanted, wanted_lse), rtol=1e-5, atol=1e-5)
+    assert wanted.count_nonzero()
+
+
+@interpreted
+@pytest.mark.parametrize("p", [0.25, 0.75])
+def test_dropout_is_the_definitions_bit_for_bit(p):
+    """The weights of equal scores, seen through values that tell keys apart; thresholds on both sides of 2**31."""
+    from pykernels.ops.flash_attention import reference
+
+    seed = torch.tensor([-(2**62) + 2**33 + 5])
+    q, k, v = torch.zeros(2, 37, 2, 16), torch.zeros(2, 48, 2, 16), torch.eye(48).expand(2, 2, 48, 48).transpose(1, 2)
+    fwd = torch.ops.pykernels.flash_attention_fwd_triton
+    out, _ = fwd(q, k, v, None, None, 1.0, 0.0, -1, -1, None, None, None, seed, p)
+    kept = reference.dropout(seed, p, *(torch.arange(n) for n in (4, 37, 48))).unflatten(0, (2, 2)).transpose(1, 2)
+    assert torch.equal(out != 0, kept != 0) and 0.9 * (1 - p) < kept.count_nonzero() / kept.numel() < 1.1 * (1 - p)
+
+
+@interpreted
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "time", "heads"])
 def test_offsets_pass_32_bits(axis):
     """Elements lie further apart than 2**31 elements, along each axis; the memory between is never touched."""
@@ -129,10 +220,10 @@ def test_offsets_pass_32_bits(axis):
     options = 0.25, 0.0, -1, -1
     fwd, bwd = torch.ops.pykernels.flash_attention_fwd_triton, torch.ops.pykernels.flash_attention_bwd_triton
     out, lse = fwd(q, k, v, None, None, *options)
-    near = out, lse, *bwd(dout, dlse, q, k, v, out, lse, None, None, *options, False)
+    near = out, lse, *bwd(dout, dlse, q, k, v, out, lse, None, None, *options, False)[:3]
     q, k, v, dout = map(far, (q, k, v, dout))
     out, lse = fwd(q, k, v, None, None, *options)
-    for x, y in zip((out, lse, *bwd(dout, dlse, q, k, v, out, lse, None, None, *options, False)), near):
+    for x, y in zip((out, lse, *bwd(dout, dlse, q, k, v, out, lse, None, None, *options, False)[:3]), near):
         assert torch.equal(x, y) and x.count_nonzero()
 
 

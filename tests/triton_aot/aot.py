@@ -22,7 +22,8 @@ from triton.compiler import ASTSource, CompiledKernel
 # Shared memory that one block may use, in bytes (CUDA programming guide, compute capabilities; CDNA 3 ISA guide).
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10,
                  "sm_120": 99 << 10, "gfx942": 64 << 10}
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32",
+          torch.int64: "i64", torch.uint8: "u8"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,14 +12,16 @@
 // queries: scores and weights of a panel stay in the L1 cache, those of a block of keys in L2.
 //
 // Determinism. The blocks of keys add to the dQ^T of a query block in ascending order: each waits for its predecessor, which an
-// earlier task holds and finishes without waiting for later ones. Every sum has one order for a given size of the blocks of
-// keys, which follows from the shape and, unless deterministic results are asked for, from the number of threads.
+// earlier task holds and finishes without waiting for later ones. So do the units that share a block of a bias' gradient. Every
+// sum has one order for a given size of the blocks of keys, which follows from the shape and, unless deterministic results are
+// asked for, from the number of threads.
 #include "../../include/pykernels/flash_attention.h"
 
 #include <sched.h>
 
 #include "../common/matmul.h"
 #include "../common/scratch.h"
+#include "terms.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
 namespace {
@@ -44,8 +46,19 @@ PYKERNELS_INLINE constexpr int64_t row_stride(int64_t n) {
 
 // Tokens [q0, q0 + tq) of q against [k0, k0 + tk) of k: a batch entry, or a packed sequence.
 struct Sequence {
-  int64_t batch, q0, tq, k0, tk;
+  int64_t batch, q0, tq, k0, tk, index;
 };
+
+// Waits until it is the turn of `rank`.
+inline void await(const int64_t* turn, int64_t rank) {
+  for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != rank; ++spins) {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+    if (spins > 1000) sched_yield();
+  }
+}
+inline void pass_on(int64_t* turn, int64_t next) { __atomic_store_n(turn, next, __ATOMIC_RELEASE); }
 
 struct Problem {
   const FlashAttentionBackwardParams& p;
@@ -55,10 +68,24 @@ struct Problem {
 
   int64_t sequences() const { return f.cu_seqlens_q ? f.sequences : f.batch; }
   Sequence sequence(int64_t s) const {
-    if (!f.cu_seqlens_q) return {s, 0, f.seqlen_q, 0, f.seqlen_k};
+    if (!f.cu_seqlens_q) return {s, 0, f.seqlen_q, 0, f.seqlen_k, s};
     const auto clamp = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
     const int64_t q0 = clamp(f.cu_seqlens_q[s], 0, f.seqlen_q), k0 = clamp(f.cu_seqlens_k[s], 0, f.seqlen_k);
-    return {0, q0, clamp(f.cu_seqlens_q[s + 1], q0, f.seqlen_q) - q0, k0, clamp(f.cu_seqlens_k[s + 1], k0, f.seqlen_k) - k0};
+    return {0, q0, clamp(f.cu_seqlens_q[s + 1], q0, f.seqlen_q) - q0, k0, clamp(f.cu_seqlens_k[s + 1], k0, f.seqlen_k) - k0, s};
+  }
+
+  // The gradient of a bias over keys; one over queries alone is a matter of rows (see `row_gradients`). Blocks of it are summed
+  // over the batch, the heads or the rows.
+  bool bias_gradient() const { return p.dbias && f.bias_stride.key != 0; }
+  bool over_batch() const { return f.bias_stride.batch == 0 && !f.cu_seqlens_q; }
+  bool over_heads() const { return f.bias_stride.head == 0; }
+  bool over_rows() const { return f.bias_stride.row == 0; }
+  int64_t bias_heads() const { return over_heads() ? 1 : f.heads_q; }
+  template <class Acc>
+  Acc* dbias(const Sequence& s, int64_t head, int64_t query, int64_t key) const {
+    const int64_t rows = over_rows() ? 1 : f.seqlen_q;
+    const int64_t b = over_batch() ? 0 : s.batch, h = over_heads() ? 0 : head, i = over_rows() ? 0 : s.q0 + query;
+    return static_cast<Acc*>(p.dbias) + ((b * bias_heads() + h) * rows + i) * f.seqlen_k + s.k0 + key;
   }
 };
 
@@ -90,6 +117,7 @@ struct QueryBlock {
   typename C::Elem *q_columns, *q_rows, *dout_columns, *dout_rows;  // packed Q^T, Q, dO^T, dO
   typename C::Acc *lse, *delta;                                     // lse in units of log 2
   typename C::Acc* dq;                                              // dQ^T, rows of row_stride(kQueries)
+  bool far;                                                         // whether an lse is so large that it is not exact
 };
 
 template <class C>
@@ -117,7 +145,7 @@ class QueryBlocks {
     const auto part = [&](int i) { return start + offsets_[i]; };
     return {reinterpret_cast<Elem*>(part(0)), reinterpret_cast<Elem*>(part(1)), reinterpret_cast<Elem*>(part(2)),
             reinterpret_cast<Elem*>(part(3)), reinterpret_cast<Acc*>(part(4)),  reinterpret_cast<Acc*>(part(5)),
-            reinterpret_cast<Acc*>(part(6))};
+            reinterpret_cast<Acc*>(part(6)), false};
   }
 
  private:
@@ -141,50 +169,94 @@ struct Panel {
   Elem* ds_packed;             // a right operand
   int rows;                    // a multiple of kPair
   Acc factor, cap;             // see `run`
+  // Under Extra; null where there is none. [rows, kPanel] but for dbias.
+  const Acc *terms, *keep;     // added to the scores, in units of log 2; what dropout multiplies weights by
+  Acc* dbias;                  // gradients of the terms, rows of `dbias_stride`
+  int64_t dbias_stride;
+  bool far;                    // whether an lse is too large to be exact
   int64_t first, last, valid;  // row j is seen by columns [first + j, last + j), if j < valid
 
+  // The exponent of a weight as far as a large lse tells: it holds the maximum, rounded.
+  static PYKERNELS_INLINE Vec<Acc> far_exponent(Vec<Acc> x, Vec<Acc> lse) {
+    const Vec<Acc> size = abs<Acc>(lse);
+    const Vec<Acc> slack = x + size * static_cast<Acc>(sizeof(Acc) == 4 ? 0x1p-22 : 0x1p-51);
+    return (size >= splat(kFar<Acc>)) & (size < splat(static_cast<Acc>(kInfinity))) ? (slack < Vec<Acc>{} ? slack : Vec<Acc>{}) : x;
+  }
+
   // P and dS of row j, vector c.
-  template <bool Softcap, bool Cut>
+  template <bool Softcap, bool Cut, bool Extra>
   PYKERNELS_INLINE void element(int j, int c, Vec<Acc>& p, Vec<Acc>& ds_out) const {
     const Vec<Acc> s = load(scores + j * C::kPanel + c * kLane);
-    Vec<Acc> t;
-    if constexpr (Softcap) {
-      t = tanh<Acc>(s * factor);
-      p = exp2<Acc>(t * cap - load(lse + c * kLane));
-    } else {
-      p = exp2<Acc>(s * factor - load(lse + c * kLane));
+    const Vec<Acc> base = load(lse + c * kLane);
+    // Beside what is of its size first: the sum is small where weights are not.
+    Vec<Acc> x = -base;
+    if constexpr (Extra)
+      if (terms) x += load(terms + j * C::kPanel + c * kLane);
+    if constexpr (Softcap)
+      x += tanh<Acc>(s * factor) * cap;
+    else
+      x += s * factor;
+    if constexpr (Extra)
+      if (far) x = far_exponent(x, base);
+    p = exp2<Acc>(x);
+    Vec<Acc> dp_here = load(dp + j * C::kPanel + c * kLane);
+    [[maybe_unused]] Vec<Acc> kept;
+    if constexpr (Extra)
+      if (keep) {
+        kept = load(keep + j * C::kPanel + c * kLane);
+        dp_here *= kept;
+      }
+    ds_out = p * (dp_here - load(delta + c * kLane));
+    if constexpr (Extra) {
+      if (keep) p *= kept;
+      if (dbias) {
+        Vec<Acc> gradient = ds_out;
+        if constexpr (Cut) gradient = seen(j, c) ? gradient : Vec<Acc>{};
+        store(dbias + j * dbias_stride + c * kLane, gradient);
+      }
     }
-    ds_out = p * (load(dp + j * C::kPanel + c * kLane) - load(delta + c * kLane));
     if constexpr (Softcap) {
       // 1 - tanh^2 without cancellation.
       const Vec<Acc> r = static_cast<Acc>(1) / (exp2<Acc>(abs<Acc>(s * factor) * static_cast<Acc>(2 * kLog2e)) + static_cast<Acc>(1));
       ds_out *= static_cast<Acc>(4) * r * (static_cast<Acc>(1) - r);
     }
     if constexpr (Cut) {
-      using Int = decltype(Mask<Acc>{}[0] + 0);
-      Mask<Acc> column;
-      for (int i = 0; i < kLane; ++i) column[i] = c * kLane + i;
-      const bool real = j < valid;
-      const Int low = static_cast<Int>(least<int64_t>(C::kPanel, most<int64_t>(0, first + j)));
-      const Int high = real ? static_cast<Int>(least<int64_t>(C::kPanel, most<int64_t>(0, last + j))) : 0;
-      const Mask<Acc> seen = (column >= low) & (column < high);
-      p = seen ? p : Vec<Acc>{};
-      ds_out = seen ? ds_out : Vec<Acc>{};
+      const Mask<Acc> visible = seen(j, c);
+      p = visible ? p : Vec<Acc>{};
+      ds_out = visible ? ds_out : Vec<Acc>{};
     }
   }
 
+  // The columns of vector c that see row j.
+  PYKERNELS_INLINE Mask<Acc> seen(int j, int c) const {
+    using Int = decltype(Mask<Acc>{}[0] + 0);
+    Mask<Acc> column;
+    for (int i = 0; i < kLane; ++i) column[i] = c * kLane + i;
+    const bool real = j < valid;
+    const Int low = static_cast<Int>(least<int64_t>(C::kPanel, most<int64_t>(0, first + j)));
+    const Int high = real ? static_cast<Int>(least<int64_t>(C::kPanel, most<int64_t>(0, last + j))) : 0;
+    return (column >= low) & (column < high);
+  }
+
   // factor: of S, to units of log 2; under a softcap to units of the softcap, which is `cap` in units of log 2.
-  template <bool Softcap, bool Cut>
+  template <bool Softcap>
+  void run(bool cut, bool extra) const {
+    if (cut)
+      extra ? run<Softcap, true, true>() : run<Softcap, true, false>();
+    else
+      extra ? run<Softcap, false, true>() : run<Softcap, false, false>();
+  }
+  template <bool Softcap, bool Cut, bool Extra>
   void run() const {
 #if defined(PYKERNELS_HAS_AMX)
-    if constexpr (kIsSplit<C>) return run_split<Softcap, Cut>();
+    if constexpr (kIsSplit<C>) return run_split<Softcap, Cut, Extra>();
 #endif
     for (int j = 0; j < rows; j += C::kPair) {
       Vec<Acc> p[C::kPair][kVectors], d[C::kPair][kVectors];
 #pragma GCC unroll 2
       for (int r = 0; r < C::kPair; ++r)
 #pragma GCC unroll 2
-        for (int c = 0; c < kVectors; ++c) element<Softcap, Cut>(j + r, c, p[r][c], d[r][c]);
+        for (int c = 0; c < kVectors; ++c) element<Softcap, Cut, Extra>(j + r, c, p[r][c], d[r][c]);
       if constexpr (C::kPair == 1) {
 #pragma GCC unroll 2
         for (int c = 0; c < kVectors; ++c) {
@@ -214,7 +286,7 @@ struct Panel {
 
 #if defined(PYKERNELS_HAS_AMX)
   // Rows that are neighbours in a right operand together.
-  template <bool Softcap, bool Cut>
+  template <bool Softcap, bool Cut, bool Extra>
   void run_split() const {
     for (int block = 0; block < rows; block += 32)
       for (int i = 0; i < 16; ++i) {
@@ -224,7 +296,7 @@ struct Panel {
           const int j = block + i + 16 * r;
           Vec<Acc> p[2], d[2];
 #pragma GCC unroll 2
-          for (int c = 0; c < 2; ++c) element<Softcap, Cut>(j, c, p[c], d[c]);
+          for (int c = 0; c < 2; ++c) element<Softcap, Cut, Extra>(j, c, p[c], d[c]);
           store_row(weights + j * stride, split(p[0], p[1]));
           row[r] = split(d[0], d[1]);
           store_row(ds + j * stride, row[r]);
@@ -239,7 +311,7 @@ struct Panel {
 // ---- a block of keys ---------------------------------------------------------------------------------------------------
 
 // One thread's buffers for a block of keys, and the products with a block of queries.
-template <class C>
+template <class T, class C>
 class KeyBlock {
  protected:
   using Elem = typename C::Elem;
@@ -249,6 +321,8 @@ class KeyBlock {
 
   KeyBlock(const Problem& problem, int64_t keys, Scratch& scratch)
       : problem_(problem),
+        score_terms_(problem.f),
+        dropout_(problem.f),
         head_dim_(static_cast<int>(problem.f.head_dim)),
         value_dim_(static_cast<int>(problem.f.value_dim)),
         k_stride_(row_stride<Elem>(round_up(head_dim_, C::kDepthAlign))),
@@ -268,11 +342,15 @@ class KeyBlock {
     weights_ = scratch.take<Elem>(kRows * kWeightStride);
     ds_ = scratch.take<Elem>(kRows * kWeightStride);
     panels_ = scratch.take<PanelRange>(keys / kRows + 1);
+    if (score_terms_.on()) terms_ = scratch.take<Acc>(kRows * kWidth);
+    if (dropout_.on()) keep_ = scratch.take<Acc>(kRows * kWidth);
+    if (problem.bias_gradient()) dbias_ = scratch.take<Acc>(keys * kBiasStride);
   }
 
   // dK and dV of the strips take what the block of queries [query, query + n) gives, and dS^T is left for `add_dq`.
-  void add_queries(const Sequence& s, int64_t query, int n, const QueryBlock<C>& block) {
+  void add_queries(const Sequence& s, int64_t head, int64_t query, int n, const QueryBlock<C>& block) {
     const FlashAttentionParams& f = problem_.f;
+    const Place place{s.batch, s.index, head, s.q0, s.tq, s.k0, s.tk};
     const int columns = round_up(n, kWidth);
     for (int strip = 0; strip * kRows < keys_; ++strip) {
       const int row = strip * kRows, rows = least(kRows, keys_ - row);
@@ -299,12 +377,18 @@ class KeyBlock {
         panel.last = one.end - query - i * kWidth;
         panel.valid = rows;
         const bool cut = panel.first + rows - 1 > 0 || panel.last < kWidth || panel.rows != rows;
+        panel.terms = terms_, panel.keep = keep_;
+        panel.dbias = dbias_ ? dbias_ + row * kBiasStride + i * kWidth : nullptr, panel.dbias_stride = kBiasStride;
+        panel.far = block.far;
+        if (terms_) score_terms_.tile(place, query + i * kWidth, kWidth, key, rows, terms_);
+        if (keep_) dropout_.tile(place, query + i * kWidth, kWidth, key, rows, keep_);
+        const bool extra = terms_ || keep_ || dbias_ || block.far;
         if (f.softcap > 0) {
           panel.factor = static_cast<Acc>(f.scale / f.softcap), panel.cap = static_cast<Acc>(f.softcap * kLog2e);
-          cut ? panel.template run<true, true>() : panel.template run<true, false>();
+          panel.template run<true>(cut, extra);
         } else {
           panel.factor = static_cast<Acc>(f.scale * kLog2e), panel.cap = 0;
-          cut ? panel.template run<false, true>() : panel.template run<false, false>();
+          panel.template run<false>(cut, extra);
         }
       }
       const int first = begin * kWidth, depth = (end - begin) * kWidth;
@@ -337,9 +421,50 @@ class KeyBlock {
     }
   }
 
-  static constexpr int64_t kWeightStride = row_stride<Elem>(kQ);
+  // Adds what `add_queries` left of the gradient of the terms to a bias' gradient, of queries [query, query + n).
+  void add_dbias(const Sequence& s, int64_t head, int64_t query, int n) {
+    for_dbias_panels(n, [&](int row, int rows, int first, int columns) {
+      for (int c = first; c < first + columns; c += kLane)
+        for (int j = 0; j < rows; j += kLane) {
+          Vec<Acc> square[kLane];
+          for (int r = 0; r < kLane; ++r)
+            square[r] = j + r < rows ? load(dbias_ + (row + j + r) * kBiasStride + c) : Vec<Acc>{};
+          transpose(square);
+          for (int r = 0; r < least(kLane, n - c); ++r) {
+            Acc* const to = problem_.dbias<Acc>(s, head, query + c + r, first_key_ + row + j);
+            store_upto(to, load_upto(to, rows - j) + square[r], rows - j);
+          }
+        }
+    });
+  }
+  // The same, summed over queries, to `sums` of the keys.
+  void add_dbias_rows(int n, Acc* sums) {
+    for_dbias_panels(n, [&](int row, int rows, int first, int columns) {
+      for (int j = row; j < row + rows; ++j) {
+        Vec<Acc> sum{};
+        for (int c = first; c < first + columns; c += kLane) sum += load(dbias_ + j * kBiasStride + c);
+        sums[j] += reduce_add<Acc>(sum);
+      }
+    });
+  }
 
+  static constexpr int64_t kWeightStride = row_stride<Elem>(kQ), kBiasStride = row_stride<Acc>(kQ);
+  static constexpr int kLane = kLanes<Acc>;
+
+ private:
+  template <class F>
+  void for_dbias_panels(int n, F&& f) {
+    for (int strip = 0; strip * kRows < keys_; ++strip) {
+      const PanelRange range = panels_[strip];
+      const int first = range.begin * kWidth, end = least(range.end * kWidth, round_up(n, kWidth));
+      if (first < end) f(strip * kRows, least(kRows, keys_ - strip * kRows), first, end - first);
+    }
+  }
+
+ protected:
   const Problem& problem_;
+  const ScoreTerms<T> score_terms_;
+  const Dropout dropout_;
   const int head_dim_, value_dim_;
   const int64_t k_stride_, v_stride_, kt_stride_, dk_stride_, dv_stride_, ds_panel_;
   // The current block: keys [first_key_, first_key_ + keys_).
@@ -354,6 +479,8 @@ class KeyBlock {
     int begin, end;
   };
   PanelRange* panels_;      // the panels of queries that see a strip
+  // Of a panel, or null: terms of its scores, factors of its weights; of a block of queries, the gradients of the former.
+  Acc *terms_ = nullptr, *keep_ = nullptr, *dbias_ = nullptr;
 };
 
 // ---- what values a unit has --------------------------------------------------------------------------------------------
@@ -378,42 +505,81 @@ struct UnitRange : Largest<5> {
 #endif
 };
 
+// Whose turn it is to add to a block of a bias' gradient that several units share.
+struct BiasTurns {
+  int64_t* turns;            // null: none are shared
+  const int64_t* first;      // of a sequence: its first block, within a head
+  int64_t blocks, key_blocks;  // blocks of a head in all, and blocks of keys of a sequence (the longest)
+
+  int64_t* at(const Problem& problem, const Sequence& s, int64_t head, int64_t query_block, int64_t key_block) const {
+    if (!turns) return nullptr;
+    const int64_t start = problem.over_batch() ? 0 : first[s.index];
+    return turns + (problem.over_heads() ? 0 : head) * blocks + start + query_block * key_blocks + key_block;
+  }
+  // The place among those that add: batch entries in order, their heads in order.
+  int64_t rank(const Problem& problem, const Sequence& s, int64_t head, int64_t heads) const {
+    const int64_t b = problem.over_batch() ? s.batch : 0;
+    return problem.over_heads() ? b * heads + head : b;
+  }
+};
+
 // ---- loading and storing -----------------------------------------------------------------------------------------------
 
 template <class T, class C>
-class Worker : KeyBlock<C> {
-  using Base = KeyBlock<C>;
+class Worker : KeyBlock<T, C> {
+  using Base = KeyBlock<T, C>;
   using typename Base::Acc;
   using typename Base::Elem;
-  using Base::kQ, Base::kRows, Base::kWidth, Base::problem_, Base::head_dim_, Base::value_dim_, Base::keys_;
-  static constexpr int kLane = kLanes<Acc>;
+  using Base::kQ, Base::kRows, Base::kWidth, Base::kLane, Base::problem_, Base::head_dim_, Base::value_dim_, Base::keys_;
 
  public:
-  Worker(const Problem& problem, int64_t keys, Scratch& scratch) : Base(problem, keys, scratch), size_(keys) {}
+  Worker(const Problem& problem, int64_t keys, Scratch& scratch) : Base(problem, keys, scratch), size_(keys) {
+    if (problem.bias_gradient() && problem.over_rows()) row_sums_ = scratch.take<Acc>(keys * problem.group);
+  }
 
-  // Task (unit, block of keys); `blocks` are the unit's packed queries, `turns` whose turn it is to add to each.
+  // Task (unit, block of keys); `blocks` are the unit's packed queries, `turns` whose turn it is to add to each, `bias_turns` the
+  // same for the blocks [query heads or 1][query blocks][blocks of keys] of a bias' gradient that units share (or null).
   template <class Blocks>
-  void run(const Sequence& s, int64_t head_k, int64_t key_block, Blocks&& blocks, int64_t* turns, UnitRange* range_of_unit) {
+  void run(const Sequence& s, int64_t head_k, int64_t key_block, Blocks&& blocks, int64_t* turns, const BiasTurns& bias_turns,
+           UnitRange* range_of_unit) {
     load_keys(s, head_k, key_block * size_, range_of_unit);
-    const int64_t query_blocks = (s.tq + kQ - 1) / kQ;
-    for (int64_t g = 0; g < problem_.group; ++g)
-      for (int64_t i = 0; i < query_blocks; ++i) {
-        const Range range = key_blocks<C>(problem_, s, i, size_);
-        if (key_block < range.begin || key_block >= range.end) continue;
-        const int n = static_cast<int>(least<int64_t>(kQ, s.tq - i * kQ));
-        const QueryBlock<C> block = blocks(g * query_blocks + i);
-        this->add_queries(s, i * kQ, n, block);
-        int64_t* const turn = turns + g * query_blocks + i;
-        for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != key_block; ++spins) {
-#if defined(__x86_64__)
-          _mm_pause();
-#endif
-          if (spins > 1000) sched_yield();
-        }
-        this->add_dq(n, block);
-        __atomic_store_n(turn, key_block + 1, __ATOMIC_RELEASE);
-        if (key_block + 1 == range.end) write_dq(s, head_k * problem_.group + g, i, n, block.dq);
+    const int64_t query_blocks = (s.tq + kQ - 1) / kQ, group = problem_.group;
+    const bool dbias = problem_.bias_gradient();
+    // Heads that share blocks of the gradient add to each before the next, so that other units need not wait long.
+    const bool heads_first = dbias && problem_.over_heads() && !problem_.over_rows();
+    if (row_sums_) __builtin_memset(row_sums_, 0, sizeof(Acc) * keys_ * group);
+    for (int64_t n_of = 0; n_of < group * query_blocks; ++n_of) {
+      const int64_t g = heads_first ? n_of % group : n_of / query_blocks, i = heads_first ? n_of / group : n_of % query_blocks;
+      const Range range = key_blocks<C>(problem_, s, i, size_);
+      if (key_block < range.begin || key_block >= range.end) continue;
+      const int n = static_cast<int>(least<int64_t>(kQ, s.tq - i * kQ));
+      const int64_t head = head_k * group + g;
+      const QueryBlock<C> block = blocks(g * query_blocks + i);
+      this->add_queries(s, head, i * kQ, n, block);
+      if (row_sums_) {
+        this->add_dbias_rows(n, row_sums_ + (problem_.over_heads() ? 0 : g * keys_));
+      } else if (dbias) {
+        int64_t* const turn = bias_turns.at(problem_, s, head, i, key_block);
+        const int64_t rank = bias_turns.rank(problem_, s, head, problem_.f.heads_q);
+        if (turn) await(turn, rank);
+        this->add_dbias(s, head, i * kQ, n);
+        if (turn) pass_on(turn, rank + 1);
       }
+      int64_t* const turn = turns + g * query_blocks + i;
+      await(turn, key_block);
+      this->add_dq(n, block);
+      pass_on(turn, key_block + 1);
+      if (key_block + 1 == range.end) write_dq(s, head, i, n, block.dq);
+    }
+    for (int64_t g = 0; row_sums_ && g < (problem_.over_heads() ? 1 : group); ++g) {
+      const int64_t head = head_k * group + g;
+      int64_t* const turn = bias_turns.at(problem_, s, head, 0, key_block);
+      const int64_t rank = bias_turns.rank(problem_, s, problem_.over_heads() ? head_k : head, problem_.f.heads_k);
+      if (turn) await(turn, rank);
+      Acc* const to = problem_.template dbias<Acc>(s, head, 0, this->first_key_);
+      for (int j = 0; j < keys_; ++j) to[j] += row_sums_[g * keys_ + j];
+      if (turn) pass_on(turn, rank + 1);
+    }
     write_keys(s, head_k);
   }
 
@@ -464,7 +630,8 @@ class Worker : KeyBlock<C> {
       }
   }
 
-  const int64_t size_;  // keys of a block
+  const int64_t size_;        // keys of a block
+  Acc* row_sums_ = nullptr;   // [heads of the group or 1, keys] of a bias' gradient that is summed over rows
 };
 
 // Packs a block of queries of one head; its dQ is zeroed, and written where no key is seen.
@@ -480,7 +647,8 @@ class Packer {
     if constexpr (kIsSplit<C>) products_ = scratch.take<Acc>(C::kPanel * C::kPanel);
   }
 
-  void run(const Sequence& s, int64_t head, int64_t query_block, bool unseen, const QueryBlock<C>& to,
+  // Returns whether an lse is so large that it is not exact.
+  bool run(const Sequence& s, int64_t head, int64_t query_block, bool unseen, const QueryBlock<C>& to,
            [[maybe_unused]] UnitRange* range) {
     const FlashAttentionBackwardParams& p = problem_.p;
     const int64_t first = query_block * kQ, token = s.q0 + first;
@@ -488,7 +656,7 @@ class Packer {
     if (unseen) {
       T* const dq = static_cast<T*>(p.dq) + s.batch * p.dq_stride.batch + head * p.dq_stride.head + token * p.dq_stride.token;
       for (int i = 0; i < n; ++i) __builtin_memset(dq + i * p.dq_stride.token, 0, sizeof(T) * f_.head_dim);
-      return;
+      return false;
     }
     pack(static_cast<const T*>(f_.q), f_.q_stride, s, head, token, n, f_.head_dim, to.q_columns, to.q_rows);
     pack(static_cast<const T*>(p.dout), p.dout_stride, s, head, token, n, f_.value_dim, to.dout_columns, to.dout_rows);
@@ -515,6 +683,12 @@ class Packer {
     }
     for (int i = n; i < kQ; ++i) to.lse[i] = static_cast<Acc>(kInfinity), to.delta[i] = 0;
     if constexpr (kIsSplit<C>) range->add(UnitRange::kDelta, magnitudes(to.delta, 0, 1, n, kInfinity).seen());
+    bool far = false;
+    for (int i = 0; i < n; ++i) {
+      const Acc size = to.lse[i] < 0 ? -to.lse[i] : to.lse[i];
+      far |= size >= kFar<Acc> && size < static_cast<Acc>(kInfinity);
+    }
+    return far;
   }
 
  private:
@@ -626,6 +800,24 @@ void backward_units(const Problem& problem, const Parallel& parallel, const int6
   };
   const auto key_blocks_of = [&](int64_t unit) { return (sequence_of(unit).tk + keys - 1) / keys; };
 
+  Scratch all_waves;
+  BiasTurns bias_turns{nullptr, nullptr, 0, 0};
+  if (problem.bias_gradient() && (problem.over_heads() || problem.over_batch())) {
+    int64_t* const first_block = all_waves.take<int64_t>(problem.sequences());
+    bias_turns.first = first_block;
+    for (int64_t s = 0; s < problem.sequences(); ++s)
+      bias_turns.key_blocks = most(bias_turns.key_blocks, (problem.sequence(s).tk + keys - 1) / keys);
+    for (int64_t s = 0; s < problem.sequences(); ++s) {
+      first_block[s] = problem.over_batch() ? 0 : bias_turns.blocks;
+      const int64_t here = (problem.sequence(s).tq + kQueries<C> - 1) / kQueries<C> * bias_turns.key_blocks;
+      bias_turns.blocks = problem.over_batch() ? most(here, bias_turns.blocks) : bias_turns.blocks + here;
+    }
+    // One more where there are no queries, but sums over them.
+    bias_turns.blocks += bias_turns.key_blocks;
+    bias_turns.turns = all_waves.take<int64_t>(bias_turns.blocks * problem.bias_heads());
+    __builtin_memset(bias_turns.turns, 0, sizeof(int64_t) * bias_turns.blocks * problem.bias_heads());
+  }
+
   for (int64_t begin = 0, end; begin < units; begin = end) {
     // The wave: units [begin, end).
     int64_t blocks = 0, tasks = 0;
@@ -637,6 +829,7 @@ void backward_units(const Problem& problem, const Parallel& parallel, const int6
     }
     Scratch scratch;
     char* const packed = scratch.take<char>(blocks * layout.bytes());
+    bool* const far = scratch.take<bool>(blocks);
     int64_t* const turns = scratch.take<int64_t>(blocks);            // the block of keys that may add to a query block's dQ
     int64_t* const first = scratch.take<int64_t>(end - begin + 1);   // of a unit's query blocks
     Task* const task = scratch.take<Task>(tasks);
@@ -668,8 +861,8 @@ void backward_units(const Problem& problem, const Parallel& parallel, const int6
         const int64_t per_head = query_blocks(u) / problem.group, index = i - first[u - begin];
         const Range range = key_blocks<C>(problem, s, index % per_head, keys);
         turns[i] = range.begin;
-        packer.run(s, head_of(u) * problem.group + index / per_head, index % per_head, range.begin == range.end,
-                   layout.at(packed, i), ranges ? ranges + list[u] : nullptr);
+        far[i] = packer.run(s, head_of(u) * problem.group + index / per_head, index % per_head, range.begin == range.end,
+                            layout.at(packed, i), ranges ? ranges + list[u] : nullptr);
       }
     });
     run_tasks(parallel, tasks, [&](TaskQueue& queue) {
@@ -678,11 +871,86 @@ void backward_units(const Problem& problem, const Parallel& parallel, const int6
       Worker<T, C> worker(problem, keys, own);
       for (int64_t i; (i = queue.next()) >= 0;) {
         const int64_t u = task[i].unit, base = first[u - begin];
-        worker.run(sequence_of(u), head_of(u), task[i].key_block, [&](int64_t block) { return layout.at(packed, base + block); },
-                   turns + base, ranges ? ranges + list[u] : nullptr);
+        const auto block = [&](int64_t n) {
+          QueryBlock<C> result = layout.at(packed, base + n);
+          result.far = far[base + n];
+          return result;
+        };
+        worker.run(sequence_of(u), head_of(u), task[i].key_block, block, turns + base, bias_turns,
+                   ranges ? ranges + list[u] : nullptr);
       }
     });
   }
+}
+
+// The gradients of sinks, and of a bias that is the same for all keys. With D = dO out, and p the weight of the sink (0 without):
+// every other weight's value took part in D, so  dsink = -p (D - dlse)  and  dbias = p D + (1 - p) dlse  for the row.
+template <class T>
+void row_gradients(const Problem& problem, const Parallel& parallel) {
+  using S = Wide<T>;
+  const FlashAttentionBackwardParams& p = problem.p;
+  const FlashAttentionParams& f = p.forward;
+  const bool bias = p.dbias && f.bias_stride.key == 0;
+  if (!bias && !p.dsinks) return;
+  Scratch scratch;
+  S* const rows = bias ? scratch.take<S>(f.batch * f.heads_q * f.seqlen_q) : nullptr;
+  S* const sinks = scratch.take<S>(f.batch * f.heads_q);
+  run_tasks(parallel, f.batch * f.heads_q, [&](TaskQueue& queue) {
+    for (int64_t task; (task = queue.next()) >= 0;) {
+      const int64_t b = task / f.heads_q, h = task % f.heads_q;
+      const T* const out = static_cast<const T*>(f.out) + b * f.out_stride.batch + h * f.out_stride.head;
+      const T* const dout = static_cast<const T*>(p.dout) + b * p.dout_stride.batch + h * p.dout_stride.head;
+      double dsink = 0;
+      for (int64_t t = 0; t < f.seqlen_q; ++t) {
+        const int64_t row = task * f.seqlen_q + t;
+        const S lse = static_cast<const S*>(f.lse)[row];
+        if (rows) rows[row] = 0;
+        if (lse == -static_cast<S>(kInfinity)) continue;  // sees nothing, not even a sink
+        Vec<S> sum{};
+        for (int64_t d = 0; d < f.value_dim; d += kLanes<S>)
+          sum += load_upto(out + t * f.out_stride.token + d, f.value_dim - d) *
+                 load_upto(dout + t * p.dout_stride.token + d, f.value_dim - d);
+        const double dot = static_cast<double>(reduce_add<S>(sum));
+        const double dlse = p.dlse ? static_cast<double>(static_cast<const S*>(p.dlse)[row]) : 0;
+        double weight = 0;
+        if (f.sinks) weight = __builtin_exp(static_cast<double>(static_cast<const S*>(f.sinks)[h]) - static_cast<double>(lse));
+        dsink -= weight * (dot - dlse);
+        if (rows) rows[row] = static_cast<S>(weight * dot + (1 - weight) * dlse);
+      }
+      sinks[task] = static_cast<S>(dsink);
+    }
+  });
+  for (int64_t h = 0; p.dsinks && h < f.heads_q; ++h) {
+    double sum = 0;
+    for (int64_t b = 0; b < f.batch; ++b) sum += static_cast<double>(sinks[b * f.heads_q + h]);
+    static_cast<S*>(p.dsinks)[h] = static_cast<S>(sum);
+  }
+  if (!bias) return;
+  const int64_t batch = f.bias_stride.batch ? f.batch : 1, heads = f.bias_stride.head ? f.heads_q : 1;
+  const int64_t queries = f.bias_stride.row ? f.seqlen_q : 1;
+  for (int64_t i = 0; i < batch * heads * queries; ++i) {
+    // The rows that share this element.
+    const int64_t b = i / (heads * queries), h = i / queries % heads, t = i % queries;
+    double sum = 0;
+    for (int64_t n = 0; n < f.batch * f.heads_q * f.seqlen_q / most<int64_t>(1, batch * heads * queries); ++n) {
+      const int64_t of_rows = f.seqlen_q / most<int64_t>(1, queries), of_heads = f.heads_q / most<int64_t>(1, heads);
+      const int64_t row = n % of_rows, head = n / of_rows % of_heads, entry = n / of_rows / of_heads;
+      sum += static_cast<double>(rows[((b + entry) * f.heads_q + h + head) * f.seqlen_q + t + row]);
+    }
+    static_cast<S*>(p.dbias)[i] = static_cast<S>(sum);
+  }
+}
+
+// A bias' gradient starts from zeros.
+template <class S>
+void clear_dbias(const Problem& problem, const Parallel& parallel) {
+  if (!problem.bias_gradient()) return;
+  const FlashAttentionParams& f = problem.f;
+  const int64_t rows = (f.bias_stride.batch ? f.batch : 1) * problem.bias_heads() * (problem.over_rows() ? 1 : f.seqlen_q);
+  run_tasks(parallel, rows, [&](TaskQueue& queue) {
+    for (int64_t row; (row = queue.next()) >= 0;)
+      __builtin_memset(static_cast<S*>(problem.p.dbias) + row * f.seqlen_k, 0, sizeof(S) * f.seqlen_k);
+  });
 }
 
 template <class T>
@@ -692,7 +960,7 @@ void backward(const FlashAttentionBackwardParams& p, const Parallel& parallel) {
                         f.window_right < 0 ? kUnbounded : least(f.window_right, kUnbounded)};
   const int64_t sequences = problem.sequences(), units = sequences * f.heads_k;
   if (f.cu_seqlens_q) {
-    const Sequence first = sequences ? problem.sequence(0) : Sequence{0, 0, 0, 0, 0};
+    const Sequence first = sequences ? problem.sequence(0) : Sequence{};
     const Sequence last = sequences ? problem.sequence(sequences - 1) : first;
     const auto unused = [&](Range q, Range k) {
       write_unused<T>(p.dq, p.dq_stride, f.heads_q, f.head_dim, q);
@@ -703,6 +971,8 @@ void backward(const FlashAttentionBackwardParams& p, const Parallel& parallel) {
     unused({last.q0 + last.tq, f.seqlen_q}, {last.k0 + last.tk, f.seqlen_k});
   }
 
+  row_gradients<T>(problem, parallel);
+  clear_dbias<Wide<T>>(problem, parallel);
   Scratch scratch;
   int64_t* const list = scratch.take<int64_t>(units);
   for (int64_t u = 0; u < units; ++u) list[u] = u;
@@ -717,6 +987,11 @@ void backward(const FlashAttentionBackwardParams& p, const Parallel& parallel) {
       left = 0;
       for (int64_t u = 0; u < units; ++u)
         if (!ranges[u].split_serves()) list[left++] = u;
+      if (left && problem.bias_gradient()) {
+        // What they added can't be taken back.
+        clear_dbias<Wide<T>>(problem, parallel);
+        for (left = 0; left < units; ++left) list[left] = left;
+      }
     }
 #endif
   backward_units<T, ComputeFor<T>>(problem, parallel, list, left, nullptr);

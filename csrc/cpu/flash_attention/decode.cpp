@@ -12,6 +12,7 @@
 
 #include "../common/scratch.h"
 #include "../common/simd.h"
+#include "terms.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
 
@@ -156,11 +157,9 @@ void write_row(const Problem& problem, int64_t b, int64_t head_k, int64_t row, c
   const FlashAttentionParams& f = problem.f;
   const int64_t head = head_k * problem.group + row % problem.group, t = row / problem.group;
   T* const out = static_cast<T*>(f.out) + b * f.out_stride.batch + t * f.out_stride.token + head * f.out_stride.head;
-  const Vec<S> inverse = splat(l == 0 ? 0 : 1 / l);
-  for (int64_t c = 0; c < f.value_dim; c += kLanes<S>) store_upto(out + c, load(o + c) * inverse, f.value_dim - c);
-  static_cast<S*>(f.lse)[(b * f.heads_q + head) * f.seqlen_q + t] =
-      l == 0 ? -static_cast<S>(kInfinity)
-             : static_cast<S>(static_cast<double>(m) * kLn2 + __builtin_log(static_cast<double>(l)));
+  const RowSum<S> sum(f, head, m, l);
+  for (int64_t c = 0; c < f.value_dim; c += kLanes<S>) store_upto(out + c, load(o + c) * sum.inverse, f.value_dim - c);
+  static_cast<S*>(f.lse)[(b * f.heads_q + head) * f.seqlen_q + t] = sum.lse;
 }
 
 // One thread's buffers, and the work of a task.
@@ -168,12 +167,13 @@ template <class T>
 class Worker {
   using S = Wide<T>;
   static constexpr int kLane = kLanes<S>;
+  static constexpr int kScores = kChunk + kLane;  // of a row: the last step of a page may pass its end
 
  public:
   Worker(const Problem& problem, Scratch& scratch)
       : problem_(problem), f_(problem.f), q_stride_(round_up(f_.head_dim, kLane)) {
     q_ = scratch.take<S>(problem.task_heads * problem.rows * q_stride_);
-    s_ = scratch.take<S>(problem.task_heads * problem.rows * kChunk);
+    s_ = scratch.take<S>(problem.task_heads * problem.rows * kScores);
     result_ = scratch.take<S>(problem.task_heads * problem.rows * problem.row_size);
   }
 
@@ -183,18 +183,29 @@ class Worker {
     const int64_t key = (problem_.first_chunk(b) + chunk) * kChunk;
     const int64_t first = most(key, problem_.begin(b, 0));
     const int n = static_cast<int>(least(key + kChunk, problem_.end(b, f_.seqlen_q - 1)) - first);
-    const T* const k = static_cast<const T*>(f_.k) + b * f_.k_stride.batch + head * f_.k_stride.head + first * f_.k_stride.token;
-    const T* const v = static_cast<const T*>(f_.v) + b * f_.v_stride.batch + head * f_.v_stride.head + first * f_.v_stride.token;
     S* const result = chunks == 1 ? result_
                                   : static_cast<S*>(problem_.partial) +
                                         ((problem_.chunks[b] + chunk) * f_.heads_k + head) * rows * problem_.row_size;
     for (int64_t r = 0; r < heads * rows; ++r) load_query(b, head + r / rows, r % rows, q_ + r * q_stride_);
-    scores(k, v, n, heads);
+    for (int start = 0; start < n;) {
+      const Run keys = run_of(b, head, first, start, n), next = run_of(b, head, first, start + keys.n, n);
+      const bool more = start + keys.n < n;
+      const T* const then = more ? next.k : run_of(b, head, first, 0, n).v;
+      scores(keys.k, then, more ? f_.k_stride.token : f_.v_stride.token, start, keys.n, heads);
+      start += keys.n;
+    }
     for (int h = 0; h < heads; ++h)
       for_row_groups<S>(static_cast<int>(rows), [&](int r, auto group) {
-        weights<group()>(b, r, first, n, s_ + (h * rows + r) * kChunk, result + (h * rows + r) * problem_.row_size);
+        weights<group()>(b, head + h, r, first, n, s_ + (h * rows + r) * kScores, result + (h * rows + r) * problem_.row_size);
       });
-    values(v, k + n * f_.k_stride.token, n, heads, result);
+    for (int64_t r = 0; r < heads * rows; ++r) __builtin_memset(result + r * problem_.row_size, 0, problem_.width * sizeof(S));
+    for (int start = 0; start < n;) {
+      const Run keys = run_of(b, head, first, start, n), next = run_of(b, head, first, start + keys.n, n);
+      const bool more = start + keys.n < n;
+      const T* const then = more ? next.v : keys.k + keys.n * f_.k_stride.token;
+      values(keys.v, then, more ? f_.v_stride.token : f_.k_stride.token, start, keys.n, heads, result);
+      start += keys.n;
+    }
     if (chunks == 1)
       for (int64_t r = 0; r < heads * rows; ++r) {
         const S* const o = result + r * problem_.row_size;
@@ -203,6 +214,24 @@ class Worker {
   }
 
  private:
+  // The keys [first + start, first + n) as far as they lie one after another: all of them, or those of a page.
+  struct Run {
+    const T *k, *v;
+    int n;
+  };
+  Run run_of(int64_t b, int64_t head, int64_t first, int start, int n) const {
+    int64_t batch = b, token = first + start, end = n - start;
+    if (f_.block_table) {
+      if (start >= n) return {static_cast<const T*>(f_.k), static_cast<const T*>(f_.v), 0};
+      batch = page_of(f_, b, token / f_.page_size);
+      token %= f_.page_size;
+      end = least(end, f_.page_size - token);
+    }
+    return {static_cast<const T*>(f_.k) + batch * f_.k_stride.batch + head * f_.k_stride.head + token * f_.k_stride.token,
+            static_cast<const T*>(f_.v) + batch * f_.v_stride.batch + head * f_.v_stride.head + token * f_.v_stride.token,
+            static_cast<int>(end)};
+  }
+
   void load_query(int64_t b, int64_t head_k, int64_t row, S* q) {
     const int64_t head = head_k * problem_.group + row % problem_.group, t = row / problem_.group;
     const T* const from =
@@ -210,12 +239,12 @@ class Worker {
     for (int64_t d = 0; d < f_.head_dim; d += kLane) store(q + d, load_upto(from + d, f_.head_dim - d));
   }
 
-  // s_[head][row group][key][row], in units of log 2.
-  void scores(const T* k, const T* v, int n, int heads) {
+  // s_[head][row group][key][row], in units of log 2, of n keys that follow the first `start` of the task; `next` is read after.
+  void scores(const T* k, const T* next, int64_t next_stride, int start, int n, int heads) {
     const int dim = static_cast<int>(f_.head_dim), rows = static_cast<int>(problem_.rows);
-    const int64_t k_stride = f_.k_stride.token, v_stride = f_.v_stride.token;
+    const int64_t k_stride = f_.k_stride.token;
     const S factor = static_cast<S>(f_.softcap > 0 ? f_.scale / f_.softcap : f_.scale * kLog2e);
-    Prefetch ahead(k + kAhead * k_stride, n - kAhead, k_stride * sizeof(T), v, v_stride * sizeof(T),
+    Prefetch ahead(k + kAhead * k_stride, n - kAhead, k_stride * sizeof(T), next, next_stride * sizeof(T),
                    ((heads - 1) * f_.k_stride.head + dim) * sizeof(T));
     for (int j = 0; j < n; j += kLane) {
       for (int h = 0; h < heads; ++h) {
@@ -224,7 +253,7 @@ class Worker {
           constexpr int step = kLane / group();
           for (int i = j; i < least(n, j + kLane); i += step)
             score_step<group()>(q_ + (h * rows + r) * q_stride_, q_stride_, keys + i * k_stride, k_stride, n - i, dim, factor,
-                                r == 0 ? &ahead : nullptr, s_ + (h * rows + r) * kChunk + i * group());
+                                r == 0 ? &ahead : nullptr, s_ + (h * rows + r) * kScores + (start + i) * group());
         });
       }
     }
@@ -232,12 +261,23 @@ class Worker {
 
   // The scores s of a group of rows from `row` on become weights; leaves m and l in their results.
   template <int Rows>
-  void weights(int64_t b, int row, int64_t first, int n, S* s, S* result) {
+  void weights(int64_t b, int64_t head_k, int row, int64_t first, int n, S* s, S* result) {
     constexpr S hidden = -static_cast<S>(kInfinity);
     const int size = n * Rows, padded = round_up(size, kLane);
     if (f_.softcap > 0) {
       const S cap = static_cast<S>(f_.softcap * kLog2e);
       for (int i = 0; i < padded; i += kLane) store(s + i, tanh<S>(load(s + i)) * cap);
+    }
+    if (f_.alibi_slopes) {
+      // Lane i belongs to row i % Rows and key i / Rows.
+      Vec<S> slope{}, distance{};
+      for (int i = 0; i < kLane; ++i) {
+        const int64_t r = row + i % Rows, head = head_k * problem_.group + r % problem_.group;
+        slope[i] = static_cast<const S*>(f_.alibi_slopes)[b * f_.alibi_stride + head] * static_cast<S>(kLog2e);
+        distance[i] = static_cast<S>(first + i / Rows - problem_.position(b, r / problem_.group));
+      }
+      for (int i = 0; i < padded; i += kLane)
+        store(s + i, load(s + i) - slope * abs<S>(distance + static_cast<S>(i / Rows)));
     }
     for (int i = size; i < padded; ++i) s[i] = hidden;
     for (int r = 0; r < Rows; ++r) {
@@ -271,18 +311,17 @@ class Worker {
     }
   }
 
-  void values(const T* v, const T* next_k, int n, int heads, S* result) {
+  void values(const T* v, const T* next, int64_t next_stride, int start, int n, int heads, S* result) {
     const int rows = static_cast<int>(problem_.rows), dim = static_cast<int>(f_.value_dim);
     const int64_t stride = f_.v_stride.token, row_size = problem_.row_size;
-    for (int r = 0; r < heads * rows; ++r) __builtin_memset(result + r * row_size, 0, problem_.width * sizeof(S));
-    Prefetch ahead(v + kAhead * stride, n - kAhead, stride * sizeof(T), next_k, f_.k_stride.token * sizeof(T),
+    Prefetch ahead(v + kAhead * stride, n - kAhead, stride * sizeof(T), next, next_stride * sizeof(T),
                    ((heads - 1) * f_.v_stride.head + dim) * sizeof(T));
     for (int j = 0; j < n; j += kBlock) {
       const int keys = least(kBlock, n - j);
       for (int h = 0; h < heads; ++h) {
         const T* const block = v + h * f_.v_stride.head + j * stride;
         for_row_groups<S>(rows, [&](int r, auto group) {
-          const S* const w = s_ + (h * rows + r) * kChunk + j * group();
+          const S* const w = s_ + (h * rows + r) * kScores + (start + j) * group();
           S* const o = result + (h * rows + r) * row_size;
           Prefetch* const coming = r == 0 ? &ahead : nullptr;
           int c = 0;
@@ -379,8 +418,13 @@ void decode_by_forward(const FlashAttentionDecodeParams& p, const Parallel& para
     f.batch = 1;
     f.seqlen_k = length(p, b);
     f.q = static_cast<const char*>(f.q) + b * f.q_stride.batch * size;
-    f.k = static_cast<const char*>(f.k) + b * f.k_stride.batch * size;
-    f.v = static_cast<const char*>(f.v) + b * f.v_stride.batch * size;
+    if (f.block_table) {
+      f.block_table += b * f.block_table_stride;
+    } else {
+      f.k = static_cast<const char*>(f.k) + b * f.k_stride.batch * size;
+      f.v = static_cast<const char*>(f.v) + b * f.v_stride.batch * size;
+    }
+    if (f.alibi_slopes) f.alibi_slopes = static_cast<const char*>(f.alibi_slopes) + b * f.alibi_stride * (size == 8 ? 8 : 4);
     f.out = static_cast<char*>(f.out) + b * f.out_stride.batch * size;
     f.lse = static_cast<char*>(f.lse) + b * f.heads_q * f.seqlen_q * (size == 8 ? 8 : 4);
     flash_attention_fwd(f, threads);
@@ -432,7 +476,12 @@ void flash_attention_append(const FlashAttentionAppendParams& p, const Parallel&
         for (int64_t t = 0; t < p.new_tokens; ++t) {
           if (start + t < 0 || start + t >= p.capacity) continue;
           const int64_t source = b * from_stride.batch + t * from_stride.token;
-          const int64_t target = b * to_stride.batch + (start + t) * to_stride.token;
+          int64_t target = b * to_stride.batch + (start + t) * to_stride.token;
+          if (p.block_table) {
+            const int64_t page = p.block_table[b * p.block_table_stride + (start + t) / p.page_size];
+            if (page < 0 || page >= p.pages) continue;
+            target = page * to_stride.batch + (start + t) % p.page_size * to_stride.token;
+          }
           // A whole token at once where its heads lie side by side.
           const bool whole = from_stride.head == dim && to_stride.head == dim;
           for (int64_t h = 0; h < (whole ? least<int64_t>(1, p.heads) : p.heads); ++h)

@@ -8,12 +8,14 @@
 //   S = Q K^T,  P = 2^(c S - m),  l = l 2^(m' - m) + row sums of P,  O = O 2^(m' - m) + P V      (c = scale * log2 e)
 // and at the end out = O / l, lse = (m + log2 l) ln 2. Tiles are cut down to the keys that any of their rows sees;
 // only tiles at an edge of the mask look at single keys. The tiles of rows and blocks of keys depend on the shape
-// alone, so results are the same whatever the number of threads.
+// alone, so results are the same whatever the number of threads. Few rows against many keys are cut along the keys too: a task
+// then leaves O, m and l of its piece of keys, and a second pass puts the pieces of a chunk together.
 #include "../../include/pykernels/flash_attention.h"
 
 #include "../common/matmul.h"
 #include "../common/scratch.h"
 #include "softmax.h"
+#include "terms.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
 namespace {
@@ -31,14 +33,14 @@ struct Problem {
 
 // One sequence: tokens [q0, q0 + tq) of q against [k0, k0 + tk) of k.
 struct Sequence {
-  int64_t q0, tq, k0, tk;
+  int64_t q0, tq, k0, tk, index;
 };
 
 Sequence sequence(const FlashAttentionParams& p, int64_t s) {
-  if (!p.cu_seqlens_q) return {0, p.seqlen_q, 0, p.seqlen_k};
+  if (!p.cu_seqlens_q) return {0, p.seqlen_q, 0, p.seqlen_k, 0};
   const auto clamp = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
   const int64_t q0 = clamp(p.cu_seqlens_q[s], 0, p.seqlen_q), k0 = clamp(p.cu_seqlens_k[s], 0, p.seqlen_k);
-  return {q0, clamp(p.cu_seqlens_q[s + 1], q0, p.seqlen_q) - q0, k0, clamp(p.cu_seqlens_k[s + 1], k0, p.seqlen_k) - k0};
+  return {q0, clamp(p.cu_seqlens_q[s + 1], q0, p.seqlen_q) - q0, k0, clamp(p.cu_seqlens_k[s + 1], k0, p.seqlen_k) - k0, s};
 }
 
 // The keys [begin, end) that query i of a sequence sees.
@@ -50,17 +52,31 @@ Range visible(const Problem& problem, const Sequence& s, int64_t i) {
   return {most<int64_t>(0, position - problem.left), least<int64_t>(s.tk, position + problem.right + 1)};
 }
 
-// A chunk of rows of a sequence, and about how many scores it takes.
+// A chunk of rows of a sequence against a piece of its keys, and about how many scores it takes.
 struct Chunk {
   int64_t cost;
-  int32_t sequence, index;
+  int32_t sequence, index, piece, pieces;
+  int64_t partial;  // where its pieces are left, in rows per key head
 };
+
+// Into how many pieces the keys of a sequence are cut: by shapes alone. Where there are many heads and sequences they are work
+// enough, and pieces would take memory.
+constexpr int64_t kPieceKeys = 1024, kMaxPieces = 8, kFewRows = 256, kFewTasks = 16;
+int64_t keys_of_piece(const Sequence& s) {
+  return kPieceKeys * ((s.tk + kMaxPieces * kPieceKeys - 1) / (kMaxPieces * kPieceKeys));
+}
+int64_t key_pieces(const Problem& problem, const Sequence& s) {
+  const int64_t tasks = problem.key_heads * most<int64_t>(1, problem.p.sequences);
+  if (tasks > kFewTasks || s.tq * problem.group > kFewRows || s.tk < 2 * kPieceKeys) return 1;
+  return (s.tk + keys_of_piece(s) - 1) / keys_of_piece(s);
+}
 
 // Most expensive first (heap sort: in place, and nothing from the standard library).
 void sort_chunks(Chunk* chunks, int64_t n) {
   const auto before = [](const Chunk& a, const Chunk& b) {
     if (a.cost != b.cost) return a.cost < b.cost;
-    return a.sequence != b.sequence ? a.sequence > b.sequence : a.index > b.index;
+    if (a.sequence != b.sequence) return a.sequence > b.sequence;
+    return a.index != b.index ? a.index > b.index : a.piece > b.piece;
   };
   const auto sift = [&](int64_t root, int64_t end) {
     for (int64_t child; (child = 2 * root + 1) < end; root = child) {
@@ -111,6 +127,8 @@ class Worker {
   Worker(const Problem& problem, Scratch& scratch)
       : problem_(problem),
         p_(problem.p),
+        terms_(problem.p),
+        dropout_(problem.p),
         scratch_(scratch),
         depth_(static_cast<int>(round_up(p_.head_dim, C::kDepthAlign))),
         width_(static_cast<int>(round_up(p_.value_dim, C::kColumnAlign))) {
@@ -126,14 +144,16 @@ class Worker {
     weights_ = sizeof(Elem) == sizeof(Acc) ? reinterpret_cast<Elem*>(s_) : scratch.take<Elem>(buffers * kRows * kStride);
   }
 
-  void run(const Sequence& s, int64_t batch, int64_t head_k, int64_t chunk) {
-    s_q_ = &s;
-    batch_ = batch;
-    head_k_ = head_k;
-    first_row_ = chunk * problem_.chunk_rows;
-    rows_ = static_cast<int>(least(problem_.chunk_rows, s.tq * problem_.group - first_row_));
-    const int64_t end = visible(problem_, s, token(rows_ - 1)).end;
-    const int64_t begin = visible(problem_, s, token(0)).begin / kKeys * kKeys;
+  // `partial`: the results of the chunk's pieces, [pieces][rows][partial_size(p)], where there are several.
+  void run(const Sequence& s, int64_t batch, int64_t head_k, const Chunk& chunk, Acc* partial) {
+    start(s, batch, head_k, chunk);
+    int64_t end = visible(problem_, s, token(rows_ - 1)).end;
+    int64_t begin = visible(problem_, s, token(0)).begin / kKeys * kKeys;
+    if (chunk.pieces > 1) {
+      static_assert(kPieceKeys % kKeys == 0);
+      begin = most(begin, chunk.piece * keys_of_piece(s));
+      end = least(end, (chunk.piece + 1) * keys_of_piece(s));
+    }
     load_queries(begin, end);
     const int tiles = (rows_ + kRows - 1) / kRows;
     for (int64_t key = begin; key < end; key += kKeys) {
@@ -146,10 +166,48 @@ class Worker {
       if constexpr (kIsSplit<C>) finish();
 #endif
     }
-    write();
+    if (chunk.pieces == 1) return write();
+    const int64_t size = partial_size(p_);
+    partial += chunk.piece * rows_ * size;
+    for (int row = 0; row < rows_; ++row, partial += size) {
+      __builtin_memcpy(partial, o_ + row * width_, sizeof(Acc) * width_);
+      partial[width_] = m_[row];
+      partial[width_ + 1] = reduce_add<Acc>(load(l_ + row * kLane));
+    }
   }
 
+  // Puts the pieces of a chunk together.
+  void merge(const Sequence& s, int64_t batch, int64_t head_k, const Chunk& chunk, const Acc* partial) {
+    start(s, batch, head_k, chunk);
+    const int64_t size = partial_size(p_), stride = rows_ * size;
+    __builtin_memset(o_, 0, sizeof(Acc) * rows_ * width_);
+    __builtin_memset(l_, 0, sizeof(Acc) * rows_ * kLane);
+    for (int row = 0; row < rows_; ++row, partial += size) {
+      Acc m = -static_cast<Acc>(kInfinity);
+      for (int i = 0; i < chunk.pieces; ++i) m = most(m, partial[i * stride + width_]);
+      m_[row] = m;
+      for (int i = 0; i < chunk.pieces; ++i) {
+        const Acc* const from = partial + i * stride;
+        if (from[width_] == -static_cast<Acc>(kInfinity) && from[width_ + 1] == 0) continue;  // saw nothing
+        const Vec<Acc> alpha = exp2<Acc>(splat(from[width_] - m));
+        l_[row * kLane] += from[width_ + 1] * alpha[0];
+        for (int j = 0; j < width_; j += kLane)
+          store(o_ + row * width_ + j, load(o_ + row * width_ + j) + load(from + j) * alpha);
+      }
+    }
+    write();
+  }
+  // O, m and l of a row.
+  static int64_t partial_size(const FlashAttentionParams& p) { return round_up(p.value_dim, C::kColumnAlign) + kLane; }
+
  private:
+  void start(const Sequence& s, int64_t batch, int64_t head_k, const Chunk& chunk) {
+    s_q_ = &s;
+    batch_ = batch;
+    head_k_ = head_k;
+    first_row_ = chunk.index * problem_.chunk_rows;
+    rows_ = static_cast<int>(least(problem_.chunk_rows, s.tq * problem_.group - first_row_));
+  }
   int64_t token(int row) const { return (first_row_ + row) / problem_.group; }
 
   // Token and head of consecutive rows, without a division for each.
@@ -175,6 +233,7 @@ class Worker {
   // Brings part `part` of `parts` of the block of keys and values from `key` on into the L2 cache. Their rows are far
   // apart in memory, often in pages of their own: more than the hardware foresees.
   void prefetch_keys(int64_t key, int64_t end, int part, int parts) const {
+    if (p_.block_table) return;
     const int64_t n = least<int64_t>(kKeys, end - key);
     for (int64_t i = key + n * part / parts; i < key + n * (part + 1) / parts; ++i) {
       prefetch_row(keys() + i * p_.k_stride.token, p_.head_dim);
@@ -192,6 +251,18 @@ class Worker {
   const T* values() const {
     return static_cast<const T*>(p_.v) + batch_ * p_.v_stride.batch + head_k_ * p_.v_stride.head +
            s_q_->k0 * p_.v_stride.token;
+  }
+
+  // Copies keys or values [key, key + n) out of their pages; rows of `dim`.
+  const T* from_pages(T*& buffer, const void* pages, const Strides3& stride, int64_t key, int n, int64_t dim) {
+    if (!buffer) buffer = scratch_.take<T>(kKeys * dim);
+    for (int i = 0; i < n; ++i) {
+      const int64_t page = page_of(p_, batch_, (key + i) / p_.page_size);
+      const T* const from = static_cast<const T*>(pages) + page * stride.batch + (key + i) % p_.page_size * stride.token +
+                            head_k_ * stride.head;
+      __builtin_memcpy(buffer + i * dim, from, sizeof(T) * dim);
+    }
+    return buffer;
   }
 
   // Fetches the first block of keys on the side.
@@ -244,42 +315,44 @@ class Worker {
 
   // Packs keys [key, key + n) and their values.
   void load_keys(int64_t key, int n) {
-    const T* const k = keys() + key * p_.k_stride.token;
-    const T* const v = values() + key * p_.v_stride.token;
     const int head_dim = static_cast<int>(p_.head_dim), value_dim = static_cast<int>(p_.value_dim);
+    const bool paged = p_.block_table != nullptr;
+    const T* const k = paged ? from_pages(k_pages_, p_.k, p_.k_stride, key, n, head_dim) : keys() + key * p_.k_stride.token;
+    const T* const v = paged ? from_pages(v_pages_, p_.v, p_.v_stride, key, n, value_dim) : values() + key * p_.v_stride.token;
+    const int64_t k_stride = paged ? head_dim : p_.k_stride.token, v_stride = paged ? value_dim : p_.v_stride.token;
     keys_ = n;
-    k_source_ = k;
-    v_source_ = v;
+    k_source_ = k, v_source_ = v;
+    k_source_stride_ = k_stride, v_source_stride_ = v_stride;
     exact_k_ready_ = exact_v_ready_ = false;
 
     exceptional_keys_ = false;
-    if constexpr (kIsSplit<C>) exceptional_keys_ = !magnitudes(k, p_.k_stride.token, n, head_dim, kLimit).all_below;
+    if constexpr (kIsSplit<C>) exceptional_keys_ = !magnitudes(k, k_stride, n, head_dim, kLimit).all_below;
     if (exceptional_keys_) {
       for (int j = 0; j < n; ++j)
-        exceptional_key_[j] = !magnitudes(k + j * p_.k_stride.token, 0, 1, head_dim, kLimit).all_below;
+        exceptional_key_[j] = !magnitudes(k + j * k_stride, 0, 1, head_dim, kLimit).all_below;
       __builtin_memset(exceptional_key_ + n, 0, kKeys - n);
-      pack_columns<C>(k_, packed_panel<C>(depth_), without_exceptional(k, p_.k_stride.token, n, head_dim), head_dim,
+      pack_columns<C>(k_, packed_panel<C>(depth_), without_exceptional(k, k_stride, n, head_dim), head_dim,
                       head_dim, n);
     } else {
-      pack_columns<C>(k_, packed_panel<C>(depth_), k, p_.k_stride.token, head_dim, n);
+      pack_columns<C>(k_, packed_panel<C>(depth_), k, k_stride, head_dim, n);
     }
 
-    const Magnitudes<Acc> values = magnitudes(v, p_.v_stride.token, n, value_dim, kLimit);
+    const Magnitudes<Acc> values = magnitudes(v, v_stride, n, value_dim, kLimit);
     exceptional_values_ = !values.all_below;
     if (exceptional_values_) {
       for (int j = 0; j < n; ++j)
-        exceptional_value_[j] = !magnitudes(v + j * p_.v_stride.token, 0, 1, value_dim, kLimit).all_below;
-      pack_rows<C, WeightOrder<C>>(v_, packed_panel<C>(kKeys), without_exceptional(v, p_.v_stride.token, n, value_dim),
+        exceptional_value_[j] = !magnitudes(v + j * v_stride, 0, 1, value_dim, kLimit).all_below;
+      pack_rows<C, WeightOrder<C>>(v_, packed_panel<C>(kKeys), without_exceptional(v, v_stride, n, value_dim),
                                    value_dim, n, value_dim);
     } else {
-      pack_rows<C, WeightOrder<C>>(v_, packed_panel<C>(kKeys), v, p_.v_stride.token, n, value_dim);
+      pack_rows<C, WeightOrder<C>>(v_, packed_panel<C>(kKeys), v, v_stride, n, value_dim);
     }
 #if defined(PYKERNELS_HAS_AMX)
     if constexpr (kIsSplit<C>) tiny_values_ = values.largest > 0 && values.largest < kSplitLeast;
 #endif
     if constexpr (kFastExp) {
       const double scale = p_.scale < 0 ? -p_.scale : p_.scale;
-      score_bound_ = largest_magnitude(k, p_.k_stride.token, n, p_.head_dim) *
+      score_bound_ = largest_magnitude(k, k_stride, n, p_.head_dim) *
                      static_cast<Acc>(static_cast<double>(p_.head_dim) * scale * kLog2e);
     }
   }
@@ -298,7 +371,7 @@ class Worker {
     const bool edge = last.begin > first_key || first.end < first_key + padded;
 #if defined(PYKERNELS_HAS_AMX)
     if constexpr (kIsSplit<C>) {
-      if (p_.softcap <= 0 && p_.scale != 0 && !tiny_values_ && !exceptional_keys_ && !tiles_[row / kRows].exceptional)
+      if (p_.softcap <= 0 && p_.scale != 0 && !dropout_.on() && !tiny_values_ && !exceptional_keys_ && !tiles_[row / kRows].exceptional)
         return overlap({row, rows, begin, padded, key, edge});
       finish();
     }
@@ -308,10 +381,12 @@ class Worker {
     if constexpr (kFastExp) fast = score_bound_ * tiles_[row / kRows].largest < kFastExp2Bound;
     bool done = false;
 #if defined(PYKERNELS_HAS_AMX)
-    if constexpr (kFastExp) done = fast && fused_tile(row, key, begin, padded, first, last);
+    if constexpr (kFastExp)
+      done = fast && !terms_.on() && !dropout_.on() && fused_tile(row, key, begin, padded, first, last);
 #endif
     if (!done) {
       scores(row, rows, begin, columns, padded);
+      if (terms_.on()) fast &= add_terms(s_, row, rows, first_key, columns, padded) && maxima_below_bound(row, rows);
       if (edge) hide(s_, row, rows, first_key, padded);
       Softmax<C> softmax{rows,    padded,   s_, weights_, kStride, factor_, m_ + row, l_ + row * kLane, o_ + row * width_,
                          width_};
@@ -319,6 +394,7 @@ class Worker {
         fast ? softmax.fast() : softmax.exact();
       else
         softmax.exact();
+      if (dropout_.on()) drop(row, rows, first_key, padded);
       add_values(row, rows, begin, columns, padded);
     }
     if (exceptional_values_) add_exceptional_values(row, rows, key, begin, padded, weights_);
@@ -336,7 +412,7 @@ class Worker {
     const Stage now = softmax_stage_, last = values_stage_;
     float *const s_now = s_ + phase_ * kRows * kStride, *const s_next = s_ + (1 - phase_) * kRows * kStride;
     Elem *const w_now = weights_ + phase_ * kRows * kStride, *const w_last = weights_ + (1 - phase_) * kRows * kStride;
-    const Acc factor = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
+    const Acc factor = terms_.on() ? 1 : static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
     Softmax<C> softmax{now.columns ? kRows : 0, now.columns, s_now, w_now, kStride, factor, m_ + now.row, l_ + now.row * kLane,
                        o_ + now.row * width_, width_};
     const auto piece = [&](int n) { softmax.piece(n); };
@@ -350,6 +426,10 @@ class Worker {
                 {o_ + last.row * width_, width_}, true, beside);
     beside.finish();
     if (last.columns && exceptional_values_) add_exceptional_values(last.row, last.rows, last.key, last.begin, last.columns, w_last);
+    if (next.columns && terms_.on()) {
+      factor_ = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
+      add_terms(s_next, next.row, next.rows, next.key + next.begin, next.columns, next.columns);
+    }
     if (next.edge) hide(s_next, next.row, next.rows, next.key + next.begin, next.columns);
     values_stage_ = now;
     softmax_stage_ = next;
@@ -380,11 +460,59 @@ class Worker {
         for (int j = 0; j < padded; j += kLane)
           store(s_ + i * kStride + j, tanh<Acc>(load(s_ + i * kStride + j) * in) * out);
       factor_ = 1;
-    } else if (scale == 0) {
+    } else if (scale == 0 && !terms_.on()) {
       // Not a factor: hidden scores stay -infinity.
       for (int i = 0; i < rows; ++i)
         for (int j = 0; j < padded; j += kLane) store(s_ + i * kStride + j, load(s_ + i * kStride + j) * scale);
       factor_ = 1;
+    }
+  }
+
+  Place place(int head) const {
+    return {batch_, p_.cu_seqlens_q ? s_q_->index : batch_, head_k_ * problem_.group + head, s_q_->q0, s_q_->tq, s_q_->k0,
+            s_q_->tk};
+  }
+  // Scales the scores of a tile to units of log 2 and adds what the options say. Whether the table of exponentials may have them.
+  // Columns from `valid` on, which will be hidden and hold anything yet, have no say in that.
+  bool add_terms(Acc* s, int row, int rows, int64_t first_key, int valid, int columns) {
+    Bounded<Acc> bounded{static_cast<Acc>(kFastExp2Bound)};
+    Cursor at = cursor(row);
+    for (int i = 0; i < rows; ++i, at.advance()) {
+      for (int j = valid; j < columns; ++j) s[i * kStride + j] = 0;
+      terms_.add(s + i * kStride, columns, factor_, place(static_cast<int>(at.head)), at.token, first_key, bounded);
+    }
+    factor_ = 1;
+    return kFastExp && bounded.holds();
+  }
+  bool maxima_below_bound(int row, int rows) const {
+    for (int i = row; i < row + rows; ++i)
+      if (!(m_[i] < kFastExp2Bound) || (m_[i] <= -kFastExp2Bound && m_[i] > -static_cast<Acc>(kInfinity))) return false;
+    return true;
+  }
+
+  // Zeroes the weights that dropout does not keep; `write` scales the others.
+  void drop(int row, int rows, int64_t first_key, int columns) {
+    if constexpr (!kIsSplit<C>) {
+      alignas(64) uint32_t buffer[Dropout::buffer_size(kKeys)];
+      Cursor at = cursor(row);
+      for (int i = 0; i < rows; ++i, at.advance()) {
+        const uint32_t* const words = dropout_.row(place(static_cast<int>(at.head)), at.token, first_key, columns, buffer);
+        Elem* const w = weights_ + i * kStride;
+        if constexpr (kFastExp) {
+#if defined(PYKERNELS_HAS_BF16_DOT)
+          const __m512i threshold = _mm512_set1_epi32(static_cast<int>(dropout_.threshold()));
+          for (int j = 0; j < columns; j += 32) {
+            const uint32_t low = _mm512_cmpge_epu32_mask(_mm512_loadu_si512(words + j), threshold);
+            const uint32_t high = _mm512_cmpge_epu32_mask(_mm512_loadu_si512(words + j + 16), threshold);
+            // In PackedOrder.
+            const uint32_t keep = _pdep_u32(low, 0x0f0f0f0fu) | _pdep_u32(high, 0xf0f0f0f0u);
+            _mm512_storeu_si512(w + j, _mm512_maskz_loadu_epi16(keep, w + j));
+          }
+#endif
+        } else {
+          for (int j = 0; j < columns; ++j) w[j] = words[j] >= dropout_.threshold() ? w[j] : Elem{};
+        }
+      }
     }
   }
 
@@ -415,7 +543,7 @@ class Worker {
     for (int j = 0; j < columns; ++j) {
       const int n = begin + WeightOrder<C>::source(j);  // of the block's keys
       if (n >= keys_ || !exceptional_value_[n]) continue;
-      const T* const v = v_source_ + n * p_.v_stride.token;
+      const T* const v = v_source_ + n * v_source_stride_;
       for (int64_t d = 0; d < width_; d += kLane) {
         const Vec<Acc> x = load_upto(v + d, p_.value_dim - d);
         store(exceptional_row_ + d, (abs<Acc>(x) < splat(kLimit)) ? Vec<Acc>{} : x);
@@ -423,6 +551,7 @@ class Worker {
       for (int i = 0; i < rows; ++i) {
         if (key + n < ranges[i].begin || key + n >= ranges[i].end) continue;
         const Acc weight = weight_at(weights + i * kStride, j);
+        if (weight == 0 && (p_.bias || dropout_.on())) continue;  // hidden, or dropped
         Acc* const o = o_ + (row + i) * width_;
         for (int64_t d = 0; d < width_; d += kLane) store(o + d, load(o + d) + load(exceptional_row_ + d) * weight);
       }
@@ -461,7 +590,7 @@ class Worker {
     float* const k = exact(exact_k_, packed_size<F32>(head_dim, kKeys));
     float* const s = exact(exact_s_, kRows * kStride);
     if (!exact_k_ready_) {
-      pack_columns<F32>(k, panel, k_source_, p_.k_stride.token, static_cast<int>(head_dim), keys_);
+      pack_columns<F32>(k, panel, k_source_, k_source_stride_, static_cast<int>(head_dim), keys_);
       exact_k_ready_ = true;
     }
     Cursor at = cursor(row);
@@ -482,8 +611,8 @@ class Worker {
     float* const v = exact(exact_v_, packed_size<F32>(kKeys, width_));
     float* const weights = exact(exact_s_, kRows * kStride);
     if (!exact_v_ready_) {
-      const T* const from = exceptional_values_ ? without_exceptional(v_source_, p_.v_stride.token, keys_, p_.value_dim) : v_source_;
-      pack_rows<F32>(v, panel, from, exceptional_values_ ? p_.value_dim : p_.v_stride.token, keys_, static_cast<int>(p_.value_dim));
+      const T* const from = exceptional_values_ ? without_exceptional(v_source_, v_source_stride_, keys_, p_.value_dim) : v_source_;
+      pack_rows<F32>(v, panel, from, exceptional_values_ ? p_.value_dim : v_source_stride_, keys_, static_cast<int>(p_.value_dim));
       exact_v_ready_ = true;
     }
     for (int i = 0; i < rows; ++i)
@@ -602,20 +731,20 @@ class Worker {
     Acc* const lse = static_cast<Acc*>(p_.lse);
     Cursor at = cursor(0);
     for (int row = 0; row < rows_; ++row, at.advance()) {
-      const Acc sum = reduce_add<Acc>(load(l_ + row * kLane));
-      const Acc inverse = sum == 0 ? 0 : 1 / sum;
+      const int64_t head = head_k_ * problem_.group + at.head;
+      const RowSum<Acc> sum(p_, head, m_[row], reduce_add<Acc>(load(l_ + row * kLane)));
+      const Acc inverse = dropout_.on() ? sum.inverse * static_cast<Acc>(dropout_.scale()) : sum.inverse;
       T* const to = address(out, p_.out_stride, at);
       for (int64_t j = 0; j < p_.value_dim; j += kLane)
         store_upto(to + j, load(o_ + row * width_ + j) * inverse, p_.value_dim - j);
-      const double log_sum = sum == 0 ? -static_cast<double>(kInfinity)
-                                      : static_cast<double>(m_[row]) * kLn2 + __builtin_log(static_cast<double>(sum));
-      const int64_t head = head_k_ * problem_.group + at.head;
-      lse[(batch_ * p_.heads_q + head) * p_.seqlen_q + s_q_->q0 + at.token] = static_cast<Acc>(log_sum);
+      lse[(batch_ * p_.heads_q + head) * p_.seqlen_q + s_q_->q0 + at.token] = sum.lse;
     }
   }
 
   const Problem& problem_;
   const FlashAttentionParams& p_;
+  const ScoreTerms<T> terms_;
+  const Dropout dropout_;
   Scratch& scratch_;
   const int depth_, width_;  // padded head and value dims
   // The current task.
@@ -625,6 +754,8 @@ class Worker {
   // The current block of keys: where it comes from, what is exceptional (has elements not below kLimit), whether its values are
   // too small for SplitF32, and what times the largest magnitude of queries bounds its scores.
   const T *k_source_ = nullptr, *v_source_ = nullptr;
+  int64_t k_source_stride_ = 0, v_source_stride_ = 0;
+  T *k_pages_ = nullptr, *v_pages_ = nullptr;  // copies of them
   int keys_ = 0;
   bool exceptional_keys_ = false, exceptional_values_ = false, tiny_values_ = false;
   bool exceptional_key_[kKeys], exceptional_value_[kKeys];
@@ -698,22 +829,34 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
   problem.chunk_rows = most<int64_t>(tile_rows, round_up((longest + pieces - 1) / pieces, tile_rows));
 
   int64_t count = 0;
-  for (int64_t s = 0; s < sequences; ++s)
-    count += (sequence(p, s).tq * problem.group + problem.chunk_rows - 1) / problem.chunk_rows;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const Sequence seq = sequence(p, s);
+    count += (seq.tq * problem.group + problem.chunk_rows - 1) / problem.chunk_rows * key_pieces(problem, seq);
+  }
   Scratch table;
   Chunk* const chunks = table.take<Chunk>(count);
+  int64_t partial_rows = 0;
   count = 0;
   for (int64_t s = 0; s < sequences; ++s) {
     const Sequence seq = sequence(p, s);
-    const int64_t in_all = seq.tq * problem.group;
+    const int64_t in_all = seq.tq * problem.group, pieces = key_pieces(problem, seq);
     for (int64_t first = 0; first < in_all; first += problem.chunk_rows) {
       const int64_t n = least(problem.chunk_rows, in_all - first);
       const Range range = visible(problem, seq, (first + n / 2) / problem.group);
-      chunks[count++] = {n * most<int64_t>(1, range.end - range.begin), static_cast<int32_t>(s),
-                         static_cast<int32_t>(first / problem.chunk_rows)};
+      const int64_t cost = n * most<int64_t>(1, range.end - range.begin) / pieces;
+      for (int64_t piece = 0; piece < pieces; ++piece)
+        chunks[count++] = {cost, static_cast<int32_t>(s), static_cast<int32_t>(first / problem.chunk_rows),
+                           static_cast<int32_t>(piece), static_cast<int32_t>(pieces), partial_rows};
+      if (pieces > 1) partial_rows += pieces * n;
     }
   }
   sort_chunks(chunks, count);
+  using Acc = typename C::Acc;
+  const int64_t partial_size = Worker<T, C>::partial_size(p);
+  Acc* const partial = partial_rows ? table.take<Acc>(partial_rows * problem.key_heads * partial_size) : nullptr;
+  const auto partial_of = [&](const Chunk& chunk, int64_t bh) {
+    return partial + (bh * partial_rows + chunk.partial) * partial_size;
+  };
 
   run_tasks(parallel, count * problem.key_heads, [&](TaskQueue& queue) {
     const Tiles tiles;
@@ -722,7 +865,18 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
     for (int64_t task; (task = queue.next()) >= 0;) {
       const Chunk& chunk = chunks[task / problem.key_heads];
       const int64_t bh = task % problem.key_heads;
-      worker.run(sequence(p, chunk.sequence), bh / p.heads_k, bh % p.heads_k, chunk.index);
+      worker.run(sequence(p, chunk.sequence), bh / p.heads_k, bh % p.heads_k, chunk, partial_of(chunk, bh));
+    }
+  });
+  if (!partial) return;
+  run_tasks(parallel, count * problem.key_heads, [&](TaskQueue& queue) {
+    Scratch scratch;
+    Worker<T, C> worker(problem, scratch);
+    for (int64_t task; (task = queue.next()) >= 0;) {
+      const Chunk& chunk = chunks[task / problem.key_heads];
+      const int64_t bh = task % problem.key_heads;
+      if (chunk.pieces > 1 && chunk.piece == 0)
+        worker.merge(sequence(p, chunk.sequence), bh / p.heads_k, bh % p.heads_k, chunk, partial_of(chunk, bh));
     }
   });
 }
@@ -736,7 +890,7 @@ void forward_fp32(const FlashAttentionParams& p, const Parallel& parallel) {
   const int64_t queries = p.cu_seqlens_q ? p.seqlen_q / most<int64_t>(1, p.sequences) : p.seqlen_q;
   const bool pays = p.head_dim + p.value_dim > 32 && queries * (p.heads_q / p.heads_k) >= 64;
   // Times a larger scale, what denormals lose might show.
-  if (pays && p.scale < 0x1p30 && p.scale > -0x1p30) return forward<T, SplitF32>(p, parallel);
+  if (pays && p.scale < 0x1p30 && p.scale > -0x1p30 && !p.dropout_seed) return forward<T, SplitF32>(p, parallel);
 #endif
   forward<T, ComputeFor<T>>(p, parallel);
 }

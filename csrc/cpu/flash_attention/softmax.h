@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/matmul.h"
+#include "terms.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
 
@@ -117,6 +118,18 @@ PYKERNELS_INLINE float weight_at(const BFloat16* row, int j) { return to_float(r
 PYKERNELS_INLINE float weight_at(const SplitF32::Elem* row, int j) { return split_element(row, j); }
 #endif
 
+// x y, rounded: the compiler may not make it part of a fused multiply-add.
+template <class S>
+PYKERNELS_INLINE Vec<S> rounded_product(Vec<S> x, S y) {
+  Vec<S> product = x * y;
+#if defined(__x86_64__)
+  __asm__("" : "+x"(product));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(product));
+#endif
+  return product;
+}
+
 template <class C>
 struct Softmax {
   using Elem = typename C::Elem;
@@ -157,18 +170,33 @@ struct Softmax {
     if (here > m[i]) rescale(i, here);
   }
 
+  // The exponent of a score. m is the rounded product of the largest one: as long as a rounding is small the fused form is the
+  // more exact one, but its zero would be off by half a unit of a large m.
+  template <bool Far>
+  PYKERNELS_INLINE Vec<Acc> exponents(const Acc* s, Vec<Acc> base) const {
+    if constexpr (Far) return rounded_product<Acc>(load(s), factor) + base;
+    return load(s) * factor + base;
+  }
+  PYKERNELS_INLINE bool far(int i) const {
+    return m[i] >= kFar<Acc> || (m[i] <= -kFar<Acc> && m[i] > -static_cast<Acc>(kInfinity));
+  }
+
   PYKERNELS_INLINE void exact_row(int i) {
+    move_on(i);
+    far(i) ? exact_weights<true>(i) : exact_weights<false>(i);
+  }
+  template <bool Far>
+  PYKERNELS_INLINE void exact_weights(int i) {
     const Acc* const s = scores + i * stride;
     Elem* const w = weights + i * stride;
-    move_on(i);
     const Vec<Acc> base = splat(m[i] == -static_cast<Acc>(kInfinity) ? 0 : -m[i]);
     Vec<Acc> sum = load(l + i * kLane);
     if constexpr (kHasFastExp2<C>) {
 #if defined(PYKERNELS_HAS_BF16_DOT)
       const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
       for (int j = 0; j < columns; j += 32) {
-        const Vec<float> a = exp2<float>(load(s + j) * factor + base);
-        const Vec<float> b = exp2<float>(load(s + j + 16) * factor + base);
+        const Vec<float> a = exp2<float>(exponents<Far>(s + j, base));
+        const Vec<float> b = exp2<float>(exponents<Far>(s + j + 16, base));
         sum += a + b;
         const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
         _mm512_storeu_si512(w + j, _mm512_permutexvar_epi64(order, bits));
@@ -176,7 +204,7 @@ struct Softmax {
 #endif
     } else {
       for (int j = 0; j < columns; j += kLane) {
-        const Vec<Acc> weight = exp2<Acc>(load(s + j) * factor + base);
+        const Vec<Acc> weight = exp2<Acc>(exponents<Far>(s + j, base));
         sum += weight;
         store(w + j, weight);
       }
@@ -189,15 +217,19 @@ struct Softmax {
   // of either half.
   int pieces() const { return 3 * rows; }
   __attribute__((noinline)) void piece(int n) {
+    if (n % 3 == 0) return move_on(n / 3);
+    far(n / 3) ? half_weights<true>(n) : half_weights<false>(n);
+  }
+  template <bool Far>
+  PYKERNELS_INLINE void half_weights(int n) {
     const int i = n / 3, middle = columns / 64 * 32;
-    if (n % 3 == 0) return move_on(i);
     const float* const s = scores + i * stride;
     Elem* const w = weights + i * stride;
     const Vec<float> base = splat(m[i] == -kInfinity ? 0 : -m[i]);
     Vec<float> sum = load(l + i * kLane);
     for (int j = n % 3 == 1 ? 0 : middle; j < (n % 3 == 1 ? middle : columns); j += 32) {
-      const Vec<float> a = exp2<float>(load(s + j) * factor + base);
-      const Vec<float> b = exp2<float>(load(s + j + 16) * factor + base);
+      const Vec<float> a = exp2<float>(exponents<Far>(s + j, base));
+      const Vec<float> b = exp2<float>(exponents<Far>(s + j + 16, base));
       sum += a + b;
       store_row(w + j, split(a, b));
     }

@@ -9,8 +9,8 @@
 //
 // Row i of a sequence with tq queries and tk keys sees key j when  p - window_left <= j <= p + window_right  with
 // p = i + tk - tq (bottom-right aligned); a negative window bound means unbounded, causal is window_right = 0.
-// score = scale * q.k, then softcap * tanh(score / softcap) when softcap > 0.
-// A row that sees no key gives zeros and lse = -inf; its gradients are zero.
+// score = scale * q.k, then softcap * tanh(score / softcap) when softcap > 0, then - slope |p - j|, then + bias.
+// A row that sees no key gives zeros and lse = -inf, or its head's sink; its gradients are zero.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,12 @@
 #include "strides.h"
 
 namespace pykernels {
+
+// Boolean: true where the key is visible.
+enum class BiasType : int32_t { kBoolean, kFloat32, kSameAsQ };
+struct Strides4 {
+  int64_t batch, head, row, key;
+};
 
 struct FlashAttentionParams {
   DType dtype;  // of q, k, v, out and their gradients; lse, dlse and delta are fp32 (fp64 for fp64)
@@ -42,6 +48,20 @@ struct FlashAttentionParams {
 
   double scale, softcap;               // softcap 0: none
   int64_t window_left, window_right;   // < 0: unbounded
+
+  // What follows is null where it is off. Slopes and sinks are of lse's type.
+  const void* alibi_slopes;     // [Hq] (stride 0), or [B or sequences, Hq]
+  int64_t alibi_stride;
+  const void* bias;             // element (b, h, i, j) of what it is broadcast to: i and j count along the packed axis
+  BiasType bias_type;
+  Strides4 bias_stride;         // 0 along axes that it lacks; else key is 1
+  const void* sinks;            // [Hq]
+  const int64_t* dropout_seed;  // a weight is kept as pykernels/ops/flash_attention/reference.py says
+  double dropout_p;
+  // Decoding: k and v are [pages, page size, Hk, dim], and seqlen_k is what an entry's pages hold together. Token t of entry b
+  // lies in page block_table[b, t / page_size] (clamped).
+  const int32_t* block_table;   // [B, block_table_stride]
+  int64_t block_table_stride, page_size, pages;
 };
 
 struct FlashAttentionBackwardParams {
@@ -54,6 +74,9 @@ struct FlashAttentionBackwardParams {
   void* dk;
   void* dv;
   Strides3 dq_stride, dk_stride, dv_stride;
+  // Of the accumulator's type and contiguous; null: not wanted. dbias has bias' shape: 1 along the axes of stride 0.
+  void* dbias;
+  void* dsinks;  // [Hq]
   // The CPU kernels are bitwise repeatable at a fixed thread count either way; set, also across thread counts. The CUDA
   // kernels for sm_80 are always bitwise repeatable, those for sm_90a never; set, the former serve.
   bool deterministic;
@@ -73,7 +96,8 @@ struct FlashAttentionDecodeParams {
 };
 
 // Copies new tokens into a cache: k_cache[b, cache_seqlens[b] + t] = k[b, t], v likewise. Tokens that would land outside
-// [0, Tmax) are dropped.
+// [0, Tmax) are dropped. With a block table the cache is paged as above (tokens of pages that don't exist are
+// dropped too), and capacity what an entry's pages hold together.
 struct FlashAttentionAppendParams {
   int64_t element_size;  // bytes; the copy does not look inside elements
   int64_t batch, new_tokens, capacity, heads, head_dim, value_dim;
@@ -85,6 +109,8 @@ struct FlashAttentionAppendParams {
   void* v_cache;
   Strides3 k_cache_stride, v_cache_stride;
   const int32_t* cache_seqlens;  // [B]
+  const int32_t* block_table;    // [B, block_table_stride], or null
+  int64_t block_table_stride, page_size, pages;
 };
 
 namespace cpu {

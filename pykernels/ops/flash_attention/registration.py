@@ -2,6 +2,10 @@
 
 Each backend has its own ops, `flash_attention_{fwd,bwd,decode,append}_<backend>`, with one schema for all. Autograd is an
 `autograd.Function` around them; its backward is differentiable again in eager mode, through the reference.
+
+What is off is None (dropout_p: 0). Inside the ops alibi_slopes [Hq] or [B or sequences, Hq] and sinks [Hq] are in the
+accumulator's dtype, bias is [B or 1, Hq or 1, Tq or 1, Tk or 1] in bool, q's dtype or float32, seed is int64 [1] and
+block_table int32 [B, pages of an entry].
 """
 
 from __future__ import annotations
@@ -10,39 +14,54 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _dispatch
+from ... import _autograd, _dispatch
 from . import reference
 
 _OPTIONS = "float scale, float softcap, int window_left, int window_right"
+_EXTRAS = "Tensor? alibi_slopes=None, Tensor? bias=None, Tensor? sinks=None, Tensor? seed=None, float dropout_p=0.0"
 SCHEMAS = {
-    "fwd": f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    "fwd": "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+           f"{_OPTIONS}, {_EXTRAS}) -> (Tensor out, Tensor lse)",
+    # dbias and dsinks are in the accumulator's dtype, and empty where there is none to give.
     "bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens_q, "
-           f"Tensor? cu_seqlens_k, {_OPTIONS}, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
-    "decode": f"(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int new_tokens, {_OPTIONS}) "
-              "-> (Tensor out, Tensor lse)",
-    "append": "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens) -> ()",
+           f"Tensor? cu_seqlens_k, {_OPTIONS}, bool deterministic, {_EXTRAS}, bool bias_gradient=False) "
+           "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+    "decode": f"(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int new_tokens, {_OPTIONS}, "
+              "Tensor? block_table=None, Tensor? alibi_slopes=None, Tensor? sinks=None) -> (Tensor out, Tensor lse)",
+    "append": "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, "
+              "Tensor? block_table=None) -> ()",
 }
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of lse, of slopes and sinks inside the ops, and of the sums that make dbias and dsinks."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     batch, tq, heads, _ = q.shape
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(batch, tq, heads, v.shape[3]), q.new_empty(batch, heads, tq, dtype=accumulator)
+    return q.new_empty(batch, tq, heads, v.shape[3]), q.new_empty(batch, heads, tq, dtype=accumulator(q.dtype))
 
 
-def _fake_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right):
+def _fake_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right, alibi_slopes=None, bias=None,
+              sinks=None, seed=None, dropout_p=0.0):
     return _outputs(q, v)
 
 
-def _fake_bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right, deterministic):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _fake_bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right, deterministic,
+              alibi_slopes=None, bias=None, sinks=None, seed=None, dropout_p=0.0, bias_gradient=False):
+    wide = accumulator(q.dtype)
+    return (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape),
+            q.new_empty(bias.shape if bias_gradient else 0, dtype=wide),
+            q.new_empty(0 if sinks is None else sinks.shape, dtype=wide))
 
 
-def _fake_decode(q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, window_left, window_right):
+def _fake_decode(q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, window_left, window_right, block_table=None,
+                 alibi_slopes=None, sinks=None):
     return _outputs(q, v_cache)
 
 
-def _fake_append(k_cache, v_cache, k, v, cache_seqlens):
+def _fake_append(k_cache, v_cache, k, v, cache_seqlens, block_table=None):
     return None
 
 
@@ -51,61 +70,69 @@ run = _dispatch.register("flash_attention", SCHEMAS,
                          mutated={"append": (0, 1)}, triton=f"{__package__}.triton")
 
 
+def _gradients(backend, tensors, bias, sinks, others, options, deterministic, dropout_p, bias_gradient):
+    """The backward op -> gradients of q, k, v, bias, sinks; None where there is no such argument or need."""
+    cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed = others
+    dq, dk, dv, dbias, dsinks = run("bwd", backend, *tensors, cu_seqlens_q, cu_seqlens_k, *options, deterministic,
+                                    alibi_slopes, bias, sinks, seed, dropout_p, bias_gradient)
+    return dq, dk, dv, dbias.to(bias.dtype) if bias_gradient else None, None if sinks is None else dsinks
+
+
 class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, whose derivative is that of the reference's backward."""
 
     @staticmethod
-    def forward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options, deterministic, backend):
-        return run("bwd", backend, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options, deterministic)
+    def forward(dout, dlse, q, k, v, bias, sinks, out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, settings):
+        options, dropout_p, deterministic, backend = settings
+        return _gradients(backend, (dout, dlse, q, k, v, out, lse), bias, sinks,
+                          (cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed), options, deterministic, dropout_p,
+                          bias is not None and bias.is_floating_point())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dout, dlse, q, k, v, _, _, cu_seqlens_q, cu_seqlens_k, options, _, _ = inputs
-        ctx.save_for_backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k)
-        ctx.options = options
+        *tensors, ctx.settings = inputs
+        ctx.save_for_backward(*tensors[:7], *tensors[9:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *cotangents):
-        dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    def backward(ctx, *upstream):
+        dout, dlse, q, k, v, bias, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed = ctx.saved_tensors
+        options, dropout_p, _, _ = ctx.settings
+        variable = bias if bias is not None and bias.is_floating_point() else None
 
-        def gradients(dout, dlse, q, k, v):
-            _, vjp = torch.func.vjp(
-                lambda *qkv: reference.flash_attention(*qkv, cu_seqlens_q, cu_seqlens_k, *ctx.options), q, k, v)
-            return vjp((dout, dlse))
+        def forward(q, k, v, variable, sinks):
+            return reference.flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes,
+                                             bias if variable is None else variable, sinks, seed, dropout_p)
 
-        no_dlse = dlse is None
-        if no_dlse:
-            batch, tq, heads, _ = q.shape
-            dlse = q.new_zeros(batch, heads, tq, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-        _, vjp = torch.func.vjp(gradients, dout, dlse, q, k, v)
-        ddout, ddlse, dq, dk, dv = vjp(cotangents)
-        # out and lse are functions of q, k and v here, so their own cotangents are already inside those.
-        return ddout, None if no_dlse else ddlse, dq, dk, dv, *[None] * 7
+        # out and lse are functions of the inputs here, so their own cotangents are already inside those.
+        given, inputs = _autograd.second_derivative(forward, (q, k, v, variable, sinks), (dout, dlse), upstream)
+        return *given, *inputs, *[None] * 7
 
 
 class FlashAttention(torch.autograd.Function):
-    """flash_attention on a compiled backend -> (out, lse), both differentiable."""
+    """flash_attention on a compiled backend -> (out, lse), both differentiable in q, k, v, bias and sinks."""
 
     @staticmethod
-    def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, options, deterministic, backend):
-        return run("fwd", backend, q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+    def forward(q, k, v, bias, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options, dropout_p, deterministic, backend):
+        return run("fwd", backend, q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks, seed, dropout_p)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, cu_seqlens_q, cu_seqlens_k, options, deterministic, backend = inputs
-        ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
+        *tensors, options, dropout_p, deterministic, backend = inputs
+        ctx.save_for_backward(*tensors[:5], *output, *tensors[5:])
         ctx.set_materialize_grads(False)
-        ctx.settings = options, deterministic, backend
+        ctx.settings = options, dropout_p, deterministic, backend
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-        options, deterministic, backend = ctx.settings
+        q, k, v, bias, sinks, out, lse, *others = ctx.saved_tensors
+        options, dropout_p, deterministic, backend = ctx.settings
         if dout is None:
             dout = torch.zeros_like(out)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradients = _Backward.apply(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options, deterministic, backend)
+            gradients = _Backward.apply(dout, dlse, q, k, v, bias, sinks, out, lse, *others, ctx.settings)
         else:
-            gradients = run("bwd", backend, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options, deterministic)
-        return *gradients, *[None] * 5
+            gradients = _gradients(backend, (dout, dlse, q, k, v, out, lse), bias, sinks, others, options, deterministic,
+                                   dropout_p, ctx.needs_input_grad[3])
+        return *gradients, *[None] * 8
