@@ -146,10 +146,11 @@ def _turn(o_t, N: tl.constexpr):
 
 
 @triton.jit
-def fft_conv_tables_kernel(tables, N1: tl.constexpr, N2: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """The constants of a transform of N1 N2 points: e^{-2 pi i n1 (k1 - SHIFT/4) / N1} as [k1, n1], the twiddles
-    e^{-2 pi i n2 (k1 - SHIFT/4) / N} as [k1, n2], e^{-2 pi i n2 k2 / N2} as [n2, k2]; all real parts, then the others."""
-    TOTAL: tl.constexpr = N1 * N1 + N1 * N2 + N2 * N2
+def fft_conv_tables_kernel(tables, N1: tl.constexpr, N2: tl.constexpr, SHIFT: tl.constexpr, TOTAL: tl.constexpr,
+                           BLOCK: tl.constexpr):
+    """The first TOTAL of the constants of a transform of N = N1 N2 points: e^{-2 pi i n1 (k1 - SHIFT/4) / N1} as
+    [k1, n1], the twiddles e^{-2 pi i n2 (k1 - SHIFT/4) / N} as [k1, n2], and e^{-2 pi i n2 k2 / N2} as [n2, k2]; all
+    real parts, then the others."""
     o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     o_2, o_3 = o_e - N1 * N1, o_e - N1 * N1 - N1 * N2
     o_t = o_e % N1 * N2 * (4 * (o_e // N1) - SHIFT)
@@ -177,16 +178,35 @@ def _rotate(b_r, b_i, b_cr, b_ci):
 
 
 @triton.jit
-def _forward(b_r, b_i, tables, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr):
-    """x[n1, (r, n2)], with b_i None when real -> X[(k1, r), k2], the transform at k1 + N1 k2."""
+def _twiddles(tables, TOTAL: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, B: tl.constexpr):
+    """Those of a transform of N1 N2 points, for a tile [N1, (b, n2)]."""
+    o_1, o_c = tl.arange(0, N1), tl.arange(0, B * N2) % N2
+    p_t = tables + N1 * N1 + (o_1[:, None] * N2 + o_c[None, :])
+    return tl.load(p_t), tl.load(p_t + TOTAL)
+
+
+@triton.jit
+def _forward(b_r, b_i, tables, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr,
+             PRECISION: tl.constexpr):
+    """x[n0, n1 N2 + n2] -> X[(k1, k0), k2]; of BR transforms with N0 = 1, x[n1, (r, n2)] -> X[(k1, r), k2]. b_i may be
+    None: x is real."""
+    ALONE: tl.constexpr = N0 * N0 + N0 * N1 * N2
     TOTAL: tl.constexpr = N1 * N1 + N1 * N2 + N2 * N2
-    o_1, o_2, o_c = tl.arange(0, N1), tl.arange(0, N2), tl.arange(0, BR * N2) % N2
+    if N0 > 1:
+        o_0 = tl.arange(0, N0)
+        p_f = tables + (o_0[:, None] * N0 + o_0[None, :])
+        b_r, b_i = _dots(tl.load(p_f), tl.load(p_f + ALONE), b_r, b_i, PRECISION)
+        b_tr, b_ti = _twiddles(tables, ALONE, N0, N1 * N2, 1)
+        b_r, b_i = _rotate(b_r, b_i, b_tr, b_ti)
+        b_r = tl.reshape(tl.permute(tl.reshape(b_r, [N0, N1, N2]), [1, 0, 2]), [N1, N0 * N2])
+        b_i = tl.reshape(tl.permute(tl.reshape(b_i, [N0, N1, N2]), [1, 0, 2]), [N1, N0 * N2])
+        tables += 2 * ALONE
+    o_1, o_2 = tl.arange(0, N1), tl.arange(0, N2)
     p_f = tables + (o_1[:, None] * N1 + o_1[None, :])
     b_r, b_i = _dots(tl.load(p_f), tl.load(p_f + TOTAL), b_r, b_i, PRECISION)
-    p_t = tables + N1 * N1 + (o_1[:, None] * N2 + o_c[None, :])
-    b_r, b_i = _rotate(b_r, b_i, tl.load(p_t), tl.load(p_t + TOTAL))
-    if BR > 1:
-        b_r, b_i = tl.reshape(b_r, [N1 * BR, N2]), tl.reshape(b_i, [N1 * BR, N2])
+    b_tr, b_ti = _twiddles(tables, TOTAL, N1, N2, N0 * BR)
+    b_r, b_i = _rotate(b_r, b_i, b_tr, b_ti)
+    b_r, b_i = tl.reshape(b_r, [N1 * N0 * BR, N2]), tl.reshape(b_i, [N1 * N0 * BR, N2])
     p_f = tables + N1 * N1 + N1 * N2 + (o_2[:, None] * N2 + o_2[None, :])
     b_fr, b_fi = tl.load(p_f), tl.load(p_f + TOTAL)
     b_xr = tl.dot(b_r, b_fr, input_precision=PRECISION)
@@ -196,31 +216,43 @@ def _forward(b_r, b_i, tables, N1: tl.constexpr, N2: tl.constexpr, BR: tl.conste
 
 
 @triton.jit
-def _inverse(b_r, b_i, tables, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr, REAL: tl.constexpr,
-             PRECISION: tl.constexpr):
-    """X[(k1, r), k2] -> N x[n1, (r, n2)], the imaginary part None when REAL."""
+def _inverse(b_r, b_i, tables, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr,
+             REAL: tl.constexpr, PRECISION: tl.constexpr):
+    """From what `_forward` returns to what it takes, times N; the imaginary part is not computed when REAL."""
+    ALONE: tl.constexpr = N0 * N0 + N0 * N1 * N2
     TOTAL: tl.constexpr = N1 * N1 + N1 * N2 + N2 * N2
-    o_1, o_2, o_c = tl.arange(0, N1), tl.arange(0, N2), tl.arange(0, BR * N2) % N2
+    first = tables
+    if N0 > 1:
+        tables += 2 * ALONE
+    o_1, o_2 = tl.arange(0, N1), tl.arange(0, N2)
     p_f = tables + N1 * N1 + N1 * N2 + (o_2[:, None] * N2 + o_2[None, :])
     b_fr, b_fi = tl.load(p_f), tl.load(p_f + TOTAL)
     b_yr = tl.dot(b_r, b_fr, input_precision=PRECISION)
     b_yi = tl.dot(b_i, b_fr, input_precision=PRECISION)
     b_yr = tl.dot(b_i, b_fi, b_yr, input_precision=PRECISION)
     b_yi = tl.dot(b_r, -b_fi, b_yi, input_precision=PRECISION)
-    if BR > 1:
-        b_yr, b_yi = tl.reshape(b_yr, [N1, BR * N2]), tl.reshape(b_yi, [N1, BR * N2])
-    p_t = tables + N1 * N1 + (o_1[:, None] * N2 + o_c[None, :])
-    b_yr, b_yi = _rotate(b_yr, b_yi, tl.load(p_t), -tl.load(p_t + TOTAL))
+    b_yr, b_yi = tl.reshape(b_yr, [N1, N0 * BR * N2]), tl.reshape(b_yi, [N1, N0 * BR * N2])
+    b_tr, b_ti = _twiddles(tables, TOTAL, N1, N2, N0 * BR)
+    b_yr, b_yi = _rotate(b_yr, b_yi, b_tr, -b_ti)
     p_f = tables + (o_1[None, :] * N1 + o_1[:, None])
-    return _dots_inverse(tl.load(p_f), tl.load(p_f + TOTAL), b_yr, b_yi, REAL, PRECISION)
+    b_yr, b_yi = _dots_inverse(tl.load(p_f), tl.load(p_f + TOTAL), b_yr, b_yi, REAL and N0 == 1, PRECISION)
+    if N0 > 1:
+        b_yr = tl.reshape(tl.permute(tl.reshape(b_yr, [N1, N0, N2]), [1, 0, 2]), [N0, N1 * N2])
+        b_yi = tl.reshape(tl.permute(tl.reshape(b_yi, [N1, N0, N2]), [1, 0, 2]), [N0, N1 * N2])
+        b_tr, b_ti = _twiddles(first, ALONE, N0, N1 * N2, 1)
+        b_yr, b_yi = _rotate(b_yr, b_yi, b_tr, -b_ti)
+        o_0 = tl.arange(0, N0)
+        p_f = first + (o_0[None, :] * N0 + o_0[:, None])
+        b_yr, b_yi = _dots_inverse(tl.load(p_f), tl.load(p_f + ALONE), b_yr, b_yi, REAL, PRECISION)
+    return b_yr, b_yi
 
 
 @triton.jit
 def _dots_inverse(b_fr, b_fi, b_r, b_i, REAL: tl.constexpr, PRECISION: tl.constexpr):
-    """conj(F) x; of a result that is REAL just that part."""
+    """conj(F) x; of a result that is REAL just that part, twice."""
     b_xr = tl.dot(b_fr, b_r, input_precision=PRECISION)
     b_xr = tl.dot(b_fi, b_i, b_xr, input_precision=PRECISION)
-    b_xi = None
+    b_xi = b_xr
     if not REAL:
         b_xi = tl.dot(b_fr, b_i, input_precision=PRECISION)
         b_xi = tl.dot(-b_fi, b_r, b_xi, input_precision=PRECISION)
@@ -236,61 +268,68 @@ def _times_spectrum(b_r, b_i, p_w, m, N: tl.constexpr, CONJ: tl.constexpr):
 
 
 @triton.jit
-def _frequencies(i_tile, rows, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr):
-    """-> (row, offset k1 N2 + k2 in its spectrum, whether the row exists) of X[(k1, r), k2]."""
-    o_m = tl.arange(0, N1 * BR)
-    o_row = i_tile * BR + o_m % BR
-    return o_row[:, None], (o_m // BR * N2)[:, None] + tl.arange(0, N2)[None, :], (o_row < rows)[:, None]
+def _times(i_tile, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr):
+    """-> (rows [1, .], positions in them) of x[n0, n1 N2 + n2] or x[n1, (r, n2)]."""
+    if N0 > 1:
+        o_c = tl.arange(0, N1 * N2)
+        o_row, o_p = i_tile + o_c * 0, tl.arange(0, N0)[:, None] * (N1 * N2) + o_c[None, :]
+    else:
+        o_c = tl.arange(0, BR * N2)
+        o_row, o_p = i_tile * BR + o_c // N2, tl.arange(0, N1)[:, None] * N2 + (o_c % N2)[None, :]
+    return o_row[None, :], o_p
+
+
+@triton.jit
+def _frequencies(i_tile, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr):
+    """-> (rows [., 1], offsets in their spectra) of X[(k1, k0), k2] or X[(k1, r), k2]."""
+    o_m = tl.arange(0, N1 * N0 * BR)
+    return (i_tile * BR + o_m % BR)[:, None], (o_m // BR * N2)[:, None] + tl.arange(0, N2)[None, :]
 
 
 # ---- one program per transform ---------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def fft_conv_spectrum_kernel(taps, spectrum, tables, rows, T, behind, N1: tl.constexpr, N2: tl.constexpr,
-                             BR: tl.constexpr, REAL: tl.constexpr, PRECISION: tl.constexpr):
+def fft_conv_spectrum_kernel(taps, spectrum, tables, rows, T, behind, N0: tl.constexpr, N1: tl.constexpr,
+                             N2: tl.constexpr, BR: tl.constexpr, REAL: tl.constexpr, PRECISION: tl.constexpr):
     """Kernels [rows, T] -> their spectra [rows, 2, N], over N."""
-    N: tl.constexpr = N1 * N2
-    o_c = tl.arange(0, BR * N2)
-    o_row = tl.program_id(0) * BR + o_c // N2
-    o_p = tl.arange(0, N1)[:, None] * N2 + (o_c % N2)[None, :]
-    m_row, p_t = (o_row < rows)[None, :], taps + (o_row.to(tl.int64) * T)[None, :]
+    N: tl.constexpr = N0 * N1 * N2
+    o_row, o_p = _times(tl.program_id(0), N0, N1, N2, BR)
+    m_row, p_t = o_row < rows, taps + o_row.to(tl.int64) * T
     b_r = _load_taps(p_t, m_row, o_p, T, behind, 2 * N)
     b_i = None
     if not REAL:
         b_i = _load_taps(p_t, m_row, o_p + N, T, behind, 2 * N)
-    b_r, b_i = _forward(b_r, b_i, tables, N1, N2, BR, PRECISION)
-    o_row, o_k, m = _frequencies(tl.program_id(0), rows, N1, N2, BR)
+    b_r, b_i = _forward(b_r, b_i, tables, N0, N1, N2, BR, PRECISION)
+    o_row, o_k = _frequencies(tl.program_id(0), N0, N1, N2, BR)
     p_w = spectrum + (o_row.to(tl.int64) * (2 * N) + o_k)
-    tl.store(p_w, b_r * (1.0 / N), mask=m)
-    tl.store(p_w + N, b_i * (1.0 / N), mask=m)
+    tl.store(p_w, b_r * (1.0 / N), mask=o_row < rows)
+    tl.store(p_w + N, b_i * (1.0 / N), mask=o_row < rows)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def fft_conv_window_kernel(x, gate, spectrum, skip, factor, factor2, out, out2, tables, stride_xb, stride_xc, stride_xt,
                            stride_gb, stride_gc, stride_gt, stride_fb, stride_fc, stride_ft, stride_hb, stride_hc,
                            stride_ht, stride_ob, stride_oc, stride_qb, stride_qc, batch, per_group, rows, L, windows,
-                           step, offset, lift, last, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr,
-                           REAL: tl.constexpr, CIRCULAR: tl.constexpr, CONJ: tl.constexpr, PRECISION: tl.constexpr):
+                           step, offset, lift, last, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+                           BR: tl.constexpr, REAL: tl.constexpr, CIRCULAR: tl.constexpr, CONJ: tl.constexpr,
+                           PRECISION: tl.constexpr):
     """BR windows: transform, product with the spectrum of the kernel, inverse."""
-    N: tl.constexpr = N1 * N2
-    o_c = tl.arange(0, BR * N2)
-    o_row = tl.program_id(0) * BR + o_c // N2
+    N: tl.constexpr = N0 * N1 * N2
+    o_row, o_p = _times(tl.program_id(0), N0, N1, N2, BR)
     o_b, o_d, o_w = _entry(o_row, batch, windows)
-    m_row, o_w, o_d = (o_row < rows)[None, :], o_w[None, :], o_d[None, :]
-    o_b = o_b[None, :]
-    o_p = tl.arange(0, N1)[:, None] * N2 + (o_c % N2)[None, :]
+    m_row = o_row < rows
     p_x, p_g = _at(x, o_b, o_d, stride_xb, stride_xc), _at(gate, o_b, o_d, stride_gb, stride_gc)
     # A circular window's samples beyond those that its outputs depend on need not be read.
     b_r = _window(p_x, p_g, o_w, m_row, o_p, L, step, offset, lift, 0, last, stride_xt, stride_gt, CIRCULAR)
     b_i = None
     if not REAL:
         b_i = _window(p_x, p_g, o_w, m_row, o_p + N, L, step, offset, lift, 0, last, stride_xt, stride_gt, CIRCULAR)
-    b_r, b_i = _forward(b_r, b_i, tables, N1, N2, BR, PRECISION)
-    o_r, o_k, m = _frequencies(tl.program_id(0), rows, N1, N2, BR)
+    b_r, b_i = _forward(b_r, b_i, tables, N0, N1, N2, BR, PRECISION)
+    o_r, o_k = _frequencies(tl.program_id(0), N0, N1, N2, BR)
     o_g = (o_r // (windows * batch) // per_group).to(tl.int64)
-    b_r, b_i = _times_spectrum(b_r, b_i, spectrum + (o_g * (2 * N) + o_k), m, N, CONJ)
-    b_r, b_i = _inverse(b_r, b_i, tables, N1, N2, BR, REAL, PRECISION)
+    b_r, b_i = _times_spectrum(b_r, b_i, spectrum + (o_g * (2 * N) + o_k), o_r < rows, N, CONJ)
+    b_r, b_i = _inverse(b_r, b_i, tables, N0, N1, N2, BR, REAL, PRECISION)
     p_f, p_h = _at(factor, o_b, o_d, stride_fb, stride_fc), _at(factor2, o_b, o_d, stride_hb, stride_hc)
     p_o, p_q = _at(out, o_b, o_d, stride_ob, stride_oc), _at(out2, o_b, o_d, stride_qb, stride_qc)
     _finish_window(b_r, p_x, p_g, skip, p_f, p_h, p_o, p_q, o_d, o_w, m_row, o_p, L, step, offset, stride_xt,
@@ -303,29 +342,26 @@ def fft_conv_window_kernel(x, gate, spectrum, skip, factor, factor2, out, out2, 
 @triton.jit(do_not_specialize=_VARYING)
 def fft_conv_correlate_kernel(x, gate, dy, dgate, sums, tables, stride_xb, stride_xc, stride_xt, stride_gb, stride_gc,
                               stride_gt, stride_yb, stride_yc, stride_yt, stride_hb, stride_hc, stride_ht, batch,
-                              per_group, L, windows, step, offset, lift, last, share, parts, N1: tl.constexpr,
-                              N2: tl.constexpr, BR: tl.constexpr, REAL: tl.constexpr, CIRCULAR: tl.constexpr,
-                              PRECISION: tl.constexpr):
+                              per_group, L, windows, step, offset, lift, last, share, parts, N0: tl.constexpr,
+                              N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr, REAL: tl.constexpr,
+                              CIRCULAR: tl.constexpr, PRECISION: tl.constexpr):
     """sums [G, parts, 2, N]: the spectra of dc times the conjugates of those of x, added up over a part of the rows of
     a group: `share` tiles of BR rows."""
-    N: tl.constexpr = N1 * N2
-    o_c = tl.arange(0, BR * N2)
-    o_p = tl.arange(0, N1)[:, None] * N2 + (o_c % N2)[None, :]
+    N: tl.constexpr = N0 * N1 * N2
     i_g, i_part = tl.program_id(0) // parts, tl.program_id(0) % parts
     rows = per_group * batch * windows
-    b_sr, b_si = tl.zeros([N1 * BR, N2], dtype=tl.float32), tl.zeros([N1 * BR, N2], dtype=tl.float32)
+    b_sr, b_si = tl.zeros([N1 * N0 * BR, N2], dtype=tl.float32), tl.zeros([N1 * N0 * BR, N2], dtype=tl.float32)
     for i_tile in range(i_part * share, tl.minimum((i_part + 1) * share, tl.cdiv(rows, BR))):
-        o_row = i_tile * BR + o_c // N2
-        m_row = (o_row < rows)[None, :]
+        o_row, o_p = _times(i_tile, N0, N1, N2, BR)
+        m_row = o_row < rows
         o_b, o_d, o_w = _entry(i_g * rows + o_row, batch, windows)
-        o_b, o_d, o_w = o_b[None, :], o_d[None, :], o_w[None, :]
         p_x, p_g = _at(x, o_b, o_d, stride_xb, stride_xc), _at(gate, o_b, o_d, stride_gb, stride_gc)
         b_xr = _window(p_x, p_g, o_w, m_row, o_p, L, step, offset, lift, 0, last, stride_xt, stride_gt, CIRCULAR)
         b_xi = None
         if not REAL:
             b_xi = _window(p_x, p_g, o_w, m_row, o_p + N, L, step, offset, lift, 0, last, stride_xt, stride_gt,
                            CIRCULAR)
-        b_xr, b_xi = _forward(b_xr, b_xi, tables, N1, N2, BR, PRECISION)
+        b_xr, b_xi = _forward(b_xr, b_xi, tables, N0, N1, N2, BR, PRECISION)
         p_y, p_h = _at(dy, o_b, o_d, stride_yb, stride_yc), _at(dgate, o_b, o_d, stride_hb, stride_hc)
         b_yr = _window(p_y, p_h, o_w, m_row, o_p, L, step, offset, lift, offset, offset + step, stride_yt, stride_ht,
                        False)
@@ -333,34 +369,32 @@ def fft_conv_correlate_kernel(x, gate, dy, dgate, sums, tables, stride_xb, strid
         if not REAL:
             b_yi = _window(p_y, p_h, o_w, m_row, o_p + N, L, step, offset, lift, offset, offset + step, stride_yt,
                            stride_ht, False)
-        b_yr, b_yi = _forward(b_yr, b_yi, tables, N1, N2, BR, PRECISION)
+        b_yr, b_yi = _forward(b_yr, b_yi, tables, N0, N1, N2, BR, PRECISION)
         b_yr, b_yi = _rotate(b_yr, b_yi, b_xr, -b_xi)
         b_sr += b_yr
         b_si += b_yi
     if BR > 1:
         b_sr, b_si = tl.sum(tl.reshape(b_sr, [N1, BR, N2]), 1), tl.sum(tl.reshape(b_si, [N1, BR, N2]), 1)
-    o_k = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    o_k = _frequencies(0, N0, N1, N2, 1)[1]
     p_s = sums + (tl.program_id(0).to(tl.int64) * (2 * N) + o_k)
     tl.store(p_s, b_sr)
     tl.store(p_s + N, b_si)
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def fft_conv_taps_kernel(sums, dtaps, tables, rows, T, behind, parts, N1: tl.constexpr, N2: tl.constexpr,
-                         BR: tl.constexpr, REAL: tl.constexpr, PRECISION: tl.constexpr):
+def fft_conv_taps_kernel(sums, dtaps, tables, rows, T, behind, parts, N0: tl.constexpr, N1: tl.constexpr,
+                         N2: tl.constexpr, BR: tl.constexpr, REAL: tl.constexpr, PRECISION: tl.constexpr):
     """sums [rows, parts, 2, N], added up over parts -> the gradient of kernels [rows, T]."""
-    N: tl.constexpr = N1 * N2
-    o_row, o_k, m = _frequencies(tl.program_id(0), rows, N1, N2, BR)
-    b_r, b_i = tl.zeros([N1 * BR, N2], dtype=tl.float32), tl.zeros([N1 * BR, N2], dtype=tl.float32)
+    N: tl.constexpr = N0 * N1 * N2
+    o_row, o_k = _frequencies(tl.program_id(0), N0, N1, N2, BR)
+    b_r, b_i = tl.zeros([N1 * N0 * BR, N2], dtype=tl.float32), tl.zeros([N1 * N0 * BR, N2], dtype=tl.float32)
     for i_part in range(0, parts):
         p_s = sums + ((o_row.to(tl.int64) * parts + i_part) * (2 * N) + o_k)
-        b_r += load(p_s, m)
-        b_i += load(p_s + N, m)
-    b_r, b_i = _inverse(b_r, b_i, tables, N1, N2, BR, REAL, PRECISION)
-    o_c = tl.arange(0, BR * N2)
-    o_row = tl.program_id(0) * BR + o_c // N2
-    o_p = tl.arange(0, N1)[:, None] * N2 + (o_c % N2)[None, :]
-    m_row, p_t = (o_row < rows)[None, :], dtaps + (o_row.to(tl.int64) * T)[None, :]
+        b_r += load(p_s, o_row < rows)
+        b_i += load(p_s + N, o_row < rows)
+    b_r, b_i = _inverse(b_r, b_i, tables, N0, N1, N2, BR, REAL, PRECISION)
+    o_row, o_p = _times(tl.program_id(0), N0, N1, N2, BR)
+    m_row, p_t = o_row < rows, dtaps + o_row.to(tl.int64) * T
     _store_taps(p_t, m_row, o_p, T, behind, b_r, 2 * N)
     if not REAL:
         _store_taps(p_t, m_row, o_p + N, T, behind, b_i, 2 * N)
@@ -452,41 +486,32 @@ def fft_conv_merge_kernel(z, x, gate, skip, factor, factor2, out, out2, dtaps, s
 
 
 @triton.jit
-def _sequences(z, i_tile, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr, TOTAL: tl.constexpr):
-    """-> where the samples [n1, (r, n2)] of the BR sequences of a tile are."""
-    o_c = tl.arange(0, BR * N2)
-    o_s = i_tile * BR + o_c // N2
-    o_z = (o_s // (TOTAL // (N1 * N2))).to(tl.int64) * (2 * TOTAL) + o_s % (TOTAL // (N1 * N2)) * (N1 * N2) + o_c % N2
-    return z + (o_z[None, :] + (tl.arange(0, N1) * N2)[:, None])
-
-
-@triton.jit
-def _sequence_frequencies(i_tile, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr, TOTAL: tl.constexpr):
-    """-> (row, offset in it) of X[(k1, r), k2]."""
-    o_m = tl.arange(0, N1 * BR)
-    o_s = i_tile * BR + o_m % BR
-    o_k = o_s % (TOTAL // (N1 * N2)) * (N1 * N2) + o_m // BR * N2
-    return (o_s // (TOTAL // (N1 * N2)))[:, None], o_k[:, None] + tl.arange(0, N2)[None, :]
+def _in_z(o_s, o_p, N: tl.constexpr, TOTAL: tl.constexpr):
+    """The offset of position o_p of sequence o_s of N points."""
+    return (o_s // (TOTAL // N)).to(tl.int64) * (2 * TOTAL) + (o_s % (TOTAL // N) * N + o_p)
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def fft_conv_inner_kernel(z, spectrum, tables, batch, per_group, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr,
-                          TOTAL: tl.constexpr, FORWARD: tl.constexpr, INVERSE: tl.constexpr, CONJ: tl.constexpr,
-                          PRECISION: tl.constexpr):
+def fft_conv_inner_kernel(z, spectrum, tables, batch, per_group, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+                          BR: tl.constexpr, TOTAL: tl.constexpr, FORWARD: tl.constexpr, INVERSE: tl.constexpr,
+                          CONJ: tl.constexpr, PRECISION: tl.constexpr):
     """The last stage of BR sequences. FORWARD alone makes spectra of kernels, over TOTAL; both with a product between
     them convolve."""
-    p_z = _sequences(z, tl.program_id(0), N1, N2, BR, TOTAL)
-    o_row, o_k = _sequence_frequencies(tl.program_id(0), N1, N2, BR, TOTAL)
-    p_k = z + (o_row.to(tl.int64) * (2 * TOTAL) + o_k)
+    N: tl.constexpr = N0 * N1 * N2
+    o_s, o_p = _times(tl.program_id(0), N0, N1, N2, BR)
+    p_z = z + _in_z(o_s, o_p, N, TOTAL)
+    o_s, o_k = _frequencies(tl.program_id(0), N0, N1, N2, BR)
+    p_k = z + _in_z(o_s, o_k, N, TOTAL)
     if FORWARD:
-        b_r, b_i = _forward(tl.load(p_z), tl.load(p_z + TOTAL), tables, N1, N2, BR, PRECISION)
+        b_r, b_i = _forward(tl.load(p_z), tl.load(p_z + TOTAL), tables, N0, N1, N2, BR, PRECISION)
     else:
         b_r, b_i = tl.load(p_k), tl.load(p_k + TOTAL)
     if spectrum is not None:
-        o_g = (o_row // batch // per_group).to(tl.int64)
-        b_r, b_i = _times_spectrum(b_r, b_i, spectrum + (o_g * (2 * TOTAL) + o_k), None, TOTAL, CONJ)
+        o_g = o_s // (TOTAL // N) // batch // per_group  # whose sequences are those of the group's row
+        p_w = spectrum + _in_z(o_g * (TOTAL // N) + o_s % (TOTAL // N), o_k, N, TOTAL)
+        b_r, b_i = _times_spectrum(b_r, b_i, p_w, None, TOTAL, CONJ)
     if INVERSE:
-        b_r, b_i = _inverse(b_r, b_i, tables, N1, N2, BR, False, PRECISION)
+        b_r, b_i = _inverse(b_r, b_i, tables, N0, N1, N2, BR, False, PRECISION)
         tl.store(p_z, b_r)
         tl.store(p_z + TOTAL, b_i)
     else:
@@ -495,18 +520,19 @@ def fft_conv_inner_kernel(z, spectrum, tables, batch, per_group, N1: tl.constexp
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def fft_conv_correlate_inner_kernel(zx, zy, sums, tables, rows, N1: tl.constexpr, N2: tl.constexpr,
-                                    TOTAL: tl.constexpr, PRECISION: tl.constexpr):
+def fft_conv_correlate_inner_kernel(zx, zy, sums, tables, rows, N0: tl.constexpr, N1: tl.constexpr,
+                                    N2: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr):
     """sums [G, 2, TOTAL] plus the spectra of dc times the conjugates of those of x, over the `rows` rows of a group."""
-    N: tl.constexpr = N1 * N2
+    N: tl.constexpr = N0 * N1 * N2
     i_g, i_s = tl.program_id(0) // (TOTAL // N), tl.program_id(0) % (TOTAL // N)
-    o_k = i_s * N + tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    o_k = i_s * N + _frequencies(0, N0, N1, N2, 1)[1]
+    o_p = i_s * N + _times(0, N0, N1, N2, 1)[1]
     p_s = sums + (i_g.to(tl.int64) * (2 * TOTAL) + o_k)
     b_sr, b_si = tl.load(p_s), tl.load(p_s + TOTAL)
     for i_row in range(0, rows):
-        o_z = (i_g * rows + i_row).to(tl.int64) * (2 * TOTAL) + o_k
-        b_xr, b_xi = _forward(tl.load(zx + o_z), tl.load(zx + TOTAL + o_z), tables, N1, N2, 1, PRECISION)
-        b_yr, b_yi = _forward(tl.load(zy + o_z), tl.load(zy + TOTAL + o_z), tables, N1, N2, 1, PRECISION)
+        o_z = (i_g * rows + i_row).to(tl.int64) * (2 * TOTAL) + o_p
+        b_xr, b_xi = _forward(tl.load(zx + o_z), tl.load(zx + TOTAL + o_z), tables, N0, N1, N2, 1, PRECISION)
+        b_yr, b_yi = _forward(tl.load(zy + o_z), tl.load(zy + TOTAL + o_z), tables, N0, N1, N2, 1, PRECISION)
         b_yr, b_yi = _rotate(b_yr, b_yi, b_xr, -b_xi)
         b_sr += b_yr
         b_si += b_yi
@@ -597,7 +623,9 @@ def fft_conv_skip_kernel(x, gate, dy, dgate, sums, stride_xb, stride_xc, stride_
 # ---- on the host -----------------------------------------------------------------------------------------------------
 
 _DIRECT = 128  # taps that are summed directly. Not measured, as nothing here: work is counted.
-_POINTS = 256, 512, 1024, 2048, 4096  # of transforms that one program does
+# Transforms that one program does, N0 N1 N2 points. 2048, which 16 times 16 does not divide into enough, would take as
+# many products as 4096.
+_FACTORS = {256: (1, 16, 16), 512: (1, 16, 32), 1024: (1, 32, 32), 4096: (16, 16, 16)}
 _RADICES = 64, 32, 16  # of stages that pass through memory
 _STAGE = 40  # work that such a stage costs besides, per point: 32 bytes, in multiplications by a complex constant
 _SCRATCH = 1 << 27  # bytes that one set of rows may take there
@@ -620,40 +648,45 @@ class _Plan:
         return functools.reduce(int.__mul__, self.stages, self.points)
 
 
-def _factors(points: int) -> tuple[int, int]:
-    """N1, N2"""
-    log = points.bit_length() - 1
-    return 1 << log // 2, 1 << (log - log // 2)
-
-
-def _power_of_2(size: int) -> int:
-    return max(1 << (size - 1).bit_length(), _POINTS[0])
+def _work(points: int) -> int:
+    """Of a point, in multiplications by a complex constant."""
+    return sum(factor for factor in _FACTORS[points] if factor > 1)
 
 
 @functools.cache
-def _stages(total: int) -> tuple[int, tuple[int, ...]]:
-    """The (work per point, radices) of least work for a transform of `total` points."""
-    if total <= _POINTS[-1]:
-        return sum(_factors(total)), ()
-    ways = ((radix, _stages(total // radix)) for radix in _RADICES if total // radix >= _POINTS[0])
-    return min((radix + _STAGE + work, (radix, *radices)) for radix, (work, radices) in ways)
+def _stages(total: int) -> tuple[int, tuple[int, ...]] | None:
+    """The (work per point, radices) of least work for a transform of `total` points; None: there is none."""
+    ways = [(_work(total), ())] if total in _FACTORS else []
+    for radix in _RADICES:
+        if total % radix == 0 and (rest := _stages(total // radix)) is not None:
+            ways.append((radix + _STAGE + rest[0], (radix, *rest[1])))
+    return min(ways, default=None)
 
 
-def plan(length: int, taps: int, behind: int, circular: bool) -> _Plan:
+def _single(length: int, taps: int, circular: bool) -> list[tuple[int, _Plan]]:
+    """The ways to transform a row whole, with zeros after it: its transform's second half is neither given nor wanted,
+    which saves a quarter of the products."""
+    least = max((length + taps) // 2 if circular else length, min(_FACTORS))
+    ways = []
+    for total in (1 << (least - 1).bit_length(), 2 << (least - 1).bit_length()):
+        if (stages := _stages(total)) is not None:
+            work, radices = stages
+            points = functools.reduce(int.__floordiv__, radices, total)
+            ways.append((work * total * (4 if circular else 3) // 4, _Plan(points, radices, 1, length, not circular)))
+    return ways
+
+
+@functools.cache
+def plan(length: int, taps: int, circular: bool) -> _Plan:
     """The way of least counted work: multiplications by complex constants, per row."""
     if taps <= _DIRECT:
         return _Plan(0)
-    ways = []
-    for points in _POINTS:
+    ways = _single(length, taps, circular)
+    for points in _FACTORS:
         step = min(2 * points - taps + 1, length)
         if step > 0:
             windows = -(-length // step)
-            ways.append((windows * points * sum(_factors(points)), _Plan(points, (), windows, step)))
-    # Of one row with zeros after it, the transform's half: a quarter of the products are with zeros or not wanted.
-    total = _power_of_2(-(-(length + taps - 1) // 2) if circular else length)
-    work, radices = _stages(total)
-    points = functools.reduce(int.__floordiv__, radices, total)
-    ways.append((work * total * (4 if circular else 3) // 4, _Plan(points, radices, 1, length, not circular)))
+            ways.append((windows * points * _work(points), _Plan(points, (), windows, step)))
     return min(ways, key=lambda way: way[0])[1]
 
 
@@ -711,11 +744,12 @@ def _compiled(points: int) -> dict[str, int]:
 
 
 def _tables(points: int, shift: int, like: Tensor) -> Tensor:
-    N1, N2 = _factors(points)
-    total = N1 * N1 + points + N2 * N2
-    tables = like.new_empty(2 * total, dtype=torch.float32)
-    launch(fft_conv_tables_kernel, (triton.cdiv(total, 1024),), like.device, tables=tables, N1=N1, N2=N2, SHIFT=shift,
-           BLOCK=1024, num_warps=4, num_stages=1)
+    N0, N1, N2 = _FACTORS[points]
+    alone, rest = 2 * (N0 * N0 + points if N0 > 1 else 0), 2 * (N1 * N1 + N1 * N2 + N2 * N2)
+    tables = like.new_empty(alone + rest, dtype=torch.float32)
+    for part, n1, n2, of_shift in ((tables[:alone], N0, N1 * N2, shift), (tables[alone:], N1, N2, shift * (N0 == 1))):
+        launch(fft_conv_tables_kernel, (triton.cdiv(part.shape[0] // 2, 1024),), like.device, tables=part, N1=n1, N2=n2,
+               SHIFT=of_shift, TOTAL=part.shape[0] // 2, BLOCK=1024, num_warps=4, num_stages=1)
     return tables
 
 
@@ -729,12 +763,12 @@ class _Convolution:
 
     def __init__(self, taps: Tensor, behind: int, length: int, circular: bool) -> None:
         self.taps, self.behind, self.length, self.circular = taps, behind, length, circular
-        self.plan = plan(length, taps.shape[1], behind, circular)
+        self.plan = plan(length, taps.shape[1], circular)
         points, total = self.plan.points, self.plan.total
         ahead = taps.shape[1] - 1 - behind
         self.taps_real = behind == 0 and ahead < total
         if points:
-            self.factors = dict(zip(("N1", "N2"), _factors(points)))
+            self.factors = dict(zip(("N0", "N1", "N2"), _FACTORS[points]))
             self.tables = _tables(points, int(not self.plan.stages), taps)
         self.common = {"PRECISION": _precision(taps.device)}
 
