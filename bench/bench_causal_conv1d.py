@@ -16,7 +16,7 @@ import pykernels
 from pykernels import testing
 
 from . import peers
-from .kit import DTYPES, Call, Case, Expected, devices_and_threads, step
+from .kit import DTYPES, Call, Case, Expected, devices_and_threads, step, step_of_layers
 
 WIDTH = 4
 CPU_SHAPES = [(1, 1536, 2048), (8, 768, 1024)]  # (B, D, L)
@@ -99,10 +99,7 @@ class Convolution:
                                                                          backend=backend))
 
     def expected(self) -> Expected:
-        whole = _expected(self.shape, DTYPES[self.case.dtype], self.case.device)
-        if self.case.backward:
-            return whole
-        return Expected({"out": whole.reference["out"]}, {"out": whole.yardstick["out"]}, whole.part, whole.scope)
+        return _expected(self.shape, DTYPES[self.case.dtype], self.case.device).of(self.case)
 
 
 class Step:
@@ -121,17 +118,7 @@ class Step:
         self.first = {**self.layers[0], "state": self.layers[0]["state"].clone()}
 
     def call(self, function) -> Call:
-        def run() -> None:
-            with torch.no_grad():
-                for args in self.layers:
-                    function(**args)
-
-        def outputs(_: None) -> dict[str, Tensor]:
-            # The states have moved on since the first call, so the checked output is of a state of its own.
-            with torch.no_grad():
-                return {"out": function(**{**self.first, "state": self.first["state"].clone()})}
-
-        return Call(run, outputs)
+        return step_of_layers(function, self.layers, self.first)
 
     def ours(self, backend: str) -> Call:
         return self.call(functools.partial(pykernels.causal_conv1d_step, activation="silu", backend=backend))

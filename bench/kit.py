@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from pykernels import backends, testing
 from . import timer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LONG_ROUND = 3.0  # seconds, from which on three rounds are enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,12 @@ class Expected:
         parts = {name: self.part(name, outputs[name].detach()) for name in self.reference}
         return [testing.compare(name, x, self.reference[name], self.yardstick[name]) for name, x in parts.items()]
 
+    def of(self, case: Case) -> Expected:
+        """What the case computes of it: without the gradients, if it is of the forward pass."""
+        if case.backward:
+            return self
+        return dataclasses.replace(self, reference={"out": self.reference["out"]}, yardstick={"out": self.yardstick["out"]})
+
 
 class Problem(Protocol):
     """The inputs of a case, and what runs on them."""
@@ -110,6 +117,22 @@ def step(function: Callable[..., Tensor], inputs: Iterable[Tensor],
         return (out, *torch.autograd.grad(out, inputs, dout))
 
     return both
+
+
+def step_of_layers(function: Callable[..., Tensor], layers: Sequence[Mapping[str, Tensor]],
+                   first: Mapping[str, Tensor]) -> Call:
+    """One token through `function(**arguments)` of all layers, whose states move on; `first` is a layer to check it on."""
+
+    def run() -> None:
+        with torch.no_grad():
+            for arguments in layers:
+                function(**arguments)
+
+    def outputs(_: None) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"out": function(**{**first, "state": first["state"].clone()})}
+
+    return Call(run, outputs)
 
 
 def devices_and_threads() -> list[tuple[str, int]]:
@@ -177,7 +200,10 @@ def measure(case: Case, problem: Problem, peers: Iterable[Peer], *, seconds: flo
             best = timer.fastest({name: call.run for name, call in variants.items()}, case.device)
             add(peer.name, best, variants[best], allowed=10.0)
         clock = timer.clock_for(case.device)
-        samples = timer.interleave(runs, clock, seconds=seconds, warm=warm, min_rounds=min_rounds,
+        if sum(warm.values()) > LONG_ROUND:
+            min_rounds = min(min_rounds, 3)
+        theirs = [name for name in runs if not name.startswith("pykernels ")]
+        samples = timer.interleave(runs, clock, seconds=seconds, warm=warm, peers=theirs, min_rounds=min_rounds,
                                    seed=zlib.crc32(str(case).encode())) if runs else {}
     for entry in entries:
         taken = samples.get(entry["name"], [])

@@ -96,6 +96,8 @@ def _limit(record: dict, limits: dict) -> tuple[str | None, float | None]:
 def rows(record: dict, limits: dict) -> list[Row]:
     """One row per backend of ours that was tried, or one without figures."""
     peers = [c for c in record["candidates"] if not c["name"].startswith("pykernels ") and c["seconds"]]
+    rounds = max((len(c["seconds"]) for c in peers), default=0)
+    peers = [c for c in peers if len(c["seconds"]) == rounds]  # the others were far behind (timer.interleave)
     fastest = min(peers, key=lambda c: Spread.of(c["seconds"]).median, default=None)
     limit, bound = _limit(record, limits)
     found = []

@@ -11,11 +11,12 @@ import dataclasses
 import gc
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
 LOW, HIGH = 0.1, 0.9  # the quantiles given as spread
+FAR_BEHIND = 3.0  # times the fastest peer's time
 
 
 def quantile(values: Sequence[float], p: float) -> float:
@@ -130,12 +131,13 @@ def fastest(variants: Mapping[str, Callable[[], object]], device: str) -> str:
 
 
 def interleave(candidates: Mapping[str, Callable[[], object]], clock: CpuClock | CudaClock, *, seconds: float,
-               warm: Mapping[str, float], min_rounds: int = 5, max_rounds: int = 50,
+               warm: Mapping[str, float], peers: Collection[str] = (), min_rounds: int = 5, max_rounds: int = 50,
                seed: int = 0) -> dict[str, list[tuple[float, float]]]:
     """Times every candidate once per round, in random order -> per candidate its samples (time, whole-call time).
 
     Goes on for about `seconds` but for at least `min_rounds`, at most `max_rounds`. `warm` holds each candidate's
-    seconds in its untimed first call.
+    seconds in its untimed first call. Of `peers`, those that the first round shows far behind the fastest of them stay out
+    of the other rounds: they decide nothing, and some take seconds.
     """
     order = list(candidates)
     calls = {name: clock.calls(warm[name]) for name in order}
@@ -154,6 +156,9 @@ def interleave(candidates: Mapping[str, Callable[[], object]], clock: CpuClock |
             shuffle(order)
             for name in order:
                 samples[name].append(clock.sample(candidates[name], calls[name]))
+            if rounds == 0:
+                limit = FAR_BEHIND * min((samples[name][0][0] for name in peers), default=0.0)
+                order = [name for name in order if name not in peers or samples[name][0][0] <= limit]
             rounds += 1
     finally:
         if collecting:

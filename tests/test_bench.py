@@ -59,6 +59,12 @@ def test_each_round_runs_each_candidate_once_in_changing_order() -> None:
     assert samples["b"][0] == (2.0, 2.0)
 
 
+def test_peers_far_behind_the_fastest_are_timed_once() -> None:
+    given = candidates(ours=10.0, theirs=1.0, near=2.9, far=3.1)
+    samples = interleave(FakeClock(), given, peers=("theirs", "near", "far"), min_rounds=5)
+    assert {name: len(taken) for name, taken in samples.items()} == {"ours": 5, "theirs": 5, "near": 5, "far": 1}
+
+
 def test_rounds_adapt_to_the_time_given() -> None:
     def slow() -> None:
         time.sleep(0.01)

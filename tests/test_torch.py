@@ -21,6 +21,14 @@ TARGETS = list(dict.fromkeys(target for _, target in COMPILED))
 on_targets = pytest.mark.parametrize("target", TARGETS, ids=str)
 
 
+DIFFERENTIABLE = [
+    (op, target) for op, target in COMPILED if op.good.make(torch.float32, target.device).differentiable
+]
+on_differentiable = pytest.mark.parametrize(
+    "op, target", [pytest.param(*pair, id=f"{pair[0]}-{pair[1]}") for pair in DIFFERENTIABLE]
+)
+
+
 def _registered() -> set[str]:
     return {
         name.split("::")[1].split(".")[0]
@@ -286,3 +294,59 @@ def test_deepcopy_pickle_and_hooks_see_plain_tensors(target):
     doubled, q.grad = q.grad, None
     pykernels.flash_attention(q, k, v, backend=target.backend).sum().backward()
     assert len(seen) == 1 and torch.allclose(doubled, 2 * q.grad) and q.grad.abs().max() > 0
+
+
+# ---- Every differentiable op ----------------------------------------------------------------------------------------
+
+
+def _function(op, target):
+    """-> (a scalar function of the leaves, the leaves) for the op's good sample, all outputs returned and used."""
+    sample = op.good.make(torch.float32, target.device)
+
+    def loss(*leaves):
+        args = {**sample.args, **op.returns, **dict(zip(sample.differentiable, leaves))}
+        values = op.function(**args, backend=target.backend)
+        return sum(x.sin().sum() for x in (values if isinstance(values, tuple) else (values,)))
+
+    return loss, [sample.args[name].detach().clone().requires_grad_() for name in sample.differentiable]
+
+
+@on_differentiable
+def test_forward_mode_raises_rather_than_giving_zero_tangents(op, target):
+    loss, leaves = _function(op, target)
+    leaves = [x.detach() for x in leaves]
+    for i, leaf in enumerate(leaves):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            torch.func.jvp(lambda x: loss(*leaves[:i], x, *leaves[i + 1:]), (leaf,), (torch.ones_like(leaf),))
+
+
+@on_differentiable
+def test_func_grad_and_checkpoint_give_autograds_gradients(op, target):
+    from torch.utils.checkpoint import checkpoint
+
+    loss, leaves = _function(op, target)
+    wanted = torch.autograd.grad(loss(*leaves), leaves)
+    assert all(x.abs().max() > 0 for x in wanted)
+    everything = tuple(range(len(leaves)))
+    functional = torch.func.grad(loss, argnums=everything)(*(x.detach() for x in leaves))
+    again = torch.autograd.grad(checkpoint(loss, *leaves, use_reentrant=False), leaves)
+    for ours in (functional, again):
+        assert all(torch.equal(x, y) for x, y in zip(ours, wanted, strict=True))
+
+
+@on_differentiable
+def test_every_op_exports_and_reloads(op, target):
+    loss, leaves = _function(op, target)
+    leaves = tuple(x.detach() for x in leaves)
+
+    class Module(torch.nn.Module):
+        def forward(self, *leaves):
+            return loss(*leaves)
+
+    program = torch.export.export(Module(), leaves)
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any(name.endswith(f"_fwd_{target.backend}.default") for name in called), called
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(*leaves), loss(*leaves))

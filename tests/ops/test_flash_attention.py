@@ -246,13 +246,6 @@ def test_func_grad_and_vjp_are_autograd(target):
 
 
 @on_compiled
-def test_forward_mode_raises_rather_than_giving_zero_tangents(target):
-    q, k, v = _qkv(target)
-    with target.active(), pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(lambda q: flash_attention(q, k, v, backend=target.backend), (q,), (torch.ones_like(q),))
-
-
-@on_compiled
 def test_only_what_requires_grad_gets_one(target):
     for i in range(3):
         leaves = _qkv(target, heads_k=1)

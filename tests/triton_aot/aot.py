@@ -99,6 +99,15 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
     return {"registers": int(re.search(r"REG:(\d+)", text)[1]), "spilled": int(re.search(r"STACK:(\d+)", text)[1])}
 
 
+def check_fit(found: list[Launch], target: str) -> None:
+    """Every launch compiles, fits the target's shared memory, and spills no register."""
+    for launch in found:
+        kernel = compiled(launch, target)
+        assert kernel.metadata.shared <= SHARED_MEMORY[target], launch.name
+        used = resources(kernel)
+        assert used["registers"] > 4 and used["spilled"] == 0, f"{launch.name}: {used}"
+
+
 def spills_in_loops(kernel: CompiledKernel) -> int:
     """The most loads and stores of spilled registers in any loop with matrix instructions (NVIDIA)."""
     code = [(int(address, 16), text) for address, text in

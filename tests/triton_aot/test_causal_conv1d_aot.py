@@ -42,11 +42,7 @@ def _launches(target: str, dtype: torch.dtype, *, length: int = 4096, sequences:
 def _check(target: str, dtype: torch.dtype, **options: object) -> None:
     import aot
 
-    for launch in _launches(target, dtype, **options):
-        kernel = aot.compiled(launch, target)
-        assert kernel.metadata.shared <= aot.SHARED_MEMORY[target], launch.name
-        used = aot.resources(kernel)
-        assert used["registers"] > 4 and used["spilled"] == 0, f"{launch.name}: {used}"
+    aot.check_fit(_launches(target, dtype, **options), target)
 
 
 @ahead_of_time

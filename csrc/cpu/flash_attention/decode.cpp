@@ -2,9 +2,11 @@
 //
 // Rows. The query heads that share a key head, times the queries: row r of (batch entry, key head) is query r / group of head
 // r % group. All of them are served while a key is at hand, so that the cache is read once: this is bound by memory.
-// Tasks. One is (batch entry, chunk of kChunk keys, key head). It reads the keys (scores), makes the weights of all of them at
-// once, reads the values, and leaves o, m and l of each row; a second pass adds up the chunks of a head in their order. The
-// chunks depend on the lengths alone, so results are the same whatever the batch and the number of threads.
+// Tasks. One is (batch entry, chunk of kChunk keys, some key heads). It reads the keys (scores), makes the weights of all of
+// them at once, reads the values, and leaves o, m and l of each row; a second pass adds up the chunks of a head in their order.
+// The chunks depend on the lengths alone, so results are the same whatever the batch and the number of threads.
+// Order. Where the heads of a token lie side by side in the cache, a task takes several and goes through all of them a few keys
+// at a time: memory is then read in its own order, which the processor's prefetchers follow, and not in rows of one head.
 // Many rows are no longer bound by memory: they go to the forward kernel, one batch entry at a time.
 #include "../../include/pykernels/flash_attention.h"
 
@@ -20,6 +22,8 @@ namespace {
 constexpr int kChunk = 256;
 constexpr int kBlock = 32;         // keys whose values are added to one column block at a time
 constexpr int kAhead = 16;         // keys that the prefetch runs ahead
+constexpr int kTaskRows = 64;      // of all heads of a task, whose scores and results stay in the nearer caches
+constexpr int kTasksPerThread = 4;  // below this, tasks take fewer heads
 constexpr int kFewRows = 16;       // beyond these the products bound the time, not the memory...
 constexpr int kFewRowsAlone = 64;  // ...unless there are fewer key heads than threads, and chunks keep them busy
 constexpr int64_t kUnbounded = int64_t{1} << 62;
@@ -31,10 +35,28 @@ int64_t length(const FlashAttentionDecodeParams& p, int64_t b) {
   return clamp(p.cache_seqlens[b] + p.new_tokens, 0, p.forward.seqlen_k);
 }
 
-// Rows of a token or cache: `row_bytes` from p, brought nearer.
-PYKERNELS_INLINE void prefetch(const void* p, int64_t row_bytes) {
-  for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
-}
+// Brings the keys (or values) that come next nearer, in the order of memory and as fast as the ones at hand are used up.
+class Prefetch {
+ public:
+  // `rows` rows of `bytes` each, a stride (in bytes) apart, then rows of a second array.
+  Prefetch(const void* first, int64_t rows, int64_t stride, const void* second, int64_t second_stride, int64_t bytes)
+      : row_(static_cast<const char*>(rows > 0 ? first : second)), second_(static_cast<const char*>(second)), rows_(rows),
+        stride_(rows > 0 ? stride : second_stride), second_stride_(second_stride), bytes_(bytes) {}
+
+  PYKERNELS_INLINE void advance(int64_t bytes) {
+    for (; bytes > 0; bytes -= 64) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      if ((at_ += 64) < bytes_) continue;
+      at_ = 0;
+      row_ += stride_;
+      if (--rows_ == 0) row_ = second_, stride_ = second_stride_;
+    }
+  }
+
+ private:
+  const char *row_, *second_;
+  int64_t rows_, stride_, second_stride_, bytes_, at_ = 0;
+};
 
 // Splits a number of rows into groups of 4, 2 and 1 (none larger than a vector), for each of which there is a kernel.
 template <class S, class F>
@@ -49,7 +71,7 @@ PYKERNELS_INLINE void for_row_groups(int rows, F&& f) {
 // s[j][r] = factor * q[r].k[j] for the keys of one vector of scores, the last of `n` repeated to fill it up.
 template <int Rows, class T>
 PYKERNELS_INLINE void score_step(const Wide<T>* q, int64_t q_stride, const T* k, int64_t k_stride, int n, int dim,
-                                 Wide<T> factor, Wide<T>* s) {
+                                 Wide<T> factor, Prefetch* ahead, Wide<T>* s) {
   using S = Wide<T>;
   constexpr int lanes = kLanes<S>, keys = lanes / Rows > 4 ? 4 : lanes / Rows;
   Vec<S> sum[lanes];
@@ -57,6 +79,7 @@ PYKERNELS_INLINE void score_step(const Wide<T>* q, int64_t q_stride, const T* k,
   for (int first = 0; first < lanes / Rows; first += keys) {
     const T* key[keys];
     for (int i = 0; i < keys; ++i) key[i] = k + least(first + i, n - 1) * k_stride;
+    if (ahead) ahead->advance(keys * dim * sizeof(T));
     Vec<S> part[keys][Rows] = {};
     int d = 0;
     for (; d + lanes <= dim; d += lanes) {
@@ -85,7 +108,8 @@ PYKERNELS_INLINE void score_step(const Wide<T>* q, int64_t q_stride, const T* k,
 
 // o[r] += sum over j of w[j][r] v[j], columns [0, Vectors vectors), of which the last may end at `last` lanes.
 template <int Rows, int Vectors, class T>
-PYKERNELS_INLINE void add_values(const Wide<T>* w, const T* v, int64_t v_stride, int n, int last, Wide<T>* o, int64_t o_stride) {
+PYKERNELS_INLINE void add_values(const Wide<T>* w, const T* v, int64_t v_stride, int n, int last, Prefetch* ahead, Wide<T>* o,
+                                 int64_t o_stride) {
   using S = Wide<T>;
   constexpr int lanes = kLanes<S>;
   Vec<S> sum[Rows][Vectors];
@@ -94,6 +118,7 @@ PYKERNELS_INLINE void add_values(const Wide<T>* w, const T* v, int64_t v_stride,
 #pragma GCC unroll 4
     for (int c = 0; c < Vectors; ++c) sum[r][c] = load(o + r * o_stride + c * lanes);
   for (int j = 0; j < n; ++j, v += v_stride, w += Rows) {
+    if (ahead) ahead->advance(Vectors * lanes * sizeof(T));
 #pragma GCC unroll 4
     for (int c = 0; c < Vectors; ++c) {
       const Vec<S> x = Vectors == 1 && last < lanes ? load(v, last) : load(v + c * lanes);
@@ -114,6 +139,7 @@ struct Problem {
   int64_t group, rows;  // query heads per key head, and rows in all
   int64_t left, right;
   int64_t width, row_size;  // of o, padded to whole vectors; of o, m and l together
+  int64_t task_heads;       // key heads of a task
   // Of batch entry b: tasks [chunks[b], chunks[b + 1]) are its chunks, from key first_chunk(b) * kChunk on.
   int64_t* chunks;
   void* partial;  // [chunk, key head, row] o, m, l
@@ -146,68 +172,68 @@ class Worker {
  public:
   Worker(const Problem& problem, Scratch& scratch)
       : problem_(problem), f_(problem.f), q_stride_(round_up(f_.head_dim, kLane)) {
-    q_ = scratch.take<S>(problem.rows * q_stride_);
-    s_ = scratch.take<S>(problem.rows * kChunk);
-    result_ = scratch.take<S>(problem.rows * problem.row_size);
+    q_ = scratch.take<S>(problem.task_heads * problem.rows * q_stride_);
+    s_ = scratch.take<S>(problem.task_heads * problem.rows * kChunk);
+    result_ = scratch.take<S>(problem.task_heads * problem.rows * problem.row_size);
   }
 
-  void run(int64_t b, int64_t chunk, int64_t head_k) {
-    const int64_t chunks = problem_.chunks[b + 1] - problem_.chunks[b];
+  // Heads [head, head + heads) and one chunk of their keys.
+  void run(int64_t b, int64_t chunk, int64_t head, int heads) {
+    const int64_t chunks = problem_.chunks[b + 1] - problem_.chunks[b], rows = problem_.rows;
     const int64_t key = (problem_.first_chunk(b) + chunk) * kChunk;
     const int64_t first = most(key, problem_.begin(b, 0));
     const int n = static_cast<int>(least(key + kChunk, problem_.end(b, f_.seqlen_q - 1)) - first);
-    const T* const k = static_cast<const T*>(f_.k) + b * f_.k_stride.batch + head_k * f_.k_stride.head + first * f_.k_stride.token;
-    const T* const v = static_cast<const T*>(f_.v) + b * f_.v_stride.batch + head_k * f_.v_stride.head + first * f_.v_stride.token;
-    const int rows = static_cast<int>(problem_.rows);
+    const T* const k = static_cast<const T*>(f_.k) + b * f_.k_stride.batch + head * f_.k_stride.head + first * f_.k_stride.token;
+    const T* const v = static_cast<const T*>(f_.v) + b * f_.v_stride.batch + head * f_.v_stride.head + first * f_.v_stride.token;
     S* const result = chunks == 1 ? result_
                                   : static_cast<S*>(problem_.partial) +
-                                        ((problem_.chunks[b] + chunk) * f_.heads_k + head_k) * rows * problem_.row_size;
-    load_queries(b, head_k);
-    scores(k, v, n);
-    for_row_groups<S>(rows, [&](int r, auto group) { weights<group()>(b, r, first, n, result); });
-    values(v, n, result);
+                                        ((problem_.chunks[b] + chunk) * f_.heads_k + head) * rows * problem_.row_size;
+    for (int64_t r = 0; r < heads * rows; ++r) load_query(b, head + r / rows, r % rows, q_ + r * q_stride_);
+    scores(k, v, n, heads);
+    for (int h = 0; h < heads; ++h)
+      for_row_groups<S>(static_cast<int>(rows), [&](int r, auto group) {
+        weights<group()>(b, r, first, n, s_ + (h * rows + r) * kChunk, result + (h * rows + r) * problem_.row_size);
+      });
+    values(v, k + n * f_.k_stride.token, n, heads, result);
     if (chunks == 1)
-      for (int r = 0; r < rows; ++r) {
+      for (int64_t r = 0; r < heads * rows; ++r) {
         const S* const o = result + r * problem_.row_size;
-        write_row<T>(problem_, b, head_k, r, o, o[problem_.width], o[problem_.width + 1]);
+        write_row<T>(problem_, b, head + r / rows, r % rows, o, o[problem_.width], o[problem_.width + 1]);
       }
   }
 
  private:
-  void load_queries(int64_t b, int64_t head_k) {
-    for (int64_t r = 0; r < problem_.rows; ++r) {
-      const T* const q = static_cast<const T*>(f_.q) + b * f_.q_stride.batch + r / problem_.group * f_.q_stride.token +
-                         (head_k * problem_.group + r % problem_.group) * f_.q_stride.head;
-      for (int64_t d = 0; d < f_.head_dim; d += kLane) store(q_ + r * q_stride_ + d, load_upto(q + d, f_.head_dim - d));
-    }
+  void load_query(int64_t b, int64_t head_k, int64_t row, S* q) {
+    const int64_t head = head_k * problem_.group + row % problem_.group, t = row / problem_.group;
+    const T* const from =
+        static_cast<const T*>(f_.q) + b * f_.q_stride.batch + t * f_.q_stride.token + head * f_.q_stride.head;
+    for (int64_t d = 0; d < f_.head_dim; d += kLane) store(q + d, load_upto(from + d, f_.head_dim - d));
   }
 
-  // s_[row group][key][row], in units of log 2.
-  void scores(const T* k, const T* v, int n) {
+  // s_[head][row group][key][row], in units of log 2.
+  void scores(const T* k, const T* v, int n, int heads) {
     const int dim = static_cast<int>(f_.head_dim), rows = static_cast<int>(problem_.rows);
     const int64_t k_stride = f_.k_stride.token, v_stride = f_.v_stride.token;
     const S factor = static_cast<S>(f_.softcap > 0 ? f_.scale / f_.softcap : f_.scale * kLog2e);
+    Prefetch ahead(k + kAhead * k_stride, n - kAhead, k_stride * sizeof(T), v, v_stride * sizeof(T),
+                   ((heads - 1) * f_.k_stride.head + dim) * sizeof(T));
     for (int j = 0; j < n; j += kLane) {
-      for (int i = j + kAhead; i < j + kAhead + kLane; ++i) {
-        if (i < n)
-          prefetch(k + i * k_stride, dim * sizeof(T));
-        else if (i - n < kAhead)
-          prefetch(v + least(i - n, n - 1) * v_stride, f_.value_dim * sizeof(T));
+      for (int h = 0; h < heads; ++h) {
+        const T* const keys = k + h * f_.k_stride.head;
+        for_row_groups<S>(rows, [&](int r, auto group) {
+          constexpr int step = kLane / group();
+          for (int i = j; i < least(n, j + kLane); i += step)
+            score_step<group()>(q_ + (h * rows + r) * q_stride_, q_stride_, keys + i * k_stride, k_stride, n - i, dim, factor,
+                                r == 0 ? &ahead : nullptr, s_ + (h * rows + r) * kChunk + i * group());
+        });
       }
-      for_row_groups<S>(rows, [&](int r, auto group) {
-        constexpr int keys = kLane / group();
-        for (int i = j; i < least(n, j + kLane); i += keys)
-          score_step<group()>(q_ + r * q_stride_, q_stride_, k + i * k_stride, k_stride, n - i, dim, factor,
-                              s_ + r * kChunk + i * group());
-      });
     }
   }
 
-  // The scores of a group of rows become weights; leaves m and l in `result`.
+  // The scores s of a group of rows from `row` on become weights; leaves m and l in their results.
   template <int Rows>
-  void weights(int64_t b, int row, int64_t first, int n, S* result) {
+  void weights(int64_t b, int row, int64_t first, int n, S* s, S* result) {
     constexpr S hidden = -static_cast<S>(kInfinity);
-    S* const s = s_ + row * kChunk;
     const int size = n * Rows, padded = round_up(size, kLane);
     if (f_.softcap > 0) {
       const S cap = static_cast<S>(f_.softcap * kLog2e);
@@ -225,7 +251,7 @@ class Worker {
     for (int i = 0; i < padded; i += kLane) largest = max<S>(load(s + i), largest);
     // Lane i belongs to row i % Rows.
     S m[Rows];
-    Vec<S> base;
+    Vec<S> base{};
     for (int r = 0; r < Rows; ++r) {
       m[r] = hidden;
       for (int i = r; i < kLane; i += Rows) m[r] = most(m[r], static_cast<S>(largest[i]));
@@ -238,39 +264,43 @@ class Worker {
       sum += w;
     }
     for (int r = 0; r < Rows; ++r) {
-      S* const statistics = result + (row + r) * problem_.row_size + problem_.width;
+      S* const statistics = result + r * problem_.row_size + problem_.width;
       statistics[0] = m[r];
       statistics[1] = 0;
       for (int i = r; i < kLane; i += Rows) statistics[1] += sum[i];
     }
   }
 
-  void values(const T* v, int n, S* result) {
+  void values(const T* v, const T* next_k, int n, int heads, S* result) {
     const int rows = static_cast<int>(problem_.rows), dim = static_cast<int>(f_.value_dim);
     const int64_t stride = f_.v_stride.token, row_size = problem_.row_size;
-    for (int r = 0; r < rows; ++r) __builtin_memset(result + r * row_size, 0, problem_.width * sizeof(S));
+    for (int r = 0; r < heads * rows; ++r) __builtin_memset(result + r * row_size, 0, problem_.width * sizeof(S));
+    Prefetch ahead(v + kAhead * stride, n - kAhead, stride * sizeof(T), next_k, f_.k_stride.token * sizeof(T),
+                   ((heads - 1) * f_.v_stride.head + dim) * sizeof(T));
     for (int j = 0; j < n; j += kBlock) {
       const int keys = least(kBlock, n - j);
-      for (int i = j + kAhead; i < least(n, j + kAhead + kBlock); ++i) prefetch(v + i * stride, dim * sizeof(T));
-      for_row_groups<S>(rows, [&](int r, auto group) {
-        const S* const w = s_ + r * kChunk + j * group();
-        const T* const block = v + j * stride;
-        S* const o = result + r * row_size;
-        int c = 0;
-        for (; c + 4 * kLane <= dim; c += 4 * kLane)
-          add_values<group(), 4>(w, block + c, stride, keys, kLane, o + c, row_size);
-        for (; c < dim; c += kLane)
-          add_values<group(), 1>(w, block + c, stride, keys, least(kLane, dim - c), o + c, row_size);
-      });
+      for (int h = 0; h < heads; ++h) {
+        const T* const block = v + h * f_.v_stride.head + j * stride;
+        for_row_groups<S>(rows, [&](int r, auto group) {
+          const S* const w = s_ + (h * rows + r) * kChunk + j * group();
+          S* const o = result + (h * rows + r) * row_size;
+          Prefetch* const coming = r == 0 ? &ahead : nullptr;
+          int c = 0;
+          for (; c + 4 * kLane <= dim; c += 4 * kLane)
+            add_values<group(), 4>(w, block + c, stride, keys, kLane, coming, o + c, row_size);
+          for (; c < dim; c += kLane)
+            add_values<group(), 1>(w, block + c, stride, keys, least(kLane, dim - c), coming, o + c, row_size);
+        });
+      }
     }
   }
 
   const Problem& problem_;
   const FlashAttentionParams& f_;
   const int64_t q_stride_;
-  S* q_;       // [rows, head dim]
-  S* s_;       // [row group, keys, rows of the group] scores, then weights
-  S* result_;  // [rows] o, m, l where they are not partial
+  S* q_;       // [head, row, head dim]
+  S* s_;       // [head, row group, key, row of the group] scores, then weights
+  S* result_;  // [head, row] o, m, l where they are not partial
 };
 
 // Adds up the chunks of one (batch entry, key head), or writes what a row without keys gets.
@@ -315,14 +345,19 @@ void decode(Problem& problem, const Parallel& parallel) {
   }
   if (more_than_one) problem.partial = table.take<S>(chunks[f.batch] * f.heads_k * problem.rows * problem.row_size);
 
-  run_tasks(parallel, chunks[f.batch] * f.heads_k, [&](TaskQueue& queue) {
+  const bool heads_together = f.k_stride.head < f.k_stride.token && f.v_stride.head < f.v_stride.token;
+  const int64_t tasks = parallel.threads > 1 ? kTasksPerThread * parallel.threads : 1;
+  problem.task_heads =
+      heads_together ? clamp(chunks[f.batch] * f.heads_k / tasks, 1, least(f.heads_k, kTaskRows / problem.rows)) : 1;
+  const int64_t groups = (f.heads_k + problem.task_heads - 1) / problem.task_heads;
+  run_tasks(parallel, chunks[f.batch] * groups, [&](TaskQueue& queue) {
     Scratch scratch;
     Worker<T> worker(problem, scratch);
     int64_t b = 0;
     for (int64_t task; (task = queue.next()) >= 0;) {
-      const int64_t chunk = task / f.heads_k;
+      const int64_t chunk = task / groups, head = task % groups * problem.task_heads;
       while (chunk >= chunks[b + 1]) ++b;
-      worker.run(b, chunk - chunks[b], task % f.heads_k);
+      worker.run(b, chunk - chunks[b], head, static_cast<int>(least(problem.task_heads, f.heads_k - head)));
     }
   });
   if (one) return;
@@ -372,6 +407,7 @@ void flash_attention_decode(const FlashAttentionDecodeParams& params, const Para
                   rows,
                   f.window_left < 0 ? kUnbounded : least(f.window_left, kUnbounded),
                   f.window_right < 0 ? kUnbounded : least(f.window_right, kUnbounded),
+                  0,
                   0,
                   0,
                   nullptr,

@@ -278,64 +278,45 @@ __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, u
         : "memory");
 }
 
-// Stores a tile from shared memory; part of the thread's current bulk group.
+// A tile from shared memory to the array; part of the thread's current bulk group.
+#define PYKERNELS_TMA_OUT(kOp, kSuffix)                                                                       \
+  const int c[] = {static_cast<int>(coordinates)...};                                                         \
+  constexpr int kRank = sizeof...(Coordinates);                                                               \
+  static_assert(kRank >= 2 && kRank <= 5);                                                                    \
+  const uint32_t s = shared_address(shared);                                                                  \
+  if constexpr (kRank == 2)                                                                                   \
+    asm volatile(kOp ".2d.global.shared::cta" kSuffix " [%0, {%2,%3}], [%1];"                                 \
+                 :                                                                                            \
+                 : "l"(map), "r"(s), "r"(c[0]), "r"(c[1])                                                     \
+                 : "memory");                                                                                 \
+  else if constexpr (kRank == 3)                                                                              \
+    asm volatile(kOp ".3d.global.shared::cta" kSuffix " [%0, {%2,%3,%4}], [%1];"                              \
+                 :                                                                                            \
+                 : "l"(map), "r"(s), "r"(c[0]), "r"(c[1]), "r"(c[2])                                          \
+                 : "memory");                                                                                 \
+  else if constexpr (kRank == 4)                                                                              \
+    asm volatile(kOp ".4d.global.shared::cta" kSuffix " [%0, {%2,%3,%4,%5}], [%1];"                           \
+                 :                                                                                            \
+                 : "l"(map), "r"(s), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])                               \
+                 : "memory");                                                                                 \
+  else                                                                                                        \
+    asm volatile(kOp ".5d.global.shared::cta" kSuffix " [%0, {%2,%3,%4,%5,%6}], [%1];"                        \
+                 :                                                                                            \
+                 : "l"(map), "r"(s), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])                    \
+                 : "memory")
+
+// Stores it.
 template <class... Coordinates>
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* shared, Coordinates... coordinates) {
-  const int c[] = {static_cast<int>(coordinates)...};
-  constexpr int kRank = sizeof...(Coordinates);
-  static_assert(kRank >= 2 && kRank <= 5);
-  const uint32_t s = shared_address(shared);
-  if constexpr (kRank == 2)
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2,%3}], [%1];"
-                 :
-                 : "l"(map), "r"(s), "r"(c[0]), "r"(c[1])
-                 : "memory");
-  else if constexpr (kRank == 3)
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2,%3,%4}], [%1];"
-                 :
-                 : "l"(map), "r"(s), "r"(c[0]), "r"(c[1]), "r"(c[2])
-                 : "memory");
-  else if constexpr (kRank == 4)
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2,%3,%4,%5}], [%1];"
-                 :
-                 : "l"(map), "r"(s), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])
-                 : "memory");
-  else
-    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2,%3,%4,%5,%6}], [%1];"
-                 :
-                 : "l"(map), "r"(s), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])
-                 : "memory");
+  PYKERNELS_TMA_OUT("cp.async.bulk.tensor", ".bulk_group");
 }
 
-// The same, adding to what is there (atomically per element, in the tensor's dtype).
+// Adds it to what is there (atomically per element, in the tensor's dtype).
 template <class... Coordinates>
-__device__ __forceinline__ void tma_reduce_add(const CUtensorMap* map, const void* shared,
-                                               Coordinates... coordinates) {
-  const int c[] = {static_cast<int>(coordinates)...};
-  constexpr int kRank = sizeof...(Coordinates);
-  static_assert(kRank >= 2 && kRank <= 5);
-  const uint32_t s = shared_address(shared);
-  if constexpr (kRank == 2)
-    asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%2,%3}], [%1];"
-                 :
-                 : "l"(map), "r"(s), "r"(c[0]), "r"(c[1])
-                 : "memory");
-  else if constexpr (kRank == 3)
-    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2,%3,%4}], [%1];"
-                 :
-                 : "l"(map), "r"(s), "r"(c[0]), "r"(c[1]), "r"(c[2])
-                 : "memory");
-  else if constexpr (kRank == 4)
-    asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.bulk_group [%0, {%2,%3,%4,%5}], [%1];"
-                 :
-                 : "l"(map), "r"(s), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])
-                 : "memory");
-  else
-    asm volatile("cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.bulk_group [%0, {%2,%3,%4,%5,%6}], [%1];"
-                 :
-                 : "l"(map), "r"(s), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])
-                 : "memory");
+__device__ __forceinline__ void tma_reduce_add(const CUtensorMap* map, const void* shared, Coordinates... coordinates) {
+  PYKERNELS_TMA_OUT("cp.reduce.async.bulk.tensor", ".add.bulk_group");
 }
+#undef PYKERNELS_TMA_OUT
 
 // ---- Bulk copies of contiguous bytes (sm_90) ----------------------------------------------------------------------
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _dispatch, _library
+from ... import _dispatch
 from ..._autograd import second_derivative
+from ..._dispatch import empty_like_layout
 from . import reference
 
 SCHEMAS = {
@@ -20,13 +21,6 @@ SCHEMAS = {
            "bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
     "step": "(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, Tensor? state_indices, bool silu) -> Tensor",
 }
-
-
-def empty_like_layout(x: Tensor) -> Tensor:
-    """A new tensor [B, D, L] laid out as x is: token by token when x is, else channel by channel."""
-    if x.stride(1) == 1 and x.stride(2) != 1:
-        return x.new_empty(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2)
-    return x.new_empty(x.shape)
 
 
 def _states(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -48,30 +42,8 @@ def _fake_step(x, state, weight, bias, state_indices, silu):
     return empty_like_layout(x)
 
 
-_FAKES = {"fwd": _fake_fwd, "bwd": _fake_bwd, "step": _fake_step}
-
-
-
-def _triton(part: str):
-    def run(*args):
-        from . import triton  # at the first call: importing Triton takes a second, and it may not be installed
-
-        return getattr(triton, part)(*args)
-
-    return run
-
-
-for _part, _fake in _FAKES.items():
-    _dispatch.define(f"causal_conv1d_{_part}_triton", SCHEMAS[_part], _triton(_part), _fake)
-    if _library.error() is None:
-        _dispatch.register_fake(f"causal_conv1d_{_part}_cpu", _fake)
-for _backend in ("triton", "cpu") if _library.error() is None else ("triton",):
-    _dispatch.bump_versions(f"causal_conv1d_step_{_backend}", (1,))
-
-
-def run(part: str, backend: str, *args):
-    """Calls a part (a key of `SCHEMAS`) of a compiled backend."""
-    return _dispatch.op(f"causal_conv1d_{part}_{backend}")(*args)
+run = _dispatch.register("causal_conv1d", SCHEMAS, {"fwd": _fake_fwd, "bwd": _fake_bwd, "step": _fake_step},
+                         mutated={"step": (1,)}, triton=f"{__package__}.triton")
 
 
 class _Backward(torch.autograd.Function):

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._dispatch import empty_like_layout
 from ..._triton import clamped, find_sequence, launch, load, store, target, tiles_packed
-from .registration import empty_like_layout
 
 # Runtime values on which compiled code must not be specialised: they change from call to call.
 _VARYING = ["L", "tiles", "sequences"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
+from ..._autograd import followed
 from ...backends import Op, Query, resolve
 from . import decode, reference, registration
 from .decode import FFTConvState
@@ -150,7 +151,7 @@ def fft_conv(
     if any(gate is not None and gate.dtype != dtype for gate in gates):
         u, *gates = (None if x is None else x.to(torch.float32) for x in (u, *gates))
     tensors = (u, k, k_rev, D, *gates)
-    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    grad = followed(*tensors)
     on = {"k_rev": k_rev, "D": D, "pre_gate": gates[0], "post_gate": gates[1]}
     options = frozenset(name for name, x in on.items() if x is not None) | {mode}
     chosen = resolve(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _dispatch, _library
+from ... import _dispatch
 from . import reference
 
 _INPUTS = (
@@ -47,27 +47,7 @@ def _fake_bwd(dout, u, k, k_rev, D, pre_gate, post_gate, k_rev_lag, circular, in
     )
 
 
-_FAKES = {"fwd": _fake_fwd, "bwd": _fake_bwd}
-
-
-def _triton(part: str):
-    def run(*args):
-        from . import triton  # at the first call: importing Triton takes a second, and it may not be installed
-
-        return getattr(triton, part)(*args)
-
-    return run
-
-
-for _part, _fake in _FAKES.items():
-    _dispatch.define(f"fft_conv_{_part}_triton", SCHEMAS[_part], _triton(_part), _fake)
-    if _library.error() is None:
-        _dispatch.register_fake(f"fft_conv_{_part}_cpu", _fake)
-
-
-def run(part: str, backend: str, *args):
-    """Calls a part (a key of `SCHEMAS`) of a compiled backend."""
-    return _dispatch.op(f"fft_conv_{part}_{backend}")(*args)
+run = _dispatch.register("fft_conv", SCHEMAS, {"fwd": _fake_fwd, "bwd": _fake_bwd}, triton=f"{__package__}.triton")
 
 
 def _gradients(backend, dout, tensors, options, input_gradient, kernel_gradient):

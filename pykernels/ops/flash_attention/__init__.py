@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ... import _checks
+from ..._autograd import followed
 from ...backends import Op, Query, resolve
 from . import reference, registration
 
@@ -161,12 +161,11 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, wi
         if cu_seqlens_k.shape != cu_seqlens_q.shape:
             raise ValueError(f"cu_seqlens_k must have as many offsets as cu_seqlens_q ({cu_seqlens_q.shape[0]}), "
                              f"got {cu_seqlens_k.shape[0]}")
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    forward_mode = forward_ad._current_level >= 0  # then the Function raises, where the bare op would give zero tangents
+    grad = followed(q, k, v)
     chosen = resolve(OP, _query(q, v, options, cu_seqlens_q is not None, grad), backend)
     if chosen == "reference":
         out, lse = reference.flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
-    elif grad or forward_mode:
+    elif grad:
         out, lse = registration.FlashAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, options, deterministic, chosen)
     else:
         out, lse = registration.run("fwd", chosen, q, k, v, cu_seqlens_q, cu_seqlens_k, *options)

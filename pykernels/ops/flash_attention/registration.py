@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _dispatch, _library
+from ... import _dispatch
 from . import reference
 
 _OPTIONS = "float scale, float softcap, int window_left, int window_right"
@@ -46,34 +46,9 @@ def _fake_append(k_cache, v_cache, k, v, cache_seqlens):
     return None
 
 
-_FAKES = {"fwd": _fake_fwd, "bwd": _fake_bwd, "decode": _fake_decode, "append": _fake_append}
-
-
-def _triton(part: str):
-    def run(*args):
-        from . import triton  # at the first call: importing Triton takes a second, and it may not be installed
-
-        return getattr(triton, part)(*args)
-
-    return run
-
-
-for _part, _fake in _FAKES.items():
-    _dispatch.define(f"flash_attention_{_part}_triton", SCHEMAS[_part], _triton(_part), _fake)
-    if _library.error() is None:
-        _dispatch.register_fake(f"flash_attention_{_part}_cpu", _fake)
-        if _library.cuda_build() is not None:
-            _dispatch.register_fake(f"flash_attention_{_part}_cuda", _fake)
-_APPENDS = ["triton"]
-if _library.error() is None:
-    _APPENDS += ["cpu"] if _library.cuda_build() is None else ["cpu", "cuda"]
-for _backend in _APPENDS:
-    _dispatch.bump_versions(f"flash_attention_append_{_backend}", (0, 1))
-
-
-def run(part: str, backend: str, *args):
-    """Calls a part (a key of `SCHEMAS`) of a compiled backend."""
-    return _dispatch.op(f"flash_attention_{part}_{backend}")(*args)
+run = _dispatch.register("flash_attention", SCHEMAS,
+                         {"fwd": _fake_fwd, "bwd": _fake_bwd, "decode": _fake_decode, "append": _fake_append},
+                         mutated={"append": (0, 1)}, triton=f"{__package__}.triton")
 
 
 class _Backward(torch.autograd.Function):

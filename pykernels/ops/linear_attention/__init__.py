@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
+from ..._autograd import followed
 from ...backends import Op, Query, resolve
 from . import reference, registration
 
@@ -171,7 +172,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = 
         _checks.shape("initial_state", initial_state, {"N": count, "H": v.shape[2], "K": q.shape[3], **columns})
         initial_state = _wide("initial_state", initial_state, q)
     tensors = (q, k, v, decay, bonus, initial_state)
-    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    grad = followed(*tensors)
     query = _query(q, v, grad, varlen=cu_seqlens is not None, bonus=bonus is not None, normalize=normalize, reverse=reverse,
                    channel_decay=decay is not None and decay.dim() == 4)
     chosen = resolve(OP, query, backend)

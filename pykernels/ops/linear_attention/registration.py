@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _dispatch, _library
+from ... import _dispatch
+from ..._autograd import second_derivative
 from . import reference
 
 SEGMENT = 512  # tokens between the states that forward keeps for backward, as in csrc/include/pykernels/linear_attention.h
@@ -69,29 +70,8 @@ def _fake_step(state, q, k, v, decay, bonus, state_indices, scale, normalize):
     return v.new_empty(v.shape)
 
 
-_FAKES = {"fwd": _fake_fwd, "bwd": _fake_bwd, "step": _fake_step}
-
-
-def _triton(part: str):
-    def run(*args):
-        from . import triton  # at the first call: importing Triton takes a second, and it may not be installed
-
-        return getattr(triton, part)(*args)
-
-    return run
-
-
-for _part, _fake in _FAKES.items():
-    _dispatch.define(f"linear_attention_{_part}_triton", SCHEMAS[_part], _triton(_part), _fake)
-    if _library.error() is None:
-        _dispatch.register_fake(f"linear_attention_{_part}_cpu", _fake)
-for _backend in ("triton", "cpu") if _library.error() is None else ("triton",):
-    _dispatch.bump_versions(f"linear_attention_step_{_backend}", (0,))
-
-
-def run(part: str, backend: str, *args):
-    """Calls a part (a key of `SCHEMAS`) of a compiled backend."""
-    return _dispatch.op(f"linear_attention_{part}_{backend}")(*args)
+run = _dispatch.register("linear_attention", SCHEMAS, {"fwd": _fake_fwd, "bwd": _fake_bwd, "step": _fake_step},
+                         mutated={"step": (0,)}, triton=f"{__package__}.triton")
 
 
 def _gradients(backend, dout, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, out, checkpoints, denominator, options,
@@ -120,39 +100,17 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:9])
+        ctx.set_materialize_grads(False)
         ctx.options = inputs[12]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *cotangents):
-        *given, cu_seqlens = ctx.saved_tensors
-        # Arguments that are None have no derivative; the rest are the variables.
-        present = [i for i, x in enumerate(given) if x is not None]
-
-        def gradients(*variables):
-            args: list[Tensor | None] = [None] * 8
-            for i, x in zip(present, variables):
-                args[i] = x
-            dout, dfinal, *inputs = args
-            which = [i for i, x in enumerate(inputs) if x is not None]
-
-            def forward(*chosen):
-                full: list[Tensor | None] = [None] * 6
-                for i, x in zip(which, chosen):
-                    full[i] = x
-                out, final = reference.linear_attention(*full, cu_seqlens, *ctx.options)
-                return out if dfinal is None else (out, final)
-
-            _, vjp = torch.func.vjp(forward, *(inputs[i] for i in which))
-            return vjp(dout if dfinal is None else (dout, dfinal))
-
-        _, vjp = torch.func.vjp(gradients, *(given[i] for i in present))
+    def backward(ctx, *upstream):
+        dout, dfinal, *primals, cu_seqlens = ctx.saved_tensors
         # out, the checkpoints and the denominator are functions of the inputs, so their own derivatives are already inside.
-        second = vjp(tuple(c for c, x in zip(cotangents, given[2:]) if x is not None))
-        result: list[Tensor | None] = [None] * 14
-        for i, x in zip(present, second):
-            result[i] = x
-        return tuple(result)
+        cotangents, primals = second_derivative(lambda *p: reference.linear_attention(*p, cu_seqlens, *ctx.options), primals,
+                                                (dout, dfinal), upstream)
+        return *cotangents, *primals, *[None] * 6
 
 
 class LinearAttention(torch.autograd.Function):

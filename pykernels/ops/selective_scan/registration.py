@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _dispatch, _library
+from ... import _dispatch
 from ..._autograd import second_derivative
+from ..._dispatch import empty_like_layout
 from . import reference
 
 _INPUTS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, "
@@ -24,13 +25,6 @@ SCHEMAS = {
             "Tensor? state_indices, bool delta_softplus) -> Tensor",
 }
 CHUNK = 64  # tokens between the states that the forward pass keeps
-
-
-def empty_like_layout(x: Tensor) -> Tensor:
-    """A new tensor [B, D, L] laid out as x is: token by token when x is, else channel by channel."""
-    if x.stride(1) == 1 and x.stride(2) != 1:
-        return x.new_empty(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2)
-    return x.new_empty(x.shape)
 
 
 def _states(u: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -59,30 +53,8 @@ def _fake_step(x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_
     return x.new_empty(x.shape)
 
 
-_FAKES = {"fwd": _fake_fwd, "bwd": _fake_bwd, "step": _fake_step}
-
-
-
-def _triton(part: str):
-    def run(*args):
-        from . import triton  # at the first call: importing Triton takes a second, and it may not be installed
-
-        return getattr(triton, part)(*args)
-
-    return run
-
-
-for _part, _fake in _FAKES.items():
-    _dispatch.define(f"selective_scan_{_part}_triton", SCHEMAS[_part], _triton(_part), _fake)
-    if _library.error() is None:
-        _dispatch.register_fake(f"selective_scan_{_part}_cpu", _fake)
-for _backend in ("triton", "cpu") if _library.error() is None else ("triton",):
-    _dispatch.bump_versions(f"selective_scan_step_{_backend}", (1,))
-
-
-def run(part: str, backend: str, *args):
-    """Calls a part (a key of `SCHEMAS`) of a compiled backend."""
-    return _dispatch.op(f"selective_scan_{part}_{backend}")(*args)
+run = _dispatch.register("selective_scan", SCHEMAS, {"fwd": _fake_fwd, "bwd": _fake_bwd, "step": _fake_step},
+                         mutated={"step": (1,)}, triton=f"{__package__}.triton")
 
 
 def real(x: Tensor | None) -> Tensor | None:

@@ -15,13 +15,13 @@ Names: `i_` index, `o_` offset, `m_` mask, `p_` pointer, `b_` block value.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._dispatch import empty_like_layout
 from ..._triton import INTERPRET, clamped, find_sequence, launch, load, store, target, tiles_packed
-from .registration import CHUNK, empty_like_layout
+from .registration import CHUNK
 
 # Runtime values on which compiled code must not be specialised: they change from call to call.
 _VARYING = ["L", "chunks", "sequences"]
