@@ -5,8 +5,8 @@ transform of N complex points one program does by itself, as N1 x N2 = N; and wh
 transform of the whole row, of which outer stages go through memory and the rest is such a program's. Rows are
 transforms of their own, so neither rounding errors nor values that are not finite leave a row.
 
-A tile of BR rows is [N1, BR N2], which a product from the left transforms along N1, and, reshaped, [N1 BR, N2], which
-one from the right transforms along N2: nothing is ever transposed. Sums over rows go by parts that depend on shapes
+A stage of a transform is the product of a tile, whose rows are all other indices, with a matrix [N1, N1] from the right:
+so that the many rows are spread over warps, and the small matrix is what each of them holds. Sums over rows go by parts that depend on shapes
 alone and are added up in a fixed order, so results are bitwise repeatable.
 
 Names: `i_` index, `o_` offset, `m_` mask, `p_` pointer, `b_` block value; `_r` and `_i` real and imaginary part.
@@ -149,12 +149,12 @@ def _turn(o_t, N: tl.constexpr):
 def fft_conv_tables_kernel(tables, N1: tl.constexpr, N2: tl.constexpr, SHIFT: tl.constexpr, TOTAL: tl.constexpr,
                            BLOCK: tl.constexpr):
     """The first TOTAL of the constants of a transform of N = N1 N2 points: e^{-2 pi i n1 (k1 - SHIFT/4) / N1} as
-    [k1, n1], the twiddles e^{-2 pi i n2 (k1 - SHIFT/4) / N} as [k1, n2], and e^{-2 pi i n2 k2 / N2} as [n2, k2]; all
+    [n1, k1], the twiddles e^{-2 pi i n2 (k1 - SHIFT/4) / N} as [n2, k1], and e^{-2 pi i n2 k2 / N2} as [n2, k2]; all
     real parts, then the others."""
     o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     o_2, o_3 = o_e - N1 * N1, o_e - N1 * N1 - N1 * N2
-    o_t = o_e % N1 * N2 * (4 * (o_e // N1) - SHIFT)
-    o_t = tl.where(o_2 >= 0, o_2 % N2 * (4 * (o_2 // N2) - SHIFT), o_t)
+    o_t = o_e // N1 * N2 * (4 * (o_e % N1) - SHIFT)
+    o_t = tl.where(o_2 >= 0, o_2 // N1 * (4 * (o_2 % N1) - SHIFT), o_t)
     o_t = tl.where(o_3 >= 0, 4 * N1 * (o_3 // N2) * (o_3 % N2), o_t)
     b_cos, b_sin = _turn(o_t, N1 * N2)
     tl.store(tables + o_e, b_cos, mask=o_e < TOTAL)
@@ -162,13 +162,25 @@ def fft_conv_tables_kernel(tables, N1: tl.constexpr, N2: tl.constexpr, SHIFT: tl
 
 
 @triton.jit
-def _dots(b_ar, b_ai, b_br, b_bi, PRECISION: tl.constexpr):
-    """The product of complex matrices, of which the second may be real (b_bi None)."""
-    b_r = tl.dot(b_ar, b_br, input_precision=PRECISION)
-    b_i = tl.dot(b_ai, b_br, input_precision=PRECISION)
-    if b_bi is not None:
-        b_r = tl.dot(-b_ai, b_bi, b_r, input_precision=PRECISION)
-        b_i = tl.dot(b_ar, b_bi, b_i, input_precision=PRECISION)
+def _dots(b_ar, b_ai, b_fr, b_fi, PRECISION: tl.constexpr):
+    """a F, of complex matrices, of which a may be real (b_ai None)."""
+    b_r = tl.dot(b_ar, b_fr, input_precision=PRECISION)
+    b_i = tl.dot(b_ar, b_fi, input_precision=PRECISION)
+    if b_ai is not None:
+        b_r = tl.dot(b_ai, -b_fi, b_r, input_precision=PRECISION)
+        b_i = tl.dot(b_ai, b_fr, b_i, input_precision=PRECISION)
+    return b_r, b_i
+
+
+@triton.jit
+def _dots_inverse(b_ar, b_ai, b_fr, b_fi, REAL: tl.constexpr, PRECISION: tl.constexpr):
+    """a conj(F); of a result that is REAL just that part, twice."""
+    b_r = tl.dot(b_ar, b_fr, input_precision=PRECISION)
+    b_r = tl.dot(b_ai, b_fi, b_r, input_precision=PRECISION)
+    b_i = b_r
+    if not REAL:
+        b_i = tl.dot(b_ai, b_fr, input_precision=PRECISION)
+        b_i = tl.dot(b_ar, -b_fi, b_i, input_precision=PRECISION)
     return b_r, b_i
 
 
@@ -178,41 +190,55 @@ def _rotate(b_r, b_i, b_cr, b_ci):
 
 
 @triton.jit
-def _twiddles(tables, TOTAL: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, B: tl.constexpr):
-    """Those of a transform of N1 N2 points, for a tile [N1, (b, n2)]."""
-    o_1, o_c = tl.arange(0, N1), tl.arange(0, B * N2) % N2
-    p_t = tables + N1 * N1 + (o_1[:, None] * N2 + o_c[None, :])
-    return tl.load(p_t), tl.load(p_t + TOTAL)
+def _matrix(p_f, N: tl.constexpr, PLANE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The real and imaginary part of a matrix [N, N], or of its transpose."""
+    o = tl.arange(0, N)
+    if TRANSPOSED:
+        p_f += o[None, :] * N + o[:, None]
+    else:
+        p_f += o[:, None] * N + o[None, :]
+    return tl.load(p_f), tl.load(p_f + PLANE)
+
+
+@triton.jit
+def _twiddles(p_t, N1: tl.constexpr, N2: tl.constexpr, B: tl.constexpr, PLANE: tl.constexpr):
+    """Those of B transforms, [(b, n2), k1]."""
+    p_t += (tl.arange(0, B * N2) % N2 * N1)[:, None] + tl.arange(0, N1)[None, :]
+    return tl.load(p_t), tl.load(p_t + PLANE)
+
+
+@triton.jit
+def _swap(b_x, B: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
+    """[(b, n1), n2] -> [(b, n2), n1]"""
+    return tl.reshape(tl.permute(tl.reshape(b_x, [B, N1, N2]), [0, 2, 1]), [B * N2, N1])
 
 
 @triton.jit
 def _forward(b_r, b_i, tables, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr,
              PRECISION: tl.constexpr):
-    """x[n0, n1 N2 + n2] -> X[(k1, k0), k2]; of BR transforms with N0 = 1, x[n1, (r, n2)] -> X[(k1, r), k2]. b_i may be
-    None: x is real."""
+    """BR transforms x[(r, n2), n1] -> X[(r, k1), k2]; one with three factors x[(n1, n2), n0] -> X[(k0, k1), k2].
+
+    b_i may be None: x is real.
+    """
     ALONE: tl.constexpr = N0 * N0 + N0 * N1 * N2
-    TOTAL: tl.constexpr = N1 * N1 + N1 * N2 + N2 * N2
+    PLANE: tl.constexpr = N1 * N1 + N1 * N2 + N2 * N2
+    B: tl.constexpr = N0 * BR
     if N0 > 1:
-        o_0 = tl.arange(0, N0)
-        p_f = tables + (o_0[:, None] * N0 + o_0[None, :])
-        b_r, b_i = _dots(tl.load(p_f), tl.load(p_f + ALONE), b_r, b_i, PRECISION)
-        b_tr, b_ti = _twiddles(tables, ALONE, N0, N1 * N2, 1)
+        b_fr, b_fi = _matrix(tables, N0, ALONE, False)
+        b_r, b_i = _dots(b_r, b_i, b_fr, b_fi, PRECISION)
+        b_tr, b_ti = _twiddles(tables + N0 * N0, N0, N1 * N2, 1, ALONE)
         b_r, b_i = _rotate(b_r, b_i, b_tr, b_ti)
-        b_r = tl.reshape(tl.permute(tl.reshape(b_r, [N0, N1, N2]), [1, 0, 2]), [N1, N0 * N2])
-        b_i = tl.reshape(tl.permute(tl.reshape(b_i, [N0, N1, N2]), [1, 0, 2]), [N1, N0 * N2])
+        # [(n1, n2), k0] -> [(k0, n2), n1]
+        b_r = tl.reshape(tl.permute(tl.reshape(b_r, [N1, N2, N0]), [2, 1, 0]), [N0 * N2, N1])
+        b_i = tl.reshape(tl.permute(tl.reshape(b_i, [N1, N2, N0]), [2, 1, 0]), [N0 * N2, N1])
         tables += 2 * ALONE
-    o_1, o_2 = tl.arange(0, N1), tl.arange(0, N2)
-    p_f = tables + (o_1[:, None] * N1 + o_1[None, :])
-    b_r, b_i = _dots(tl.load(p_f), tl.load(p_f + TOTAL), b_r, b_i, PRECISION)
-    b_tr, b_ti = _twiddles(tables, TOTAL, N1, N2, N0 * BR)
+    b_fr, b_fi = _matrix(tables, N1, PLANE, False)
+    b_r, b_i = _dots(b_r, b_i, b_fr, b_fi, PRECISION)
+    b_tr, b_ti = _twiddles(tables + N1 * N1, N1, N2, B, PLANE)
     b_r, b_i = _rotate(b_r, b_i, b_tr, b_ti)
-    b_r, b_i = tl.reshape(b_r, [N1 * N0 * BR, N2]), tl.reshape(b_i, [N1 * N0 * BR, N2])
-    p_f = tables + N1 * N1 + N1 * N2 + (o_2[:, None] * N2 + o_2[None, :])
-    b_fr, b_fi = tl.load(p_f), tl.load(p_f + TOTAL)
-    b_xr = tl.dot(b_r, b_fr, input_precision=PRECISION)
-    b_xi = tl.dot(b_i, b_fr, input_precision=PRECISION)
-    return (tl.dot(b_i, -b_fi, b_xr, input_precision=PRECISION),
-            tl.dot(b_r, b_fi, b_xi, input_precision=PRECISION))
+    b_r, b_i = _swap(b_r, B, N2, N1), _swap(b_i, B, N2, N1)
+    b_fr, b_fi = _matrix(tables + N1 * N1 + N1 * N2, N2, PLANE, False)
+    return _dots(b_r, b_i, b_fr, b_fi, PRECISION)
 
 
 @triton.jit
@@ -220,43 +246,27 @@ def _inverse(b_r, b_i, tables, N0: tl.constexpr, N1: tl.constexpr, N2: tl.conste
              REAL: tl.constexpr, PRECISION: tl.constexpr):
     """From what `_forward` returns to what it takes, times N; the imaginary part is not computed when REAL."""
     ALONE: tl.constexpr = N0 * N0 + N0 * N1 * N2
-    TOTAL: tl.constexpr = N1 * N1 + N1 * N2 + N2 * N2
+    PLANE: tl.constexpr = N1 * N1 + N1 * N2 + N2 * N2
+    B: tl.constexpr = N0 * BR
     first = tables
     if N0 > 1:
         tables += 2 * ALONE
-    o_1, o_2 = tl.arange(0, N1), tl.arange(0, N2)
-    p_f = tables + N1 * N1 + N1 * N2 + (o_2[:, None] * N2 + o_2[None, :])
-    b_fr, b_fi = tl.load(p_f), tl.load(p_f + TOTAL)
-    b_yr = tl.dot(b_r, b_fr, input_precision=PRECISION)
-    b_yi = tl.dot(b_i, b_fr, input_precision=PRECISION)
-    b_yr = tl.dot(b_i, b_fi, b_yr, input_precision=PRECISION)
-    b_yi = tl.dot(b_r, -b_fi, b_yi, input_precision=PRECISION)
-    b_yr, b_yi = tl.reshape(b_yr, [N1, N0 * BR * N2]), tl.reshape(b_yi, [N1, N0 * BR * N2])
-    b_tr, b_ti = _twiddles(tables, TOTAL, N1, N2, N0 * BR)
-    b_yr, b_yi = _rotate(b_yr, b_yi, b_tr, -b_ti)
-    p_f = tables + (o_1[None, :] * N1 + o_1[:, None])
-    b_yr, b_yi = _dots_inverse(tl.load(p_f), tl.load(p_f + TOTAL), b_yr, b_yi, REAL and N0 == 1, PRECISION)
+    b_fr, b_fi = _matrix(tables + N1 * N1 + N1 * N2, N2, PLANE, False)  # symmetric
+    b_r, b_i = _dots_inverse(b_r, b_i, b_fr, b_fi, False, PRECISION)
+    b_r, b_i = _swap(b_r, B, N1, N2), _swap(b_i, B, N1, N2)
+    b_tr, b_ti = _twiddles(tables + N1 * N1, N1, N2, B, PLANE)
+    b_r, b_i = _rotate(b_r, b_i, b_tr, -b_ti)
+    b_fr, b_fi = _matrix(tables, N1, PLANE, True)
+    b_r, b_i = _dots_inverse(b_r, b_i, b_fr, b_fi, REAL and N0 == 1, PRECISION)
     if N0 > 1:
-        b_yr = tl.reshape(tl.permute(tl.reshape(b_yr, [N1, N0, N2]), [1, 0, 2]), [N0, N1 * N2])
-        b_yi = tl.reshape(tl.permute(tl.reshape(b_yi, [N1, N0, N2]), [1, 0, 2]), [N0, N1 * N2])
-        b_tr, b_ti = _twiddles(first, ALONE, N0, N1 * N2, 1)
-        b_yr, b_yi = _rotate(b_yr, b_yi, b_tr, -b_ti)
-        o_0 = tl.arange(0, N0)
-        p_f = first + (o_0[None, :] * N0 + o_0[:, None])
-        b_yr, b_yi = _dots_inverse(tl.load(p_f), tl.load(p_f + ALONE), b_yr, b_yi, REAL, PRECISION)
-    return b_yr, b_yi
-
-
-@triton.jit
-def _dots_inverse(b_fr, b_fi, b_r, b_i, REAL: tl.constexpr, PRECISION: tl.constexpr):
-    """conj(F) x; of a result that is REAL just that part, twice."""
-    b_xr = tl.dot(b_fr, b_r, input_precision=PRECISION)
-    b_xr = tl.dot(b_fi, b_i, b_xr, input_precision=PRECISION)
-    b_xi = b_xr
-    if not REAL:
-        b_xi = tl.dot(b_fr, b_i, input_precision=PRECISION)
-        b_xi = tl.dot(-b_fi, b_r, b_xi, input_precision=PRECISION)
-    return b_xr, b_xi
+        # [(k0, n2), n1] -> [(n1, n2), k0]
+        b_r = tl.reshape(tl.permute(tl.reshape(b_r, [N0, N2, N1]), [2, 1, 0]), [N1 * N2, N0])
+        b_i = tl.reshape(tl.permute(tl.reshape(b_i, [N0, N2, N1]), [2, 1, 0]), [N1 * N2, N0])
+        b_tr, b_ti = _twiddles(first + N0 * N0, N0, N1 * N2, 1, ALONE)
+        b_r, b_i = _rotate(b_r, b_i, b_tr, -b_ti)
+        b_fr, b_fi = _matrix(first, N0, ALONE, True)
+        b_r, b_i = _dots_inverse(b_r, b_i, b_fr, b_fi, REAL, PRECISION)
+    return b_r, b_i
 
 
 @triton.jit
@@ -269,21 +279,21 @@ def _times_spectrum(b_r, b_i, p_w, m, N: tl.constexpr, CONJ: tl.constexpr):
 
 @triton.jit
 def _times(i_tile, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr):
-    """-> (rows [1, .], positions in them) of x[n0, n1 N2 + n2] or x[n1, (r, n2)]."""
+    """-> (rows [., 1], positions in them) of what `_forward` takes."""
     if N0 > 1:
-        o_c = tl.arange(0, N1 * N2)
-        o_row, o_p = i_tile + o_c * 0, tl.arange(0, N0)[:, None] * (N1 * N2) + o_c[None, :]
+        o_m = tl.arange(0, N1 * N2)
+        o_row, o_p = i_tile + o_m * 0, o_m[:, None] + tl.arange(0, N0)[None, :] * (N1 * N2)
     else:
-        o_c = tl.arange(0, BR * N2)
-        o_row, o_p = i_tile * BR + o_c // N2, tl.arange(0, N1)[:, None] * N2 + (o_c % N2)[None, :]
-    return o_row[None, :], o_p
+        o_m = tl.arange(0, BR * N2)
+        o_row, o_p = i_tile * BR + o_m // N2, (o_m % N2)[:, None] + tl.arange(0, N1)[None, :] * N2
+    return o_row[:, None], o_p
 
 
 @triton.jit
 def _frequencies(i_tile, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr):
-    """-> (rows [., 1], offsets in their spectra) of X[(k1, k0), k2] or X[(k1, r), k2]."""
-    o_m = tl.arange(0, N1 * N0 * BR)
-    return (i_tile * BR + o_m % BR)[:, None], (o_m // BR * N2)[:, None] + tl.arange(0, N2)[None, :]
+    """-> (rows [., 1], offsets in their spectra) of what `_forward` returns."""
+    o_m = tl.arange(0, BR * N0 * N1)
+    return (i_tile * BR + o_m // (N0 * N1))[:, None], (o_m % (N0 * N1) * N2)[:, None] + tl.arange(0, N2)[None, :]
 
 
 # ---- one program per transform ---------------------------------------------------------------------------------------
@@ -350,7 +360,7 @@ def fft_conv_correlate_kernel(x, gate, dy, dgate, sums, tables, stride_xb, strid
     N: tl.constexpr = N0 * N1 * N2
     i_g, i_part = tl.program_id(0) // parts, tl.program_id(0) % parts
     rows = per_group * batch * windows
-    b_sr, b_si = tl.zeros([N1 * N0 * BR, N2], dtype=tl.float32), tl.zeros([N1 * N0 * BR, N2], dtype=tl.float32)
+    b_sr, b_si = tl.zeros([BR * N0 * N1, N2], dtype=tl.float32), tl.zeros([BR * N0 * N1, N2], dtype=tl.float32)
     for i_tile in range(i_part * share, tl.minimum((i_part + 1) * share, tl.cdiv(rows, BR))):
         o_row, o_p = _times(i_tile, N0, N1, N2, BR)
         m_row = o_row < rows
@@ -374,7 +384,7 @@ def fft_conv_correlate_kernel(x, gate, dy, dgate, sums, tables, stride_xb, strid
         b_sr += b_yr
         b_si += b_yi
     if BR > 1:
-        b_sr, b_si = tl.sum(tl.reshape(b_sr, [N1, BR, N2]), 1), tl.sum(tl.reshape(b_si, [N1, BR, N2]), 1)
+        b_sr, b_si = tl.sum(tl.reshape(b_sr, [BR, N1, N2]), 0), tl.sum(tl.reshape(b_si, [BR, N1, N2]), 0)
     o_k = _frequencies(0, N0, N1, N2, 1)[1]
     p_s = sums + (tl.program_id(0).to(tl.int64) * (2 * N) + o_k)
     tl.store(p_s, b_sr)
@@ -387,7 +397,7 @@ def fft_conv_taps_kernel(sums, dtaps, tables, rows, T, behind, parts, N0: tl.con
     """sums [rows, parts, 2, N], added up over parts -> the gradient of kernels [rows, T]."""
     N: tl.constexpr = N0 * N1 * N2
     o_row, o_k = _frequencies(tl.program_id(0), N0, N1, N2, BR)
-    b_r, b_i = tl.zeros([N1 * N0 * BR, N2], dtype=tl.float32), tl.zeros([N1 * N0 * BR, N2], dtype=tl.float32)
+    b_r, b_i = tl.zeros([BR * N0 * N1, N2], dtype=tl.float32), tl.zeros([BR * N0 * N1, N2], dtype=tl.float32)
     for i_part in range(0, parts):
         p_s = sums + ((o_row.to(tl.int64) * parts + i_part) * (2 * N) + o_k)
         b_r += load(p_s, o_row < rows)
@@ -409,12 +419,16 @@ def fft_conv_taps_kernel(sums, dtaps, tables, rows, T, behind, parts, N0: tl.con
 
 @triton.jit
 def _stage(o_m, R: tl.constexpr, M: tl.constexpr, SHIFT: tl.constexpr):
-    """The matrix e^{-2 pi i n1 (k1 - SHIFT/4) / R} as [k1, n1], and the twiddles e^{-2 pi i m (k1 - SHIFT/4) / RM}."""
-    o_1 = tl.arange(0, R)
-    o_k = 4 * o_1[:, None] - SHIFT
-    b_fr, b_fi = _turn(o_k * o_1[None, :] * M, R * M)
-    b_tr, b_ti = _turn(o_k * o_m[None, :], R * M)
-    return b_fr, -b_fi, b_tr, -b_ti
+    """The twiddles e^{-2 pi i m (k1 - SHIFT/4) / RM} as [m, k1]."""
+    b_cos, b_sin = _turn(o_m[:, None] * (4 * tl.arange(0, R)[None, :] - SHIFT), R * M)
+    return b_cos, -b_sin
+
+
+@triton.jit
+def _stage_matrix(o_n, o_k, R: tl.constexpr, SHIFT: tl.constexpr):
+    """e^{-2 pi i n1 (k1 - SHIFT/4) / R}"""
+    b_cos, b_sin = _turn(o_n * (4 * o_k - SHIFT), R)
+    return b_cos, -b_sin
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -425,7 +439,8 @@ def fft_conv_split_kernel(x, gate, taps, z, stride_xb, stride_xc, stride_xt, str
     """A stage forward, of BM columns of [R, M]: from rows x, from kernels, or from what is in z."""
     i_s = tl.program_id(0) // (M // BM)
     o_m = tl.program_id(0) % (M // BM) * BM + tl.arange(0, BM)
-    o_p = tl.arange(0, R)[:, None] * M + o_m[None, :]
+    o_1 = tl.arange(0, R)
+    o_p = o_m[:, None] + o_1[None, :] * M
     SEQUENCES: tl.constexpr = TOTAL // (R * M)
     p_z = z + (i_s // SEQUENCES).to(tl.int64) * (2 * TOTAL) + i_s % SEQUENCES * (R * M)
     b_i = None
@@ -443,8 +458,9 @@ def fft_conv_split_kernel(x, gate, taps, z, stride_xb, stride_xc, stride_xt, str
             b_i = _load_taps(p_t, None, o_p + TOTAL, T, behind, 2 * TOTAL)
     else:
         b_r, b_i = tl.load(p_z + o_p), tl.load(p_z + TOTAL + o_p)
-    b_fr, b_fi, b_tr, b_ti = _stage(o_m, R, M, SHIFT)
-    b_r, b_i = _dots(b_fr, b_fi, b_r, b_i, PRECISION)
+    b_fr, b_fi = _stage_matrix(o_1[:, None], o_1[None, :], R, SHIFT)
+    b_r, b_i = _dots(b_r, b_i, b_fr, b_fi, PRECISION)
+    b_tr, b_ti = _stage(o_m, R, M, SHIFT)
     b_r, b_i = _rotate(b_r, b_i, b_tr, b_ti)
     tl.store(p_z + o_p, b_r)
     tl.store(p_z + TOTAL + o_p, b_i)
@@ -459,12 +475,14 @@ def fft_conv_merge_kernel(z, x, gate, skip, factor, factor2, out, out2, dtaps, s
     """The inverse of a stage: to rows, to gradients of kernels, or to z."""
     i_s = tl.program_id(0) // (M // BM)
     o_m = tl.program_id(0) % (M // BM) * BM + tl.arange(0, BM)
-    o_p = tl.arange(0, R)[:, None] * M + o_m[None, :]
+    o_1 = tl.arange(0, R)
+    o_p = o_m[:, None] + o_1[None, :] * M
     SEQUENCES: tl.constexpr = TOTAL // (R * M)
     p_z = z + (i_s // SEQUENCES).to(tl.int64) * (2 * TOTAL) + i_s % SEQUENCES * (R * M)
-    b_fr, b_fi, b_tr, b_ti = _stage(o_m, R, M, SHIFT)
+    b_tr, b_ti = _stage(o_m, R, M, SHIFT)
     b_r, b_i = _rotate(tl.load(p_z + o_p), tl.load(p_z + TOTAL + o_p), b_tr, -b_ti)
-    b_r, b_i = _dots_inverse(tl.trans(b_fr), tl.trans(b_fi), b_r, b_i, REAL, PRECISION)
+    b_fr, b_fi = _stage_matrix(o_1[None, :], o_1[:, None], R, SHIFT)
+    b_r, b_i = _dots_inverse(b_r, b_i, b_fr, b_fi, REAL, PRECISION)
     if out is not None:
         o_b, o_d = (i_s % batch).to(tl.int64), (i_s // batch).to(tl.int64)
         p_x, p_g = _at(x, o_b, o_d, stride_xb, stride_xc), _at(gate, o_b, o_d, stride_gb, stride_gc)
