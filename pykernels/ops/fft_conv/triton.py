@@ -26,7 +26,7 @@ from ..._triton import launch, load, store, target
 
 # Runtime values on which compiled code must not be specialised: they change from call to call.
 _VARYING = ["batch", "per_group", "rows", "L", "windows", "step", "offset", "lift", "first", "last", "T", "behind",
-             "blocks", "share", "parts"]
+             "blocks", "share", "parts", "zero"]
 
 
 # ---- rows in memory --------------------------------------------------------------------------------------------------
@@ -201,6 +201,26 @@ def _matrix(p_f, N: tl.constexpr, PLANE: tl.constexpr, TRANSPOSED: tl.constexpr)
 
 
 @triton.jit
+def _first_matrix(p_f, N0: tl.constexpr, B: tl.constexpr, PLANE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The matrix [N0, N0] of B / N0 transforms side by side: it stands B / N0 times on the diagonal of [B, B]."""
+    o = tl.arange(0, B)
+    o_n, o_k = o[:, None], o[None, :]
+    m = (o_n // N0) == (o_k // N0)
+    if TRANSPOSED:
+        p_f += o_k % N0 * N0 + o_n % N0
+    else:
+        p_f += o_n % N0 * N0 + o_k % N0
+    return load(p_f, m), load(p_f + PLANE, m)
+
+
+@triton.jit
+def _first_twiddles(p_t, M: tl.constexpr, N0: tl.constexpr, B: tl.constexpr, PLANE: tl.constexpr):
+    """Those of B / N0 transforms, [m, (r, k0)]."""
+    p_t += (tl.arange(0, M) * N0)[:, None] + (tl.arange(0, B) % N0)[None, :]
+    return tl.load(p_t), tl.load(p_t + PLANE)
+
+
+@triton.jit
 def _twiddles(p_t, N1: tl.constexpr, N2: tl.constexpr, B: tl.constexpr, PLANE: tl.constexpr):
     """Those of B transforms, [(b, n2), k1]."""
     p_t += (tl.arange(0, B * N2) % N2 * N1)[:, None] + tl.arange(0, N1)[None, :]
@@ -216,21 +236,19 @@ def _swap(b_x, B: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
 @triton.jit
 def _forward(b_r, b_i, tables, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr,
              PRECISION: tl.constexpr):
-    """BR transforms x[(r, n2), n1] -> X[(r, k1), k2]; one with three factors x[(n1, n2), n0] -> X[(k0, k1), k2].
-
-    b_i may be None: x is real.
-    """
+    """BR transforms side by side: x[(r, n2), n1] -> X[(r, k1), k2], with a factor N0 x[(n1, n2), (r, n0)] ->
+    X[(r, k0, k1), k2]. b_i may be None: x is real."""
     ALONE: tl.constexpr = N0 * N0 + N0 * N1 * N2
     PLANE: tl.constexpr = N1 * N1 + N1 * N2 + N2 * N2
     B: tl.constexpr = N0 * BR
     if N0 > 1:
-        b_fr, b_fi = _matrix(tables, N0, ALONE, False)
+        b_fr, b_fi = _first_matrix(tables, N0, B, ALONE, False)
         b_r, b_i = _dots(b_r, b_i, b_fr, b_fi, PRECISION)
-        b_tr, b_ti = _twiddles(tables + N0 * N0, N0, N1 * N2, 1, ALONE)
+        b_tr, b_ti = _first_twiddles(tables + N0 * N0, N1 * N2, N0, B, ALONE)
         b_r, b_i = _rotate(b_r, b_i, b_tr, b_ti)
-        # [(n1, n2), k0] -> [(k0, n2), n1]
-        b_r = tl.reshape(tl.permute(tl.reshape(b_r, [N1, N2, N0]), [2, 1, 0]), [N0 * N2, N1])
-        b_i = tl.reshape(tl.permute(tl.reshape(b_i, [N1, N2, N0]), [2, 1, 0]), [N0 * N2, N1])
+        # [(n1, n2), (r, k0)] -> [(r, k0, n2), n1]
+        b_r = tl.reshape(tl.permute(tl.reshape(b_r, [N1, N2, B]), [2, 1, 0]), [B * N2, N1])
+        b_i = tl.reshape(tl.permute(tl.reshape(b_i, [N1, N2, B]), [2, 1, 0]), [B * N2, N1])
         tables += 2 * ALONE
     b_fr, b_fi = _matrix(tables, N1, PLANE, False)
     b_r, b_i = _dots(b_r, b_i, b_fr, b_fi, PRECISION)
@@ -259,12 +277,12 @@ def _inverse(b_r, b_i, tables, N0: tl.constexpr, N1: tl.constexpr, N2: tl.conste
     b_fr, b_fi = _matrix(tables, N1, PLANE, True)
     b_r, b_i = _dots_inverse(b_r, b_i, b_fr, b_fi, REAL and N0 == 1, PRECISION)
     if N0 > 1:
-        # [(k0, n2), n1] -> [(n1, n2), k0]
-        b_r = tl.reshape(tl.permute(tl.reshape(b_r, [N0, N2, N1]), [2, 1, 0]), [N1 * N2, N0])
-        b_i = tl.reshape(tl.permute(tl.reshape(b_i, [N0, N2, N1]), [2, 1, 0]), [N1 * N2, N0])
-        b_tr, b_ti = _twiddles(first + N0 * N0, N0, N1 * N2, 1, ALONE)
+        # [(r, k0, n2), n1] -> [(n1, n2), (r, k0)]
+        b_r = tl.reshape(tl.permute(tl.reshape(b_r, [B, N2, N1]), [2, 1, 0]), [N1 * N2, B])
+        b_i = tl.reshape(tl.permute(tl.reshape(b_i, [B, N2, N1]), [2, 1, 0]), [N1 * N2, B])
+        b_tr, b_ti = _first_twiddles(first + N0 * N0, N1 * N2, N0, B, ALONE)
         b_r, b_i = _rotate(b_r, b_i, b_tr, -b_ti)
-        b_fr, b_fi = _matrix(first, N0, ALONE, True)
+        b_fr, b_fi = _first_matrix(first, N0, B, ALONE, True)
         b_r, b_i = _dots_inverse(b_r, b_i, b_fr, b_fi, REAL, PRECISION)
     return b_r, b_i
 
@@ -279,14 +297,14 @@ def _times_spectrum(b_r, b_i, p_w, m, N: tl.constexpr, CONJ: tl.constexpr):
 
 @triton.jit
 def _times(i_tile, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr):
-    """-> (rows [., 1], positions in them) of what `_forward` takes."""
+    """-> (rows [., 1] or [1, .], positions in them) of what `_forward` takes."""
     if N0 > 1:
-        o_m = tl.arange(0, N1 * N2)
-        o_row, o_p = i_tile + o_m * 0, o_m[:, None] + tl.arange(0, N0)[None, :] * (N1 * N2)
+        o_m, o_c = tl.arange(0, N1 * N2)[:, None], tl.arange(0, BR * N0)[None, :]
+        o_row, o_p = i_tile * BR + o_c // N0, o_m + o_c % N0 * (N1 * N2)
     else:
-        o_m = tl.arange(0, BR * N2)
-        o_row, o_p = i_tile * BR + o_m // N2, (o_m % N2)[:, None] + tl.arange(0, N1)[None, :] * N2
-    return o_row[:, None], o_p
+        o_m = tl.arange(0, BR * N2)[:, None]
+        o_row, o_p = i_tile * BR + o_m // N2, o_m % N2 + tl.arange(0, N1)[None, :] * N2
+    return o_row, o_p
 
 
 @triton.jit
@@ -321,8 +339,8 @@ def fft_conv_spectrum_kernel(taps, spectrum, tables, rows, T, behind, N0: tl.con
 def fft_conv_window_kernel(x, gate, spectrum, skip, factor, factor2, out, out2, tables, stride_xb, stride_xc, stride_xt,
                            stride_gb, stride_gc, stride_gt, stride_fb, stride_fc, stride_ft, stride_hb, stride_hc,
                            stride_ht, stride_ob, stride_oc, stride_qb, stride_qc, batch, per_group, rows, L, windows,
-                           step, offset, lift, last, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
-                           BR: tl.constexpr, REAL: tl.constexpr, CIRCULAR: tl.constexpr, CONJ: tl.constexpr,
+                           step, offset, lift, last, zero, N0: tl.constexpr, N1: tl.constexpr,
+                           N2: tl.constexpr, BR: tl.constexpr, REAL: tl.constexpr, CIRCULAR: tl.constexpr, CONJ: tl.constexpr,
                            PRECISION: tl.constexpr):
     """BR windows: transform, product with the spectrum of the kernel, inverse."""
     N: tl.constexpr = N0 * N1 * N2
@@ -340,6 +358,11 @@ def fft_conv_window_kernel(x, gate, spectrum, skip, factor, factor2, out, out2, 
     o_g = (o_r // (windows * batch) // per_group).to(tl.int64)
     b_r, b_i = _times_spectrum(b_r, b_i, spectrum + (o_g * (2 * N) + o_k), o_r < rows, N, CONJ)
     b_r, b_i = _inverse(b_r, b_i, tables, N0, N1, N2, BR, REAL, PRECISION)
+    # `zero` is 0, but the compiler does not know: it computes addresses anew instead of keeping all in registers.
+    o_row, o_p = _times(tl.program_id(0) + zero, N0, N1, N2, BR)
+    o_b, o_d, o_w = _entry(o_row, batch, windows)
+    m_row, o_p = o_row < rows, o_p + zero
+    p_x, p_g = _at(x, o_b, o_d, stride_xb, stride_xc), _at(gate, o_b, o_d, stride_gb, stride_gc)
     p_f, p_h = _at(factor, o_b, o_d, stride_fb, stride_fc), _at(factor2, o_b, o_d, stride_hb, stride_hc)
     p_o, p_q = _at(out, o_b, o_d, stride_ob, stride_oc), _at(out2, o_b, o_d, stride_qb, stride_qc)
     _finish_window(b_r, p_x, p_g, skip, p_f, p_h, p_o, p_q, o_d, o_w, m_row, o_p, L, step, offset, stride_xt,
@@ -384,7 +407,7 @@ def fft_conv_correlate_kernel(x, gate, dy, dgate, sums, tables, stride_xb, strid
         b_sr += b_yr
         b_si += b_yi
     if BR > 1:
-        b_sr, b_si = tl.sum(tl.reshape(b_sr, [BR, N1, N2]), 0), tl.sum(tl.reshape(b_si, [BR, N1, N2]), 0)
+        b_sr, b_si = tl.sum(tl.reshape(b_sr, [BR, N0 * N1, N2]), 0), tl.sum(tl.reshape(b_si, [BR, N0 * N1, N2]), 0)
     o_k = _frequencies(0, N0, N1, N2, 1)[1]
     p_s = sums + (tl.program_id(0).to(tl.int64) * (2 * N) + o_k)
     tl.store(p_s, b_sr)
@@ -538,19 +561,22 @@ def fft_conv_inner_kernel(z, spectrum, tables, batch, per_group, N0: tl.constexp
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def fft_conv_correlate_inner_kernel(zx, zy, sums, tables, rows, N0: tl.constexpr, N1: tl.constexpr,
-                                    N2: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr):
-    """sums [G, 2, TOTAL] plus the spectra of dc times the conjugates of those of x, over the `rows` rows of a group."""
+def fft_conv_correlate_inner_kernel(zx, zy, sums, tables, rows, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+                                    BR: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr):
+    """sums [G, 2, TOTAL] plus the spectra of dc times the conjugates of those of x, over the `rows` rows of a group:
+    BR sequences of theirs."""
     N: tl.constexpr = N0 * N1 * N2
-    i_g, i_s = tl.program_id(0) // (TOTAL // N), tl.program_id(0) % (TOTAL // N)
-    o_k = i_s * N + _frequencies(0, N0, N1, N2, 1)[1]
-    o_p = i_s * N + _times(0, N0, N1, N2, 1)[1]
-    p_s = sums + (i_g.to(tl.int64) * (2 * TOTAL) + o_k)
+    TILES: tl.constexpr = TOTAL // (N * BR)
+    i_g = tl.program_id(0) // TILES
+    o_s, o_p = _times(tl.program_id(0) % TILES, N0, N1, N2, BR)
+    o_p = _in_z(o_s, o_p, N, TOTAL)
+    o_s, o_k = _frequencies(tl.program_id(0) % TILES, N0, N1, N2, BR)
+    p_s = sums + i_g.to(tl.int64) * (2 * TOTAL) + _in_z(o_s, o_k, N, TOTAL)
     b_sr, b_si = tl.load(p_s), tl.load(p_s + TOTAL)
     for i_row in range(0, rows):
         o_z = (i_g * rows + i_row).to(tl.int64) * (2 * TOTAL) + o_p
-        b_xr, b_xi = _forward(tl.load(zx + o_z), tl.load(zx + TOTAL + o_z), tables, N0, N1, N2, 1, PRECISION)
-        b_yr, b_yi = _forward(tl.load(zy + o_z), tl.load(zy + TOTAL + o_z), tables, N0, N1, N2, 1, PRECISION)
+        b_xr, b_xi = _forward(tl.load(zx + o_z), tl.load(zx + TOTAL + o_z), tables, N0, N1, N2, BR, PRECISION)
+        b_yr, b_yi = _forward(tl.load(zy + o_z), tl.load(zy + TOTAL + o_z), tables, N0, N1, N2, BR, PRECISION)
         b_yr, b_yi = _rotate(b_yr, b_yi, b_xr, -b_xi)
         b_sr += b_yr
         b_si += b_yi
@@ -641,10 +667,10 @@ def fft_conv_skip_kernel(x, gate, dy, dgate, sums, stride_xb, stride_xc, stride_
 # ---- on the host -----------------------------------------------------------------------------------------------------
 
 _DIRECT = 128  # taps that are summed directly. Not measured, as nothing here: work is counted.
-# Transforms that one program does, N0 N1 N2 points. 2048, which 16 times 16 does not divide into enough, would take as
-# many products as 4096.
-_FACTORS = {256: (1, 16, 16), 512: (1, 16, 32), 1024: (1, 32, 32), 4096: (16, 16, 16)}
-_RADICES = 64, 32, 16  # of stages that pass through memory
+# Transforms that one program does, N0 N1 N2 points: with factors of 16 at most, since all warps hold the matrices in
+# registers, as three parts of TF32 products; as many side by side as make a tile of 4096 points.
+_FACTORS = {256: (1, 16, 16), 512: (2, 16, 16), 1024: (4, 16, 16), 2048: (8, 16, 16), 4096: (16, 16, 16)}
+_RADICES = (16,)  # of stages that pass through memory
 _STAGE = 40  # work that such a stage costs besides, per point: 32 bytes, in multiplications by a complex constant
 _SCRATCH = 1 << 27  # bytes that one set of rows may take there
 _TILE = 4096  # points of a program
@@ -668,7 +694,7 @@ class _Plan:
 
 def _work(points: int) -> int:
     """Of a point, in multiplications by a complex constant."""
-    return sum(factor for factor in _FACTORS[points] if factor > 1)
+    return 32 if _FACTORS[points][0] == 1 else 48
 
 
 @functools.cache
@@ -771,11 +797,6 @@ def _tables(points: int, shift: int, like: Tensor) -> Tensor:
     return tables
 
 
-def _tile_rows(points: int, rows: int) -> int:
-    """Rows of a tile: as many as fill it, if there are."""
-    return min(_TILE // points, 1 << (max(rows, 1) - 1).bit_length())
-
-
 class _Convolution:
     """The kernels `taps` [G, T], of lags from -behind, and sequences of `length`; `tables` and spectra come with it."""
 
@@ -802,7 +823,7 @@ class _Convolution:
         groups, taps = self.taps.shape
         points = self.plan.points
         spectrum = self.taps.new_empty(groups, 2, points)
-        BR = _tile_rows(points, groups)
+        BR = _TILE // self.plan.points
         launch(fft_conv_spectrum_kernel, (triton.cdiv(groups, BR),), spectrum.device, taps=self.taps, spectrum=spectrum,
                tables=self.tables, rows=groups, T=taps, behind=self.behind, BR=BR, REAL=self.taps_real, **self.factors,
                **self.common, **_compiled(_TILE))
@@ -837,10 +858,10 @@ class _Convolution:
         *rows, reverse = rows
         x = rows[0]
         plan, programs = self.plan, x.shape[0] * x.shape[1] * self.plan.windows
-        BR = _tile_rows(plan.points, programs)
+        BR = _TILE // self.plan.points
         launch(fft_conv_window_kernel, (triton.cdiv(programs, BR),), x.device, spectrum=self._spectrum,
                tables=self.tables, per_group=x.shape[1] // self.taps.shape[0], rows=programs, windows=plan.windows,
-               BR=BR, REAL=plan.real, CIRCULAR=self.circular, CONJ=reverse, **self.factors, **self._window(reverse),
+               zero=0, BR=BR, REAL=plan.real, CIRCULAR=self.circular, CONJ=reverse, **self.factors, **self._window(reverse),
                **self._rows(*rows), **self.common, **_compiled(_TILE))
 
     # Rows that pass through memory do so a part at a time: some groups of channels, or some rows of one group.
@@ -946,7 +967,7 @@ class _Convolution:
     def _windowed_taps(self, *pair: Tensor | None) -> Tensor:
         x, plan, groups = pair[0], self.plan, self.taps.shape[0]
         per_group = x.shape[1] // groups
-        BR = _tile_rows(plan.points, x.shape[0] * per_group * plan.windows)
+        BR = _TILE // self.plan.points
         tiles = triton.cdiv(x.shape[0] * per_group * plan.windows, BR)
         share = triton.cdiv(tiles, min(triton.cdiv(tiles, 4), triton.cdiv(1024, groups)))
         parts = triton.cdiv(tiles, share)
@@ -956,7 +977,7 @@ class _Convolution:
                CIRCULAR=self.circular, **self.factors, **self._window(False), **self._pair(*pair), **self.common,
                **_compiled(_TILE))
         dtaps = torch.empty_like(self.taps)
-        BR = _tile_rows(plan.points, groups)
+        BR = _TILE // self.plan.points
         launch(fft_conv_taps_kernel, (triton.cdiv(groups, BR),), x.device, sums=sums, dtaps=dtaps, tables=self.tables,
                rows=groups, T=dtaps.shape[1], behind=self.behind, parts=parts, BR=BR, REAL=self.taps_real,
                **self.factors, **self.common, **_compiled(_TILE))
@@ -976,9 +997,9 @@ class _Convolution:
                 zx, zy = self._scratch(rows), self._scratch(rows)
                 self._split(zx, px, pg, real=plan.real, circular=self.circular, first=0, **window)
                 self._split(zy, py, ph, real=plan.real, **own)
-                launch(fft_conv_correlate_inner_kernel, (some.shape[0] * (plan.total // plan.points),), x.device,
-                       zx=zx, zy=zy, sums=sums, tables=self.tables, rows=rows // some.shape[0], TOTAL=plan.total,
-                       **self.factors, **self.common, **_compiled(_TILE))
+                launch(fft_conv_correlate_inner_kernel, (some.shape[0] * (plan.total // _TILE),), x.device, zx=zx,
+                       zy=zy, sums=sums, tables=self.tables, rows=rows // some.shape[0], BR=_TILE // plan.points,
+                       TOTAL=plan.total, **self.factors, **self.common, **_compiled(_TILE))
             self._inner(sums, forward=False)
             self._merge(sums, self.taps_real, dtaps=some)
         return dtaps
