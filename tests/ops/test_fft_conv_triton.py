@@ -66,12 +66,16 @@ def _check(case, dtype) -> None:
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
 
 
+# 16-bit rows are widened as they are read and rounded as they are written, which these do in each kernel.
+NARROW = ("direct", "direct-circular", "row-256", "row-circular", "windows", "narrow", "wide-gates", "layout-padded")
+
+
 @interpreted
-@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case, dtype", [pytest.param(case, dtype, id=f"{case}-{dtype}") for case in CASES
+                                         for dtype in (FP32, FP16, BF16)
+                                         if dtype in case.dtypes and (dtype == FP32 or case.name in NARROW)])
 def test_matches_the_float64_reference(case, dtype):
-    if dtype in case.dtypes:
-        _check(case, dtype)
+    _check(case, dtype)
 
 
 @pytest.fixture
@@ -92,13 +96,18 @@ def staged(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("total, rows", [(8192, 1), (8192, 3), (8192, 100), (131072, 5)])
-@pytest.mark.parametrize("case", STAGED, ids=str)
-def test_rows_that_pass_through_memory(case, total, rows, staged):
-    """One stage and two, as many rows at a time as a group, a part of one, or all."""
-    if total == 8192 or case.name in ("plain", "circular"):
-        staged(total, rows)
-        _check(case, FP32)
+@pytest.mark.parametrize("case, rows", [(case, rows) for case in STAGED for rows in (1, 3, 100)], ids=str)
+def test_rows_that_pass_through_memory(case, rows, staged):
+    """A stage; one row at a time, some of a group, or all."""
+    staged(8192, rows)
+    _check(case, FP32)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_two_stages(dtype, staged):
+    staged(131072, 5)
+    _check(STAGED[1], dtype)
 
 
 @interpreted

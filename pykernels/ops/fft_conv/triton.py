@@ -1,13 +1,13 @@
 """The long convolution in Triton: transforms as products with matrices, on the matrix units. README.md derives them.
 
 Three ways, chosen by counted work (`plan`): kernels of few taps by a Toeplitz product; else windows of 2N samples whose
-transform of N complex points one program does by itself, as N1 x N2 = N; and where the kernel is too long for that, one
-transform of the whole row, of which outer stages go through memory and the rest is such a program's. Rows are
-transforms of their own, so neither rounding errors nor values that are not finite leave a row.
+transform of N complex points one program does by itself; and where the kernel is too long for that, one transform of
+the whole row, of which outer stages go through memory and the rest is such a program's. Rows are transforms of their
+own, so neither rounding errors nor values that are not finite leave a row.
 
-A stage of a transform is the product of a tile, whose rows are all other indices, with a matrix [N1, N1] from the right:
-so that the many rows are spread over warps, and the small matrix is what each of them holds. Sums over rows go by parts that depend on shapes
-alone and are added up in a fixed order, so results are bitwise repeatable.
+A stage of a transform is the product of a tile, whose rows are all other indices, with a small matrix from the right:
+warps share the many rows, and each holds the matrix. Sums over rows go by parts that depend on shapes alone and are
+added up in a fixed order, so results are bitwise repeatable.
 
 Names: `i_` index, `o_` offset, `m_` mask, `p_` pointer, `b_` block value; `_r` and `_i` real and imaginary part.
 """
@@ -340,8 +340,8 @@ def fft_conv_window_kernel(x, gate, spectrum, skip, factor, factor2, out, out2, 
                            stride_gb, stride_gc, stride_gt, stride_fb, stride_fc, stride_ft, stride_hb, stride_hc,
                            stride_ht, stride_ob, stride_oc, stride_qb, stride_qc, batch, per_group, rows, L, windows,
                            step, offset, lift, last, zero, N0: tl.constexpr, N1: tl.constexpr,
-                           N2: tl.constexpr, BR: tl.constexpr, REAL: tl.constexpr, CIRCULAR: tl.constexpr, CONJ: tl.constexpr,
-                           PRECISION: tl.constexpr):
+                           N2: tl.constexpr, BR: tl.constexpr, REAL: tl.constexpr, CIRCULAR: tl.constexpr,
+                           CONJ: tl.constexpr, PRECISION: tl.constexpr):
     """BR windows: transform, product with the spectrum of the kernel, inverse."""
     N: tl.constexpr = N0 * N1 * N2
     o_row, o_p = _times(tl.program_id(0), N0, N1, N2, BR)
@@ -861,7 +861,8 @@ class _Convolution:
         BR = _TILE // self.plan.points
         launch(fft_conv_window_kernel, (triton.cdiv(programs, BR),), x.device, spectrum=self._spectrum,
                tables=self.tables, per_group=x.shape[1] // self.taps.shape[0], rows=programs, windows=plan.windows,
-               zero=0, BR=BR, REAL=plan.real, CIRCULAR=self.circular, CONJ=reverse, **self.factors, **self._window(reverse),
+               zero=0, BR=BR, REAL=plan.real, CIRCULAR=self.circular, CONJ=reverse, **self.factors,
+               **self._window(reverse),
                **self._rows(*rows), **self.common, **_compiled(_TILE))
 
     # Rows that pass through memory do so a part at a time: some groups of channels, or some rows of one group.
@@ -904,15 +905,16 @@ class _Convolution:
                    REAL=real and first, CIRCULAR=circular and first, **{**none, **window}, **stage,
                    **(_strides(x=x, g=gate) if first else _strides(x=None, g=None)))
 
-    def _inner(self, z: Tensor, spectrum: Tensor | None = None, batch: int = 1, per_group: int = 1, forward: bool = True,
-               inverse: bool = True, conj: bool = False) -> None:
+    def _inner(self, z: Tensor, spectrum: Tensor | None = None, batch: int = 1, per_group: int = 1,
+               forward: bool = True, inverse: bool = True, conj: bool = False) -> None:
         points, total = self.plan.points, self.plan.total
         BR = _TILE // points
         launch(fft_conv_inner_kernel, (z.shape[0] * (total // points) // BR,), z.device, z=z, spectrum=spectrum,
                tables=self.tables, batch=batch, per_group=per_group, BR=BR, TOTAL=total, FORWARD=forward,
                INVERSE=inverse, CONJ=conj, **self.factors, **self.common, **_compiled(_TILE))
 
-    def _merge(self, z: Tensor, real: bool, dtaps: Tensor | None = None, rows: dict | None = None, **window: int) -> None:
+    def _merge(self, z: Tensor, real: bool, dtaps: Tensor | None = None, rows: dict | None = None,
+               **window: int) -> None:
         """The inverse of all stages but the last, from z to rows or dtaps."""
         nothing = {**self._rows(z, *[None] * 6), "x": None, **_strides(x=None), "batch": 1}
         for stage, programs in reversed(list(self._stages())):
@@ -938,7 +940,7 @@ class _Convolution:
                 self._merge(z, self.plan.real, rows=self._rows(*piece), **window)
 
     def taps_gradient(self, x: Tensor, gate: Tensor | None, dy: Tensor, dgate: Tensor | None) -> Tensor:
-        """-> [G, T], with dc = dgate dy: tap j's, the sum over rows of a group and n of dc_n (gate x)_{n - j + behind}."""
+        """-> [G, T]: tap j's, the sum over rows of a group and n of dc_n (gate x)_{n - j + behind}, dc = dgate dy."""
         way = (self._direct_taps if not self.plan.points
                else self._staged_taps if self.plan.stages else self._windowed_taps)
         return way(x, gate, dy, dgate)
@@ -1024,32 +1026,32 @@ def fwd(u, k, k_rev, D, pre_gate, post_gate, k_rev_lag, circular):
 
 
 def bwd(dout, u, k, k_rev, D, pre_gate, post_gate, k_rev_lag, circular, input_gradient, kernel_gradient):
-    nothing = u.new_empty(0, *u.shape[1:])
-    du, dpre, dpost = nothing, nothing, nothing
-    dk = k.new_zeros(k.shape if kernel_gradient else (0, k.shape[1]))
-    dk_rev = k.new_zeros(0, 0) if k_rev is None else k.new_zeros(k_rev.shape if kernel_gradient else (0, k_rev.shape[1]))
+    length = u.shape[2]
+
+    def rows(wanted: bool) -> Tensor:
+        return u.new_empty(u.shape[0] if wanted else 0, *u.shape[1:])
+
+    groups = k.shape[0] if kernel_gradient else 0
+    du, dpre, dpost = (rows(wanted and not u.numel()) for wanted in (
+        input_gradient, input_gradient and pre_gate is not None, post_gate is not None))
+    dk = k.new_zeros(groups, k.shape[1])
+    dk_rev = k.new_zeros(0, 0) if k_rev is None else k.new_zeros(groups, k_rev.shape[1])
     dD = k.new_zeros(0 if D is None else u.shape[1])
     if not u.numel():
-        rows = u.new_empty(u.shape)
-        return (rows if input_gradient else nothing, dk, dk_rev, dD,
-                rows.clone() if input_gradient and pre_gate is not None else nothing.clone(),
-                nothing.clone() if post_gate is None else rows.clone())
-    length = u.shape[2]
+        return du, dk, dk_rev, dD, dpre, dpost
     taps, behind = _taps(k, k_rev, k_rev_lag, length, circular)
-    D = None if D is None else D.contiguous()
     convolution = _Convolution(taps, behind, length, circular)
+    if D is not None:
+        D = D.contiguous()
+        dD = _skip_gradient(u, pre_gate, dout, post_gate)
     if input_gradient:
-        du, dpre = convolution.convolve(dout, post_gate, D, pre_gate, also=None if pre_gate is None else u, reverse=True)
-        dpre = nothing.clone() if dpre is None else dpre
-    else:
-        dpre = nothing.clone()
+        also = None if pre_gate is None else u
+        du, second = convolution.convolve(dout, post_gate, D, pre_gate, also=also, reverse=True)
+        dpre = dpre if second is None else second
     if post_gate is not None:
-        dpost = convolution.convolve(u, pre_gate, D, dout)[0]
-    else:
-        dpost = nothing.clone()
+        dpost, _ = convolution.convolve(u, pre_gate, D, dout)
     if kernel_gradient:
         dtaps = convolution.taps_gradient(u, pre_gate, dout, post_gate)
-        dk, dk_rev = _taps_gradient(dtaps, behind, k, k_rev, k_rev_lag, length, circular)
-    if D is not None:
-        dD = _skip_gradient(u, pre_gate, dout, post_gate)
+        dk, of_rev = _taps_gradient(dtaps, behind, k, k_rev, k_rev_lag, length, circular)
+        dk_rev = dk_rev if k_rev is None else of_rev
     return du, dk, dk_rev, dD, dpre, dpost
