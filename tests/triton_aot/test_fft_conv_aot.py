@@ -45,3 +45,65 @@ def _check(target: str, *arguments, **options: object) -> None:
         assert kernel.metadata.shared <= aot.SHARED_MEMORY[target], launch.name
         used = aot.resources(kernel)
         assert used["registers"] > 4 and used["spilled"] == 0, f"{launch.name} {constants}: {used}"
+
+
+@ahead_of_time
+@pytest.mark.parametrize("target", TARGETS)
+def test_main_configurations(target):
+    _check(target, BF16, 4096)
+
+
+@ahead_of_time
+@pytest.mark.parametrize("target", TARGETS)
+def test_few_taps(target):
+    _check(target, BF16, 8192, taps=128)
+
+
+@ahead_of_time
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_rows_that_pass_through_memory(target):
+    _check(target, BF16, 65536)
+
+
+@ahead_of_time
+@pytest.mark.parametrize("target", ["sm_86", "gfx942"])
+def test_options(target):
+    _check(target, FP32, 256, rev=100, circular=True)
+    _check(target, FP16, 900, gates=False)
+
+
+@ahead_of_time
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_are_in_fp32(target):
+    """As three products of TF32 numbers each on NVIDIA's matrix units, and plainly on AMD's."""
+    import aot
+
+    (launch, *_) = [launch for launch in _launches(target, BF16, 4096) if launch.name == "fft_conv_spectrum_kernel"]
+    assert launch.arguments["PRECISION"] == ("ieee" if target == "gfx942" else "tf32x3")
+    assert aot.products(aot.compiled(launch, target)) == {"f32" if target == "gfx942" else "tf32"}
+
+
+@ahead_of_time
+def test_lengths_do_not_change_what_is_compiled():
+    """Calls with ever different lengths must not compile ever new kernels: only powers of two count."""
+    import aot
+
+    def compiled_by(length: int, batch: int, **options: object):
+        # Strides over batches and channels follow the length.
+        return [aot.specialization(launch, ignore=r"stride_\w+[bc]")
+                for launch in _launches("sm_90", BF16, length, batch=batch, **options)]
+
+    for first, *others in (((2100, 2), (4001, 3), (4096, 16)), ((33000, 2), (65536, 5))):
+        assert all(compiled_by(*other) == compiled_by(*first) for other in others)
+    assert compiled_by(1000, 2, taps=40) == compiled_by(4096, 16, taps=48)
+
+
+def test_every_kernel_is_covered():
+    """The cases above launch every kernel that the module defines."""
+    from pathlib import Path
+
+    source = Path(__file__).parents[2] / "pykernels" / "ops" / "fft_conv" / "triton.py"
+    defined = set(re.findall(r"def (fft_conv_\w+_kernel)", source.read_text()))
+    assert defined == {f"fft_conv_{part}_kernel" for part in (
+        "tables", "spectrum", "window", "correlate", "taps", "split", "merge", "inner", "correlate_inner", "direct",
+        "direct_taps", "skip")}

@@ -342,7 +342,11 @@ def fft_conv_window_kernel(x, gate, spectrum, skip, factor, factor2, out, out2, 
                            step, offset, lift, last, zero, N0: tl.constexpr, N1: tl.constexpr,
                            N2: tl.constexpr, BR: tl.constexpr, REAL: tl.constexpr, CIRCULAR: tl.constexpr,
                            CONJ: tl.constexpr, PRECISION: tl.constexpr):
-    """BR windows: transform, product with the spectrum of the kernel, inverse."""
+    """BR windows: transform, product with the spectrum of the kernel, inverse.
+
+    `zero` is 0, here and below, but the compiler does not know: it computes addresses and loads constants anew where it
+    stands instead of keeping all of them in registers.
+    """
     N: tl.constexpr = N0 * N1 * N2
     o_row, o_p = _times(tl.program_id(0), N0, N1, N2, BR)
     o_b, o_d, o_w = _entry(o_row, batch, windows)
@@ -357,11 +361,10 @@ def fft_conv_window_kernel(x, gate, spectrum, skip, factor, factor2, out, out2, 
     o_r, o_k = _frequencies(tl.program_id(0), N0, N1, N2, BR)
     o_g = (o_r // (windows * batch) // per_group).to(tl.int64)
     b_r, b_i = _times_spectrum(b_r, b_i, spectrum + (o_g * (2 * N) + o_k), o_r < rows, N, CONJ)
-    b_r, b_i = _inverse(b_r, b_i, tables, N0, N1, N2, BR, REAL, PRECISION)
-    # `zero` is 0, but the compiler does not know: it computes addresses anew instead of keeping all in registers.
+    b_r, b_i = _inverse(b_r, b_i, tables + 16 * zero, N0, N1, N2, BR, REAL, PRECISION)
     o_row, o_p = _times(tl.program_id(0) + zero, N0, N1, N2, BR)
     o_b, o_d, o_w = _entry(o_row, batch, windows)
-    m_row, o_p = o_row < rows, o_p + zero
+    m_row, o_p = o_row < rows, o_p + 16 * zero
     p_x, p_g = _at(x, o_b, o_d, stride_xb, stride_xc), _at(gate, o_b, o_d, stride_gb, stride_gc)
     p_f, p_h = _at(factor, o_b, o_d, stride_fb, stride_fc), _at(factor2, o_b, o_d, stride_hb, stride_hc)
     p_o, p_q = _at(out, o_b, o_d, stride_ob, stride_oc), _at(out2, o_b, o_d, stride_qb, stride_qc)
@@ -375,7 +378,7 @@ def fft_conv_window_kernel(x, gate, spectrum, skip, factor, factor2, out, out2, 
 @triton.jit(do_not_specialize=_VARYING)
 def fft_conv_correlate_kernel(x, gate, dy, dgate, sums, tables, stride_xb, stride_xc, stride_xt, stride_gb, stride_gc,
                               stride_gt, stride_yb, stride_yc, stride_yt, stride_hb, stride_hc, stride_ht, batch,
-                              per_group, L, windows, step, offset, lift, last, share, parts, N0: tl.constexpr,
+                              per_group, L, windows, step, offset, lift, last, share, parts, zero, N0: tl.constexpr,
                               N1: tl.constexpr, N2: tl.constexpr, BR: tl.constexpr, REAL: tl.constexpr,
                               CIRCULAR: tl.constexpr, PRECISION: tl.constexpr):
     """sums [G, parts, 2, N]: the spectra of dc times the conjugates of those of x, added up over a part of the rows of
@@ -394,7 +397,7 @@ def fft_conv_correlate_kernel(x, gate, dy, dgate, sums, tables, stride_xb, strid
         if not REAL:
             b_xi = _window(p_x, p_g, o_w, m_row, o_p + N, L, step, offset, lift, 0, last, stride_xt, stride_gt,
                            CIRCULAR)
-        b_xr, b_xi = _forward(b_xr, b_xi, tables, N0, N1, N2, BR, PRECISION)
+        b_xr, b_xi = _forward(b_xr, b_xi, tables + i_tile * (16 * zero), N0, N1, N2, BR, PRECISION)
         p_y, p_h = _at(dy, o_b, o_d, stride_yb, stride_yc), _at(dgate, o_b, o_d, stride_hb, stride_hc)
         b_yr = _window(p_y, p_h, o_w, m_row, o_p, L, step, offset, lift, offset, offset + step, stride_yt, stride_ht,
                        False)
@@ -402,7 +405,7 @@ def fft_conv_correlate_kernel(x, gate, dy, dgate, sums, tables, stride_xb, strid
         if not REAL:
             b_yi = _window(p_y, p_h, o_w, m_row, o_p + N, L, step, offset, lift, offset, offset + step, stride_yt,
                            stride_ht, False)
-        b_yr, b_yi = _forward(b_yr, b_yi, tables, N0, N1, N2, BR, PRECISION)
+        b_yr, b_yi = _forward(b_yr, b_yi, tables + (i_tile + 1) * (16 * zero), N0, N1, N2, BR, PRECISION)
         b_yr, b_yi = _rotate(b_yr, b_yi, b_xr, -b_xi)
         b_sr += b_yr
         b_si += b_yi
@@ -533,9 +536,9 @@ def _in_z(o_s, o_p, N: tl.constexpr, TOTAL: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def fft_conv_inner_kernel(z, spectrum, tables, batch, per_group, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
-                          BR: tl.constexpr, TOTAL: tl.constexpr, FORWARD: tl.constexpr, INVERSE: tl.constexpr,
-                          CONJ: tl.constexpr, PRECISION: tl.constexpr):
+def fft_conv_inner_kernel(z, spectrum, tables, batch, per_group, zero, N0: tl.constexpr, N1: tl.constexpr,
+                          N2: tl.constexpr, BR: tl.constexpr, TOTAL: tl.constexpr, FORWARD: tl.constexpr,
+                          INVERSE: tl.constexpr, CONJ: tl.constexpr, PRECISION: tl.constexpr):
     """The last stage of BR sequences. FORWARD alone makes spectra of kernels, over TOTAL; both with a product between
     them convolve."""
     N: tl.constexpr = N0 * N1 * N2
@@ -552,7 +555,9 @@ def fft_conv_inner_kernel(z, spectrum, tables, batch, per_group, N0: tl.constexp
         p_w = spectrum + _in_z(o_g * (TOTAL // N) + o_s % (TOTAL // N), o_k, N, TOTAL)
         b_r, b_i = _times_spectrum(b_r, b_i, p_w, None, TOTAL, CONJ)
     if INVERSE:
-        b_r, b_i = _inverse(b_r, b_i, tables, N0, N1, N2, BR, False, PRECISION)
+        b_r, b_i = _inverse(b_r, b_i, tables + 16 * zero, N0, N1, N2, BR, False, PRECISION)
+        o_s, o_p = _times(tl.program_id(0) + zero, N0, N1, N2, BR)
+        p_z = z + _in_z(o_s, o_p, N, TOTAL)
         tl.store(p_z, b_r)
         tl.store(p_z + TOTAL, b_i)
     else:
@@ -561,8 +566,8 @@ def fft_conv_inner_kernel(z, spectrum, tables, batch, per_group, N0: tl.constexp
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def fft_conv_correlate_inner_kernel(zx, zy, sums, tables, rows, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
-                                    BR: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr):
+def fft_conv_correlate_inner_kernel(zx, zy, sums, tables, rows, zero, N0: tl.constexpr, N1: tl.constexpr,
+                                    N2: tl.constexpr, BR: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr):
     """sums [G, 2, TOTAL] plus the spectra of dc times the conjugates of those of x, over the `rows` rows of a group:
     BR sequences of theirs."""
     N: tl.constexpr = N0 * N1 * N2
@@ -575,8 +580,10 @@ def fft_conv_correlate_inner_kernel(zx, zy, sums, tables, rows, N0: tl.constexpr
     b_sr, b_si = tl.load(p_s), tl.load(p_s + TOTAL)
     for i_row in range(0, rows):
         o_z = (i_g * rows + i_row).to(tl.int64) * (2 * TOTAL) + o_p
-        b_xr, b_xi = _forward(tl.load(zx + o_z), tl.load(zx + TOTAL + o_z), tables, N0, N1, N2, BR, PRECISION)
-        b_yr, b_yi = _forward(tl.load(zy + o_z), tl.load(zy + TOTAL + o_z), tables, N0, N1, N2, BR, PRECISION)
+        p_t = tables + i_row * (16 * zero)
+        b_xr, b_xi = _forward(tl.load(zx + o_z), tl.load(zx + TOTAL + o_z), p_t, N0, N1, N2, BR, PRECISION)
+        p_t += 16 * zero
+        b_yr, b_yi = _forward(tl.load(zy + o_z), tl.load(zy + TOTAL + o_z), p_t, N0, N1, N2, BR, PRECISION)
         b_yr, b_yi = _rotate(b_yr, b_yi, b_xr, -b_xi)
         b_sr += b_yr
         b_si += b_yi
@@ -910,7 +917,7 @@ class _Convolution:
         points, total = self.plan.points, self.plan.total
         BR = _TILE // points
         launch(fft_conv_inner_kernel, (z.shape[0] * (total // points) // BR,), z.device, z=z, spectrum=spectrum,
-               tables=self.tables, batch=batch, per_group=per_group, BR=BR, TOTAL=total, FORWARD=forward,
+               tables=self.tables, batch=batch, per_group=per_group, zero=0, BR=BR, TOTAL=total, FORWARD=forward,
                INVERSE=inverse, CONJ=conj, **self.factors, **self.common, **_compiled(_TILE))
 
     def _merge(self, z: Tensor, real: bool, dtaps: Tensor | None = None, rows: dict | None = None,
@@ -975,7 +982,7 @@ class _Convolution:
         parts = triton.cdiv(tiles, share)
         sums = self.taps.new_empty(groups, parts, 2, plan.points)
         launch(fft_conv_correlate_kernel, (groups * parts,), x.device, sums=sums, tables=self.tables,
-               per_group=per_group, windows=plan.windows, share=share, parts=parts, BR=BR, REAL=plan.real,
+               per_group=per_group, windows=plan.windows, share=share, parts=parts, zero=0, BR=BR, REAL=plan.real,
                CIRCULAR=self.circular, **self.factors, **self._window(False), **self._pair(*pair), **self.common,
                **_compiled(_TILE))
         dtaps = torch.empty_like(self.taps)
@@ -1000,8 +1007,8 @@ class _Convolution:
                 self._split(zx, px, pg, real=plan.real, circular=self.circular, first=0, **window)
                 self._split(zy, py, ph, real=plan.real, **own)
                 launch(fft_conv_correlate_inner_kernel, (some.shape[0] * (plan.total // _TILE),), x.device, zx=zx,
-                       zy=zy, sums=sums, tables=self.tables, rows=rows // some.shape[0], BR=_TILE // plan.points,
-                       TOTAL=plan.total, **self.factors, **self.common, **_compiled(_TILE))
+                       zy=zy, sums=sums, tables=self.tables, rows=rows // some.shape[0], zero=0,
+                       BR=_TILE // plan.points, TOTAL=plan.total, **self.factors, **self.common, **_compiled(_TILE))
             self._inner(sums, forward=False)
             self._merge(sums, self.taps_real, dtaps=some)
         return dtaps
