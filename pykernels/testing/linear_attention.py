@@ -179,6 +179,17 @@ EXTREMES = (
       for kind in ("token", "channel")),
     linear_case("strong-bonus", tokens=70, key_dim=24, decay="channel", strength=lambda x: -50 - 50 * x, bonus=True,
                 dtypes=(torch.float32, torch.float64)),
+    # Heads wide enough for matrix units, whose number formats must not show.
+    *(linear_case(f"strong-wide-{kind}", tokens=130, key_dim=48, value_dim=64, decay=kind, strength=lambda x: -50 - 50 * x, state=True,
+                  dtypes=(torch.float32, torch.float64)) for kind in ("head", "token", "channel")),
+    *(linear_case(f"mixed-wide-{kind}", tokens=130, key_dim=64, decay=kind, strength=_mixed, state=True, bonus=True,
+                  dtypes=(torch.float32, torch.float64)) for kind in ("token", "channel")),
+    _without_decay_gradient(linear_case("clearing-wide", tokens=130, key_dim=64, decay="channel", strength=_clearing, state=True)),
+    linear_case("fading-wide", tokens=130, key_dim=64, decay="head", strength=lambda x: -85 - x, values=_scaled(1, 1, 0), state=True,
+                dtypes=(torch.float32, torch.float64)),
+    *(linear_case(f"wide-{name}", tokens=130, key_dim=64, decay="token", values=_scaled(*factors), dtypes=(torch.float32, torch.float64))
+      for name, factors in {"huge-values": (1, 1, 1e25), "huge-keys": (1e-8, 1e12, 1), "huge-state": (1e-12, 1e7, 1e15),
+                            "tiny-values": (1, 1, 1e-27), "tiny-scores": (1e-14, 1e-14, 1e10), "tiny-queries": (1e-30, 1, 1)}.items()),
     linear_case("large-values", tokens=60, key_dim=16, decay="head", values=_scaled(1, 1, 1e2)),
     linear_case("small-everything", tokens=60, key_dim=16, decay="token", values=_scaled(1e-2, 1e-2, 1e-2)),
     linear_case("denormal", tokens=60, key_dim=16, decay="head", values=_scaled(1, 1, 1e-40), dtypes=(torch.float32, torch.float64)),

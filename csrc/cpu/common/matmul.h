@@ -470,6 +470,22 @@ Magnitudes<Wide<T>> magnitudes(const T* x, int64_t stride, int64_t rows, int64_t
   return {false, largest([&](Mask<S> bits) { return bits & ((Vec<S>)bits < splat(limit)); })};
 }
 
+// The largest magnitudes of N tensors (or parts of them), gathered by all threads while they pack them.
+template <int N>
+class Largest {
+ public:
+  void add(int tensor, float largest) {
+    const uint32_t value = bit_cast<uint32_t>(largest);
+    uint32_t seen = __atomic_load_n(&bits_[tensor], __ATOMIC_RELAXED);
+    while (seen < value && !__atomic_compare_exchange_n(&bits_[tensor], &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
+  float operator[](int tensor) const { return bit_cast<float>(bits_[tensor]); }
+
+ private:
+  uint32_t bits_[N];  // of floats, in the order of which infinity comes after all numbers, and NaN after infinity
+};
+
 // ---- packing ------------------------------------------------------------------------------------------------------
 
 namespace detail {

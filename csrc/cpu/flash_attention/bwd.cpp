@@ -360,23 +360,15 @@ class KeyBlock {
 
 // The largest magnitudes of a unit's tensors, gathered while they are packed. They decide afterwards whether SplitF32 served:
 // for all of the unit or for none of it, so that nothing depends on the threads or on other units.
-struct UnitRange {
+struct UnitRange : Largest<5> {
   enum Tensor { kQ, kK, kV, kOutGradient, kDelta, kTensors };
-  uint32_t bits[kTensors];  // of floats, in the order of which infinity comes after all numbers, and NaN after infinity
-
-  void add(Tensor tensor, float largest) {
-    const uint32_t value = bit_cast<uint32_t>(largest);
-    uint32_t seen = __atomic_load_n(&bits[tensor], __ATOMIC_RELAXED);
-    while (seen < value && !__atomic_compare_exchange_n(&bits[tensor], &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-  }
 #if defined(PYKERNELS_HAS_AMX)
   // No product of the magnitudes allowed, nor a sum of many, overflows, and what falls below the normal numbers is small beside
   // the largest of each gradient (zeros give zeros, exactly).
   bool split_serves() const {
     float x[kTensors];
     for (int i = 0; i < kTensors; ++i) {
-      x[i] = bit_cast<float>(bits[i]);
+      x[i] = (*this)[i];
       if (!(x[i] < (i == kDelta ? 0x1p70f : 0x1p30f))) return false;
     }
     const float dp = most(x[kOutGradient] * x[kV], x[kDelta]);

@@ -21,7 +21,8 @@ class Backward {
   static constexpr bool kBackward = true;
 
   Backward(const LinearAttentionBackwardParams& params, Scratch& scratch, int group)
-      : heads(group), b(params), p(params.forward), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())) {
+      : heads(group), b(params), p(params.forward), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())),
+        ahead(tile_products<C>(kChunk, value_dim, key_dim + kChunk) + 2 * tile_products<C>(kChunk, key_dim, value_dim)) {
     kp = padded(key_dim), vp = padded(value_dim);
     kd = round_up(key_dim, C::kDepthAlign);
     const int widest = most(kp, vp);
@@ -39,13 +40,12 @@ class Backward {
     query_rows = scratch.take<E>(packed_size<C>(kChunk, kp));
     key_rows = scratch.take<E>(packed_size<C>(kChunk, kp));
     operand = scratch.take<E>(kChunk * widest);
-    scaled_q = scratch.take<E>(kChunk * kp);
-    scaled_k = scratch.take<E>(kChunk * kp);
+    rows = scratch.take<Row<C>>(kChunk * kp);
     transposed = scratch.take<E>(kp * kChunk);
     scores = scratch.take<A>(kChunk * kChunk);
     dscores = scratch.take<A>(kChunk * kChunk);
-    weighted = scratch.take<E>(kChunk * kChunk);
-    dweighted = scratch.take<E>(kChunk * kChunk);
+    weighted = scratch.take<Row<C>>(kChunk * kChunk);
+    dweighted = scratch.take<Row<C>>(kChunk * kChunk);
     weighted_t = scratch.take<E>(kChunk * kChunk);
     dweighted_t = scratch.take<E>(kChunk * kChunk);
     dq = scratch.take<A>(kChunk * kp);
@@ -64,9 +64,9 @@ class Backward {
   }
 
   // Head `index` of the group becomes head `of` of a sequence.
-  void begin(int index, const Sequence& s, int64_t of) {
+  void begin(int index, const Sequence& s, int64_t of, ChainRange* range) {
     Head& h = head[index];
-    h.begin(p, s, of);
+    h.begin(p, s, of, range);
     h.dout = rows_of<const T>(p, b.dout, b.dout_stride, s, of);
     if (p.normalize) {
       h.out = rows_of<const T>(p, p.out, p.out_stride, s, of);
@@ -97,9 +97,14 @@ class Backward {
     for (int64_t c = (last - first + kChunk - 1) / kChunk - 1; c >= 0; --c) {
       const int64_t t = first + c * kChunk;
       const int n = static_cast<int>(least<int64_t>(kChunk, last - t));
-      for (int i = 0; i < heads; ++i)
+      for (int i = 0; i < heads; ++i) {
+        ahead.clear();
+        if (outputs) {
+          coming(head[(i + 1) % heads], i + 1 < heads ? t : t - kChunk, i + 1 < heads ? n : kChunk, first);
+        }
         chunk(head[i], t, n, before[i] || c > 0 ? head[i].states + c * kp * vp : nullptr, after[i], after[i] || t + n < last,
               dbonus[i], outputs);
+      }
     }
   }
 
@@ -127,6 +132,14 @@ class Backward {
     Rows<T> dq{}, dk{}, dv;
     Rows<A> dq_wide{}, dk_wide{}, ddecay{};
   };
+
+  void coming(const Head& h, int64_t t, int n, int64_t first) {
+    if (t < first) return;
+    ahead.add(h.dout.from(t), n, static_cast<int>(p.value_dim));
+    ahead.add(h.v.from(t), n, static_cast<int>(p.value_dim));
+    ahead.add(h.q.from(t), n, key_dim);
+    ahead.add(h.k.from(t), n, key_dim);
+  }
 
   // Gradients of out before its division, without the factor 1 / denominator, which joins row_scale: dout and -dout . out.
   Rows<const T> gradients(const Head& h, int64_t t, int n) {
@@ -165,8 +178,8 @@ class Backward {
           for (int c = 0; c < vp; c += lanes) store(next + row * vp + c, load(s + row * vp + c) * h.factors.total[row]);
         const Rows<const T> vs = h.values(t, kChunk, value_dim, ones);
         pack_rows<C>(packed, panel, vs.data, vs.stride, kChunk, value_dim);
-        scale_rows<C>(scaled_k, kp, h.k.from(t), kChunk, key_dim, [&](int j, int c) { return h.factors.key_at(j, c); });
-        copy_columns<C>(transposed, kChunk, scaled_k, kp, key_dim, kChunk);
+        scale_rows<C>(rows, kp, h.k.from(t), kChunk, key_dim, [&](int j, int c) { return h.factors.key_at(j, c); });
+        copy_columns<C>(transposed, kChunk, rows, kp, key_dim, kChunk);
         matmul<C>(key_dim, value_dim, kChunk, {transposed, kChunk}, {packed, panel}, {next, vp}, true);
       }
   }
@@ -178,19 +191,30 @@ class Backward {
     const Rows<const T> qs = h.q.from(t), ks = h.k.from(t);
     const Rows<const T> vs = h.values(t, n, value_dim, ones), ds = gradients(h, t, n);
     h.prepare(t, key_dim, n, row_scale);
-    scale_rows<C>(scaled_q, kp, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
     pack_rows_at<C>(packed, panel, kd, ds.data, ds.stride, n, value_dim);
+    if constexpr (kIsSplit<C>) {
+      h.range->add_scaled_queries(largest(qs, n, key_dim), factors.largest_query_factor(n));
+      h.range->add(ChainRange::kOutGradient, largest(ds, n, value_dim));
+      h.range->add(ChainRange::kScale, largest(Rows<const A>{row_scale, 0}, 1, n));
+    }
     if (outputs) {
       const A* later_state = local;
       if (later && after) {
         combine_state(dstate, vp, h.since, after, value_dim, local, vp, key_dim, value_dim);
         later_state = dstate;
       }
+      if constexpr (kIsSplit<C>) {
+        h.range->add(ChainRange::kKey, largest(ks, n, key_dim));
+        h.range->add(ChainRange::kValue, largest(vs, n, value_dim));
+        if (before) h.range->add(ChainRange::kState, largest(Rows<const A>{before, vp}, key_dim, value_dim));
+        if (later) h.range->add(ChainRange::kStateGradient, largest(Rows<const A>{later_state, vp}, key_dim, value_dim));
+      }
       score(h, qs, ks, vs, ds, n);
       value_gradient(h, t, n, ks, later ? later_state : nullptr);
       key_query_gradients(h, t, n, qs, ks, vs, ds, before, later ? later_state : nullptr, dbonus);
     }
-    copy_columns<C>(transposed, kChunk, scaled_q, kp, key_dim, n);
+    scale_rows<C>(rows, kp, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
+    copy_columns<C>(transposed, kChunk, rows, kp, key_dim, n);
     decay_state(local, vp, factors.total, key_dim);
     matmul<C>(key_dim, value_dim, n, {transposed, kChunk}, {packed, panel, kd}, {local, vp}, true);
     for (int c = 0; c < kp; ++c) h.since[c] *= factors.total[c];
@@ -207,7 +231,7 @@ class Backward {
       matmul<C>(count, columns, value_dim, left, {tokens, packed_panel<C>(value_dim)}, {dscores + r * kChunk, kChunk}, false);
     }
     if constexpr (Channel) {
-      channel_scores<C>(factors, qs, ks, key_dim, n, operand, tokens, side, scores);
+      channel_scores<C>(factors, qs, ks, key_dim, n, rows, operand, tokens, side, scores);
     } else {
       pack_columns<C>(tokens, packed_panel<C>(key_dim), ks.data, ks.stride, key_dim, n);
       for (int r = 0; r < n; r += kRows) {
@@ -236,7 +260,7 @@ class Backward {
       }
       // Products whose depth is padded read these; what they multiply is zero, so they must not be NaN.
       for (int c = end; c < kChunk; c += lanes) store_element(dweighted + i * kChunk + c, Vec<A>{});
-      if (bonus) weighted[i * kChunk + i] = bonus_score<E>(qs[i], ks[i], bonus, key_dim, row_scale[i]);
+      if (bonus) weighted[i * kChunk + i] = element<Row<C>>(bonus_score(qs[i], ks[i], bonus, key_dim, row_scale[i]));
     }
     copy_columns<C>(weighted_t, kChunk, weighted, kChunk, n, n);
     copy_columns<C>(dweighted_t, kChunk, dweighted, kChunk, n, n);
@@ -244,14 +268,14 @@ class Backward {
 
   void value_gradient(const Head& h, int64_t t, int n, Rows<const T> ks, const A* later) {
     const Factors<A, Channel>& factors = h.factors;
-    scale_rows<C>(scaled_k, kp, ks, n, key_dim, [&](int j, int c) { return factors.key_at(j, c); });
     if (later) {
+      scale_rows<C>(operand, kp, ks, n, key_dim, [&](int j, int c) { return factors.key_at(j, c); });
       pack_rows_at<C>(packed, panel, 0, later, vp, key_dim, value_dim);
-      matmul<C>(n, value_dim, key_dim, {scaled_k, kp}, {packed, panel}, {dv, vp}, false);
+      matmul<C>(n, value_dim, key_dim, {operand, kp}, {packed, panel}, {dv, vp}, false, ahead);
     }
     for (int r = 0; r < n; r += kRows)
       matmul<C>(least(kRows, n - r), value_dim, n - r, {weighted_t + r * kChunk + r, kChunk}, {packed, panel, kd + r},
-                {dv + r * vp, vp}, later != nullptr);
+                {dv + r * vp, vp}, later != nullptr, ahead);
     const int columns = static_cast<int>(p.value_dim);
     for (int i = 0; i < n; ++i)
       for (int c = 0; c < columns; c += lanes) store_upto(h.dv[t + i] + c, load(dv + i * vp + c), columns - c);
@@ -265,14 +289,14 @@ class Backward {
     if (before) {
       pack_columns<C>(packed_t, packed_panel<C>(value_dim), before, vp, value_dim, key_dim);
       const MatrixA<C> left = left_operand<C>(operand, ds, n, value_dim);
-      matmul<C>(n, key_dim, value_dim, left, {packed_t, packed_panel<C>(value_dim)}, {dq, kp}, false);
+      matmul<C>(n, key_dim, value_dim, left, {packed_t, packed_panel<C>(value_dim)}, {dq, kp}, false, ahead);
     } else {
       fill<A>(dq, int64_t{n} * kp, 0);
     }
     if (later) {
       pack_columns<C>(packed_t, packed_panel<C>(value_dim), later, vp, value_dim, key_dim);
       const MatrixA<C> left = left_operand<C>(operand, vs, n, value_dim);
-      matmul<C>(n, key_dim, value_dim, left, {packed_t, packed_panel<C>(value_dim)}, {dk, kp}, false);
+      matmul<C>(n, key_dim, value_dim, left, {packed_t, packed_panel<C>(value_dim)}, {dk, kp}, false, ahead);
     } else {
       fill<A>(dk, int64_t{n} * kp, 0);
     }
@@ -306,8 +330,8 @@ class Backward {
       pack_rows<C>(key_rows, packed_panel<C>(kChunk), ks.data, ks.stride, n, key_dim);
       for (int r = 0; r < n; r += kRows) {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
-        matmul<C>(count, key_dim, columns, {dweighted + r * kChunk, kChunk}, {key_rows, packed_panel<C>(kChunk)},
-                  {dq + r * kp, kp}, true);
+        const MatrixA<C> left = left_operand<C>(operand, dweighted + r * kChunk, kChunk, count, columns);
+        matmul<C>(count, key_dim, columns, left, {key_rows, packed_panel<C>(kChunk)}, {dq + r * kp, kp}, true);
         matmul<C>(count, key_dim, n - r, {dweighted_t + r * kChunk + r, kChunk}, {query_rows, packed_panel<C>(kChunk), r},
                   {dk + r * kp, kp}, true);
       }
@@ -390,15 +414,15 @@ class Backward {
       }
       for (int size = kLeaf; size < n; size *= 2) {
         level_factors(factors, size, n, side);
-        level_rows<C>(operand, kp, side, kp, qs, ks, key_dim, size, n);
+        level_rows<C>(rows, kp, side, kp, qs, ks, key_dim, size, n);
         for (int first = 0; first + size < n; first += 2 * size) {
           const int middle = first + size, end = least(middle + size, n), count = end - middle;
-          pack_rows<C>(key_rows, packed_panel<C>(kChunk), operand + first * kp, kp, size, key_dim);
-          matmul<C>(count, key_dim, size, {dweighted + middle * kChunk + first, kChunk}, {key_rows, packed_panel<C>(kChunk)},
-                    {product + middle * kp, kp}, false);
-          pack_rows<C>(query_rows, packed_panel<C>(kChunk), operand + middle * kp, kp, count, key_dim);
-          matmul<C>(size, key_dim, count, {dweighted_t + first * kChunk + middle, kChunk},
-                    {query_rows, packed_panel<C>(kChunk)}, {product + first * kp, kp}, false);
+          pack_rows<C>(key_rows, packed_panel<C>(kChunk), rows + first * kp, kp, size, key_dim);
+          const MatrixA<C> left = left_operand<C>(operand, dweighted + middle * kChunk + first, kChunk, count, size);
+          matmul<C>(count, key_dim, size, left, {key_rows, packed_panel<C>(kChunk)}, {product + middle * kp, kp}, false);
+          pack_rows<C>(query_rows, packed_panel<C>(kChunk), rows + middle * kp, kp, count, key_dim);
+          matmul<C>(size, key_dim, count, transposed_block(first, middle, size, count), {query_rows, packed_panel<C>(kChunk)},
+                    {product + first * kp, kp}, false);
           for (int c = 0; c < key_dim; c += lanes) {
             Vec<A> sum{};
             for (int i = end - 1; i >= middle; --i) {
@@ -419,6 +443,16 @@ class Backward {
         }
       }
       for (int first = 0; first < n; first += kLeaf) leaf_gradients(h, qs.from(first), ks.from(first), first, least(kLeaf, n - first));
+    }
+  }
+
+  // dP^T, keys [first, first + size) by queries [middle, middle + count), as a left operand.
+  MatrixA<C> transposed_block(int first, int middle, int size, int count) {
+    if constexpr (kIsSplit<C>) {  // middle may lie within a block of its depth
+      copy_columns<C>(operand, kChunk, dweighted + middle * kChunk + first, kChunk, size, count);
+      return {operand, kChunk};
+    } else {
+      return {dweighted_t + first * kChunk + middle, kChunk};
     }
   }
 
@@ -479,6 +513,7 @@ class Backward {
   const int key_dim, value_dim;  // value_dim with the column of ones
   int kp, vp, kd;
   int64_t panel;
+  Ahead ahead;
   Head head[kHeads];
   A* dstate;
   E* packed;       // kd rows of the state's gradient, then kChunk of dout
@@ -487,13 +522,12 @@ class Backward {
   E* query_rows;   // rows are tokens
   E* key_rows;
   E* operand;
-  E* scaled_q;
-  E* scaled_k;
+  Row<C>* rows;    // scaled queries or keys
   E* transposed;
   A* scores;
   A* dscores;
-  E* weighted;
-  E* dweighted;
+  Row<C>* weighted;
+  Row<C>* dweighted;
   E* weighted_t;
   E* dweighted_t;
   A* dq;
@@ -527,7 +561,7 @@ void clear_rest(const LinearAttentionBackwardParams& b) {
 }
 
 template <class T, class C, bool Channel>
-void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
+void run(const LinearAttentionBackwardParams& b, const Parallel& parallel, const Chains& chains, ChainRange* ranges) {
   using A = typename C::Acc;
   const LinearAttentionParams& p = b.forward;
   const int64_t size = p.key_dim * p.value_dim_state();
@@ -535,10 +569,7 @@ void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
   A* const dinitial = static_cast<A*>(b.dinitial_state);
   const A* const checkpoints = static_cast<const A*>(p.checkpoints);
   A* const dbonus = static_cast<A*>(b.dbonus);
-  clear_rest<T, A>(b);
-  if (dbonus) __builtin_memset(dbonus, 0, sizeof(A) * p.tiles() * p.heads * p.key_dim);  // tiles may have no segment
-
-  const Plan plan(p, parallel);
+  const Plan plan(p, parallel, chains, ranges);
   using Engine = Backward<T, C, Channel>;
   const auto segment = [&](Engine& backward, const int64_t* slots, int64_t first, int64_t last, const A* const* after) {
     const A* before[kHeads];
@@ -560,10 +591,17 @@ void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
 
 template <class T>
 void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
-  if (b.forward.decay_kind == DecayKind::kChannel)
-    run<T, ComputeFor<T>, true>(b, parallel);
-  else
-    run<T, ComputeFor<T>, false>(b, parallel);
+  using A = Wide<T>;
+  const LinearAttentionParams& p = b.forward;
+  clear_rest<T, A>(b);
+  if (b.dbonus) __builtin_memset(b.dbonus, 0, sizeof(A) * p.tiles() * p.heads * p.key_dim);  // tiles may have no segment
+  with_compute<T>(p, [&](auto compute, const Chains& chains, ChainRange* ranges) {
+    using C = decltype(compute);
+    if (p.decay_kind == DecayKind::kChannel)
+      run<T, C, true>(b, parallel, chains, ranges);
+    else
+      run<T, C, false>(b, parallel, chains, ranges);
+  });
 }
 
 }  // namespace

@@ -44,6 +44,39 @@ struct Rows {
   T* operator[](int64_t row) const { return data + row * stride; }
 };
 
+// Brings the rows of the chunk that comes next nearer: a few lines at each product of tiles, so that memory is not waited for.
+class Ahead {
+ public:
+  explicit Ahead(int products) : products_(products) {}
+
+  void clear() { part_ = parts_ = line_ = total_ = 0; }
+  template <class T>
+  void add(Rows<T> rows, int count, int columns) {
+    const int lines = static_cast<int>((columns * sizeof(T) + 63) / 64);
+    parts[parts_++] = {reinterpret_cast<const char*>(rows.data), rows.stride * static_cast<int64_t>(sizeof(T)), count, lines};
+    total_ += count * lines;
+  }
+  PYKERNELS_INLINE void operator()() {
+    for (int due = 0; part_ < parts_ && due < total_; due += products_) {
+      Part& part = parts[part_];
+      __builtin_prefetch(part.row + 64 * line_, 0, 2);
+      if (++line_ < part.lines) continue;
+      line_ = 0;
+      part.row += part.stride;
+      if (--part.rows == 0) ++part_;
+    }
+  }
+
+ private:
+  struct Part {
+    const char* row;
+    int64_t stride;
+    int rows, lines;
+  };
+  Part parts[5];
+  int products_, part_ = 0, parts_ = 0, line_ = 0, total_ = 0;
+};
+
 template <class T>
 Rows<T> rows_of(const LinearAttentionParams& p, const void* x, const Strides3& stride, const Sequence& s, int64_t head) {
   T* const base = static_cast<T*>(const_cast<void*>(x)) + s.batch * stride.batch + head * stride.head;
@@ -125,15 +158,36 @@ PYKERNELS_INLINE void store_element(A* p, Vec<A> x) {
 }
 PYKERNELS_INLINE void store_element(BFloat16* p, Vec<float> x) { store(p, x); }
 
-// a[i][c] = source[i][c] * factor(i, c), zeros from `columns` up to a whole number of vectors.
-template <class C, class T, class F>
-PYKERNELS_INLINE void scale_rows(typename C::Elem* a, int64_t lda, Rows<T> source, int rows, int columns, F&& factor) {
+// Rows that are transposed, packed, or multiplied from the left later on: what the operands of C are made of. SplitF32 takes
+// its operands apart only then.
+template <class C>
+using Row = std::conditional_t<kIsSplit<C>, typename C::Acc, typename C::Elem>;
+
+// Calls store(c, vector) with the elements of a row of a left operand, vector by vector up to a whole number of kDepthAlign.
+template <class C, class F>
+PYKERNELS_INLINE void write_row(typename C::Elem* row, int columns, F&& element) {
+  constexpr int lanes = kLanes<typename C::Acc>;
+  if constexpr (kIsSplit<C>) {
+#if defined(PYKERNELS_HAS_AMX)
+    for (int c = 0; c < columns; c += 2 * lanes) store_row(row + c, split(element(c), element(c + lanes)));
+#endif
+  } else {
+    for (int c = 0; c < round_up(columns, most(lanes, C::kDepthAlign)); c += lanes) store_element(row + c, element(c));
+  }
+}
+
+// to[i][c] = source[i][c] * factor(i, c), zeros from `columns` up to a whole number of kDepthAlign. To: Row<C> or C::Elem.
+template <class C, class To, class T, class F>
+PYKERNELS_INLINE void scale_rows(To* to, int64_t ld, Rows<T> source, int rows, int columns, F&& factor) {
   constexpr int lanes = kLanes<typename C::Acc>;
   for (int i = 0; i < rows; ++i) {
     const T* const from = source[i];
-    for (int c = 0; c < columns; c += lanes) store_element(a + i * lda + c, load_upto(from + c, columns - c) * factor(i, c));
-    if (const int end = round_up(columns, lanes); end < round_up(columns, C::kDepthAlign))
-      for (int c = end; c < round_up(columns, C::kDepthAlign); c += lanes) store_element(a + i * lda + c, Vec<typename C::Acc>{});
+    const auto element = [&](int c) { return Vec<typename C::Acc>(load_upto(from + c, columns - c) * factor(i, c)); };
+    if constexpr (std::is_same_v<To, typename C::Elem>) {
+      write_row<C>(to + i * ld, columns, element);
+    } else {
+      for (int c = 0; c < columns; c += lanes) store(to + i * ld + c, element(c));
+    }
   }
 }
 
@@ -146,6 +200,16 @@ PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, Rows<T> sourc
   }
   copy_rows<C>(buffer, padded(columns), source.data, source.stride, rows, columns);
   return {buffer, padded(columns)};
+}
+// The same of our own rows, which are padded already.
+template <class C>
+PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, const Row<C>* rows, int64_t ld, int count, int columns) {
+  if constexpr (kIsSplit<C>) {
+    copy_rows<C>(buffer, padded(columns), rows, ld, count, columns);
+    return {buffer, padded(columns)};
+  } else {
+    return {rows, ld};
+  }
 }
 
 // pack_rows into rows first, first + 1, ... of a packed operand; first is a multiple of kDepthAlign.
@@ -255,6 +319,11 @@ struct Factors {
     }
   }
 
+  // The largest of n queries' factors.
+  A largest_query_factor(int n) const {
+    return static_cast<A>(magnitudes(query, Channel ? width : 1, n, Channel ? width : 1, static_cast<A>(kInfinity)).seen());
+  }
+
   PYKERNELS_INLINE Vec<A> query_at(int i, int c) const {
     return Channel ? load(query + i * width + c) : splat<A>(query[i]);
   }
@@ -284,23 +353,41 @@ PYKERNELS_INLINE void combine_state(A* to, int64_t ld_to, const A* factor, const
 }
 
 // In one pass over a state [key_dim, columns], which is longer than the first-level cache: packs factor * from + local (from may
-// be null: zero) into the first rows of a packed operand, and multiplies local by total.
+// be null: zero) into the first rows of a packed operand, and multiplies local by total. For SplitF32 -> the largest magnitude.
 template <class C>
-void pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Acc* factor, const typename C::Acc* from,
+float pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Acc* factor, const typename C::Acc* from,
                 int64_t ld_from, typename C::Acc* local, int64_t ld, const typename C::Acc* total, int key_dim, int columns) {
   using A = typename C::Acc;
   constexpr int lanes = kLanes<A>;
+  [[maybe_unused]] Mask<A> largest{};
   const auto state = [&](int k, int c) {
     if (k >= key_dim) return Vec<A>{};
     A* const p = local + k * ld + c;
-    const Vec<A> x = load(p);
+    Vec<A> x = load(p);
     store(p, x * total[k]);
-    return from ? load_upto(from + k * ld_from + c, columns - c) * factor[k] + x : x;
+    if (from) x = load_upto(from + k * ld_from + c, columns - c) * factor[k] + x;
+    if constexpr (kIsSplit<C>) {
+      const Mask<A> bits = (Mask<A>)abs<A>(x);
+      largest = bits > largest ? bits : largest;
+    }
+    return x;
   };
   const int columns_padded = round_up(columns, C::kColumnAlign);
+  const auto at = [&](int k, int c) { return b + c / C::kPanel * panel_stride + k * C::kPanel; };
+  if constexpr (kIsSplit<C>) {
+#if defined(PYKERNELS_HAS_AMX)
+    for (int k = 0; k < key_dim; k += 32)
+      for (int i = 0; i < 16; ++i)
+        for (int c = 0; c < columns_padded; c += lanes)
+          store_pair(at(k, c), i, c % C::kPanel, split(state(k + i, c), state(k + i + 16, c)));
+    int32_t result = 0;
+    for (int i = 0; i < lanes; ++i) result = most(result, largest[i]);
+    return bit_cast<float>(result);
+#endif
+  }
   for (int k = 0; k < round_up(key_dim, C::kDepthAlign); k += C::kPair)
     for (int c = 0; c < columns_padded; c += lanes) {
-      typename C::Elem* const to = b + c / C::kPanel * panel_stride + k * C::kPanel + c % C::kPanel * C::kPair;
+      typename C::Elem* const to = at(k, c) + c % C::kPanel * C::kPair;
       if constexpr (C::kPair == 1) {
         store(to, state(k, c));
       } else {
@@ -311,6 +398,7 @@ void pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Acc
 #endif
       }
     }
+  return 0;
 }
 
 // ---- channel decay inside a chunk --------------------------------------------------------------------------------------
@@ -342,7 +430,7 @@ PYKERNELS_INLINE void level_factors(const Factors<A, true>& f, int size, int n, 
 }
 
 template <class C, class T>
-PYKERNELS_INLINE void level_rows(typename C::Elem* scaled, int64_t ld, const typename C::Acc* side, int width, Rows<T> q,
+PYKERNELS_INLINE void level_rows(Row<C>* scaled, int64_t ld, const typename C::Acc* side, int width, Rows<T> q,
                                  Rows<T> k, int key_dim, int size, int n) {
   using A = typename C::Acc;
   for (int first = 0; first + size < n; first += 2 * size) {
@@ -398,11 +486,11 @@ void leaf_scores(const Factors<A, true>& f, Rows<T> q, Rows<T> k, int key_dim, i
   }
 }
 
-// Scores of a chunk with channel decay, weights included. Room: `rows` [kChunk, kp] and `keys`, packed [kp, kChunk], of
-// operands, `side` [kChunk, kp].
+// Scores of a chunk with channel decay, weights included. Room: `rows` and `operand` [kChunk, kp], `keys`, packed [kp, kChunk],
+// `side` [kChunk, kp].
 template <class C, class T>
-void channel_scores(const Factors<typename C::Acc, true>& f, Rows<T> q, Rows<T> k, int key_dim, int n,
-                    typename C::Elem* rows, typename C::Elem* keys, typename C::Acc* side, typename C::Acc* scores) {
+void channel_scores(const Factors<typename C::Acc, true>& f, Rows<T> q, Rows<T> k, int key_dim, int n, Row<C>* rows,
+                    typename C::Elem* operand, typename C::Elem* keys, typename C::Acc* side, typename C::Acc* scores) {
   const int kp = f.width;
   leaf_scores(f, q, k, key_dim, n, scores);
   for (int size = kLeaf; size < n; size *= 2) {
@@ -411,21 +499,90 @@ void channel_scores(const Factors<typename C::Acc, true>& f, Rows<T> q, Rows<T> 
     for (int first = 0; first + size < n; first += 2 * size) {
       const int middle = first + size;
       pack_columns<C>(keys, packed_panel<C>(key_dim), rows + first * kp, kp, key_dim, size);
-      matmul<C>(least(size, n - middle), size, key_dim, {rows + middle * kp, kp}, {keys, packed_panel<C>(key_dim)},
-                {scores + middle * kChunk + first, kChunk}, false);
+      const int count = least(size, n - middle);
+      const MatrixA<C> left = left_operand<C>(operand, rows + middle * kp, kp, count, key_dim);
+      matmul<C>(count, size, key_dim, left, {keys, packed_panel<C>(key_dim)}, {scores + middle * kChunk + first, kChunk}, false);
     }
   }
 }
 
 // The score of a token with itself under a bonus: scale * q . (bonus k).
-template <class E, class A, class T>
-PYKERNELS_INLINE E bonus_score(const T* q, const T* k, const A* bonus, int key_dim, A scale) {
+template <class A, class T>
+PYKERNELS_INLINE A bonus_score(const T* q, const T* k, const A* bonus, int key_dim, A scale) {
   Vec<A> sum{};
   for (int c = 0; c < key_dim; c += kLanes<A>) {
     const int left = key_dim - c;
     sum = sum + load_upto(q + c, left) * load_upto(bonus + c, left) * load_upto(k + c, left);
   }
-  return element<E>(reduce_add<A>(sum) * scale);
+  return reduce_add<A>(sum) * scale;
+}
+
+// ---- what values a chain has -------------------------------------------------------------------------------------------
+
+// The largest magnitudes of a chain (a head of a sequence). They decide afterwards whether SplitF32 served: for the whole chain or
+// not at all, so that nothing depends on the threads or on other chains.
+struct ChainRange : Largest<8> {
+  enum Tensor { kQuery, kKey, kValue, kScale, kState, kOutGradient, kStateGradient, kFading };
+
+  // Of a chunk's queries, the largest of which is `query`, after their decay since its start. Where all fade, what they make of
+  // the state, or leave of its gradient, is as small, and may be all that there is.
+  void add_scaled_queries(float query, float factor) {
+    add(kQuery, query);
+    if (query * factor > 0) add(kFading, 1 / (query * factor));
+  }
+#if defined(PYKERNELS_HAS_AMX)
+  // No operand made of these reaches kSplitLargest, and what falls below the normal numbers is small beside the largest of
+  // each result (zeros give zeros, exactly).
+  bool split_serves() const {
+    const ChainRange& x = *this;
+    for (const int i : {kQuery, kKey, kValue, kScale, kOutGradient})
+      if (!(x[i] < 0x1p24f)) return false;
+    const auto fits = [](float y) { return y == 0 || y > 0x1p-75f; };
+    for (const int i : {kKey, kValue, kState, kOutGradient, kStateGradient})
+      if (!(x[i] < kSplitLargest && fits(x[i]))) return false;
+    const float query = x[kQuery] * x[kScale], score = query * x[kKey], dscore = x[kOutGradient] * x[kValue] * x[kScale];
+    for (const float y : {query, score, dscore})
+      if (!(y < 0x1p48f && fits(y))) return false;
+    return x[kFading] < 0x1p75f && fits(dscore * x[kQuery]) && fits(dscore * x[kKey]);
+  }
+#endif
+};
+
+PYKERNELS_INLINE float absolute(double x) { return static_cast<float>(x < 0 ? -x : x); }
+// The largest magnitude in some rows.
+template <class T>
+float largest(Rows<T> rows, int count, int columns) {
+  return static_cast<float>(magnitudes(rows.data, rows.stride, count, columns, static_cast<Wide<std::remove_const_t<T>>>(kInfinity)).seen());
+}
+
+// The chains that a pass is about: those listed, or the first `count`.
+struct Chains {
+  const int64_t* list;
+  int64_t count;
+  int64_t operator[](int64_t i) const { return list ? list[i] : i; }
+};
+
+// Calls run(compute type, chains, ranges): fp32 and fp16 on AMX tiles, where that pays, and again without them for the chains
+// whose values do not allow it; everything else at once, without ranges.
+template <class T, class Run>
+void with_compute(const LinearAttentionParams& p, Run&& run) {
+  const Chains all{nullptr, p.state_count() * p.heads};
+#if defined(PYKERNELS_HAS_AMX)
+  if constexpr (std::is_same_v<ComputeFor<T>, F32>)
+    if (p.key_dim >= 32 && p.value_dim >= 32) {
+      Scratch scratch;
+      ChainRange* const ranges = scratch.take<ChainRange>(all.count);
+      __builtin_memset(ranges, 0, sizeof(ChainRange) * all.count);
+      run(SplitF32{}, all, ranges);
+      int64_t* const list = scratch.take<int64_t>(all.count);
+      int64_t left = 0;
+      for (int64_t i = 0; i < all.count; ++i)
+        if (!ranges[i].split_serves()) list[left++] = i;
+      if (left) run(F32{}, Chains{list, left}, static_cast<ChainRange*>(nullptr));
+      return;
+    }
+#endif
+  run(ComputeFor<T>{}, all, static_cast<ChainRange*>(nullptr));
 }
 
 // ---- heads of sequences --------------------------------------------------------------------------------------------
@@ -440,6 +597,7 @@ struct Chain {
   Rows<const T> q, k, v;
   Rows<const A> decay{};
   const A* bonus;
+  ChainRange* range;  // of what is packed, for SplitF32
 
   // `first`: of the group's chains.
   void allocate(const LinearAttentionParams& p, Scratch& scratch, int kp, int vp, const Chain& first) {
@@ -453,7 +611,8 @@ struct Chain {
   }
 
   // Becomes head `of` of a sequence.
-  void begin(const LinearAttentionParams& p, const Sequence& s, int64_t of) {
+  void begin(const LinearAttentionParams& p, const Sequence& s, int64_t of, ChainRange* range_of_chain) {
+    range = range_of_chain;
     const int64_t of_k = of / (p.heads / p.heads_k);
     q = rows_of<const T>(p, p.q, p.q_stride, s, of_k);
     k = rows_of<const T>(p, p.k, p.k_stride, s, of_k);
@@ -494,14 +653,17 @@ struct Chain {
 struct Plan {
   const LinearAttentionParams& p;
   const Parallel& parallel;
-  int64_t size, chains, most_segments = 0;
+  const Chains chains;
+  ChainRange* const ranges;  // of all chains, or null
+  int64_t size, most_segments = 0;
 
-  Plan(const LinearAttentionParams& params, const Parallel& run)
-      : p(params), parallel(run), size(p.key_dim * p.value_dim_state()), chains(p.state_count() * p.heads) {
+  Plan(const LinearAttentionParams& params, const Parallel& run, const Chains& served, ChainRange* ranges_of_chains)
+      : p(params), parallel(run), chains(served), ranges(ranges_of_chains), size(p.key_dim * p.value_dim_state()) {
     for (int64_t s = 0; s < p.state_count(); ++s) most_segments = most(most_segments, sequence(p, s).segments());
   }
 
-  bool split() const { return chains < parallel.threads && most_segments > 1; }
+  bool split() const { return chains.count < parallel.threads && most_segments > 1; }
+  ChainRange* range(int64_t chain) const { return ranges ? ranges + chain : nullptr; }
   int64_t slot(int64_t tile, int64_t head) const { return tile * p.heads + head; }
 
   // A state, or zero for null.
@@ -517,19 +679,19 @@ struct Plan {
   // end up. outputs(engine, slots, first, last, states) runs tokens [first, last) of a group's heads, given their states.
   template <class Engine, class Params, class A, class Outputs>
   void in_turn(const Params& params, const A* edge, A* end, Outputs&& outputs) const {
-    const int group = heads_together(p, parallel.threads);
-    run_tasks(parallel, chains / group, [&](TaskQueue& queue) {
+    const int group = chains.list ? 1 : heads_together(p, parallel.threads);
+    run_tasks(parallel, chains.count / group, [&](TaskQueue& queue) {
       const Tiles tiles;
       Scratch scratch;
       Engine engine(params, scratch, group);
       for (int64_t task; (task = queue.next()) >= 0;) {
-        const int64_t chain = task * group, head = chain % p.heads;
+        const int64_t chain = chains[task * group], head = chain % p.heads;
         const Sequence s = sequence(p, chain / p.heads);
         const A* state[kHeads];
         int64_t slots[kHeads];
         for (int g = 0; g < group; ++g) {
           state[g] = edge ? edge + (chain + g) * size : nullptr;
-          engine.begin(g, s, head + g);
+          engine.begin(g, s, head + g, range(chain + g));
         }
         for (int64_t j = 0; j < s.segments(); ++j) {
           const int64_t i = Engine::kBackward ? s.segments() - 1 - j : j;
@@ -555,15 +717,15 @@ struct Plan {
     A* const locals = shared.take<A>(p.tiles() * p.heads * size);
     A* const since = shared.take<A>(p.tiles() * p.heads * p.key_dim);
     for (const bool own : {true, false}) {
-      run_tasks(parallel, chains * most_segments, [&](TaskQueue& queue) {
+      run_tasks(parallel, chains.count * most_segments, [&](TaskQueue& queue) {
         const Tiles tiles;
         Scratch scratch;
         Engine engine(params, scratch, 1);
         for (int64_t task; (task = queue.next()) >= 0;) {
-          const int64_t chain = task / most_segments, i = task % most_segments, head = chain % p.heads;
+          const int64_t chain = chains[task / most_segments], i = task % most_segments, head = chain % p.heads;
           const Sequence s = sequence(p, chain / p.heads);
           if (i >= s.segments()) continue;
-          engine.begin(0, s, head);
+          engine.begin(0, s, head, range(chain));
           const int64_t at = slot(s.tile + i, head), first = i * kSegment, last = least(first + kSegment, s.length);
           if (own) {
             engine.own_part(first, last);
@@ -583,15 +745,16 @@ struct Plan {
  private:
   template <bool Backward, class A>
   void between(const A* edge, A* states, A* end, const A* locals, const A* since) const {
-    run_tasks(parallel, chains, [&](TaskQueue& queue) {
+    run_tasks(parallel, chains.count, [&](TaskQueue& queue) {
       const int64_t columns = p.value_dim_state();
       for (int64_t task; (task = queue.next()) >= 0;) {
-        const Sequence s = sequence(p, task / p.heads);
-        const A* state = edge ? edge + task * size : nullptr;
+        const int64_t chain = chains[task];
+        const Sequence s = sequence(p, chain / p.heads);
+        const A* state = edge ? edge + chain * size : nullptr;
         int64_t before = 0;  // slot of the segment before, in walking order
         for (int64_t j = 0; j <= s.segments(); ++j) {
-          const int64_t at = slot(s.tile + (Backward ? s.segments() - 1 - j : j), task % p.heads);
-          A* const to = j < s.segments() ? states + at * size : end + task * size;
+          const int64_t at = slot(s.tile + (Backward ? s.segments() - 1 - j : j), chain % p.heads);
+          A* const to = j < s.segments() ? states + at * size : end + chain * size;
           if (j == 0)
             copy(to, state);
           else

@@ -17,7 +17,8 @@ class Forward {
   static constexpr bool kBackward = false;
 
   Forward(const LinearAttentionParams& params, Scratch& scratch, int group)
-      : heads(group), p(params), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())) {
+      : heads(group), p(params), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())),
+        ahead(tile_products<C>(kChunk, value_dim, key_dim + kChunk) + tile_products<C>(key_dim, value_dim, kChunk)) {
     kp = padded(key_dim), vp = padded(value_dim);
     kd = round_up(key_dim, C::kDepthAlign);
     for (int i = 0; i < heads; ++i) head[i].allocate(p, scratch, kp, vp, head[0]);
@@ -25,7 +26,8 @@ class Forward {
     a = scratch.take<E>(kChunk * lda);
     panel = packed_panel<C>(kd + kChunk);
     b = scratch.take<E>(packed_size<C>(kd + kChunk, vp));
-    rows = scratch.take<E>(kChunk * kp);
+    rows = scratch.take<Row<C>>(kChunk * kp);
+    operand = scratch.take<E>(kChunk * kp);
     keys = scratch.take<E>(packed_size<C>(kp, kChunk));
     keys_t = scratch.take<E>(kp * kChunk);
     scores = scratch.take<A>(kChunk * kChunk);
@@ -36,9 +38,10 @@ class Forward {
   }
 
   // Head `index` of the group becomes head `of` of a sequence.
-  void begin(int index, const Sequence& s, int64_t of) {
+  void begin(int index, const Sequence& s, int64_t of, ChainRange* range) {
     Head& h = head[index];
-    h.begin(p, s, of);
+    h.begin(p, s, of, range);
+    if (range) range->add(ChainRange::kScale, absolute(p.scale));
     h.o = rows_of<T>(p, p.out, p.out_stride, s, of);
     if (p.normalize) h.denominator = rows_of<A>(p, p.denominator, contiguous_strides(p, 1), s, of);
   }
@@ -49,8 +52,12 @@ class Forward {
   void segment(int64_t first, int64_t last, const A* const* before, bool outputs) {
     for (int i = 0; i < heads; ++i) head[i].clear(kp, vp);
     for (int64_t t = first; t < last; t += kChunk)
-      for (int i = 0; i < heads; ++i)
+      for (int i = 0; i < heads; ++i) {
+        ahead.clear();
+        if (outputs) ahead.add(head[i].o.from(t), static_cast<int>(least<int64_t>(kChunk, last - t)), static_cast<int>(p.value_dim));
+        coming(head[(i + 1) % heads], i + 1 < heads ? t : t + kChunk, last, outputs);
         chunk(head[i], t, static_cast<int>(least<int64_t>(kChunk, last - t)), before[i], before[i] || t > first, outputs);
+      }
   }
 
   void own_part(int64_t first, int64_t last) {
@@ -74,34 +81,49 @@ class Forward {
     Rows<A> denominator;
   };
 
+  void coming(const Head& h, int64_t t, int64_t last, bool outputs) {
+    const int n = static_cast<int>(least<int64_t>(kChunk, last - t));
+    if (n <= 0) return;
+    ahead.add(h.k.from(t), n, key_dim);
+    ahead.add(h.v.from(t), n, static_cast<int>(p.value_dim));
+    if (outputs) ahead.add(h.q.from(t), n, key_dim);
+  }
+
   void chunk(Head& h, int64_t t, int n, const A* before, bool has_state, bool outputs) {
     Factors<A, Channel>& factors = h.factors;
     A* const local = h.local;
     const Rows<const T> qs = h.q.from(t), ks = h.k.from(t);
     const Rows<const T> vs = h.values(t, n, value_dim, ones);
     h.prepare(t, key_dim, n, row_scale);
+    if constexpr (kIsSplit<C>) {
+      h.range->add(ChainRange::kKey, largest(ks, n, key_dim));
+      h.range->add(ChainRange::kValue, largest(vs, n, value_dim));
+      if (outputs) h.range->add_scaled_queries(largest(qs, n, key_dim), factors.largest_query_factor(n));
+    }
     pack_rows_at<C>(b, panel, kd, vs.data, vs.stride, n, value_dim);
 
     if (outputs) {
       const bool with_state = has_state;
       if (with_state) {
-        pack_state<C>(b, panel, h.since, before, value_dim, local, vp, factors.total, key_dim, value_dim);
+        const float state =
+            pack_state<C>(b, panel, h.since, before, value_dim, local, vp, factors.total, key_dim, value_dim);
+        if constexpr (kIsSplit<C>) h.range->add(ChainRange::kState, state);
         scale_rows<C>(a, lda, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
       }
       if constexpr (Channel)
-        channel_scores<C>(factors, qs, ks, key_dim, n, rows, keys, side, scores);
+        channel_scores<C>(factors, qs, ks, key_dim, n, rows, operand, keys, side, scores);
       else
         pack_columns<C>(keys, packed_panel<C>(key_dim), ks.data, ks.stride, key_dim, n);
       for (int r = 0; r < n; r += kRows) {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
         if constexpr (!Channel) {
-          const MatrixA<C> left = left_operand<C>(rows, qs.from(r), count, key_dim);
+          const MatrixA<C> left = left_operand<C>(operand, qs.from(r), count, key_dim);
           matmul<C>(count, columns, key_dim, left, {keys, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false);
         }
         weigh(h, qs, ks, r, count, columns);
         const int skipped = with_state ? 0 : kd;
         matmul<C>(count, value_dim, kd + columns - skipped, {a + r * lda + skipped, lda}, {b, panel, skipped},
-                  {out + r * vp, vp}, false);
+                  {out + r * vp, vp}, false, ahead);
       }
       write(h, t, n);
     }
@@ -109,7 +131,7 @@ class Forward {
     if (!outputs || !has_state) decay_state(local, vp, factors.total, key_dim);
     scale_rows<C>(rows, kp, ks, n, key_dim, [&](int j, int c) { return factors.key_at(j, c); });
     copy_columns<C>(keys_t, kChunk, rows, kp, key_dim, n);
-    matmul<C>(key_dim, value_dim, n, {keys_t, kChunk}, {b, panel, kd}, {local, vp}, true);
+    matmul<C>(key_dim, value_dim, n, {keys_t, kChunk}, {b, panel, kd}, {local, vp}, true, ahead);
     for (int c = 0; c < kp; ++c) h.since[c] *= factors.total[c];
   }
 
@@ -118,17 +140,16 @@ class Forward {
     constexpr int lanes = kLanes<A>;
     const Factors<A, Channel>& factors = h.factors;
     const Vec<A> index = iota<A>();
-    const int end = round_up(columns, most(lanes, C::kDepthAlign));
     for (int i = r; i < r + count; ++i) {
-      E* const to = a + i * lda + kd;
       const int last = factors.exclusive ? i - 1 : i;  // key
-      for (int c = 0; c < end; c += lanes) {
+      const A own = h.bonus ? bonus_score(qs[i], ks[i], h.bonus, key_dim, row_scale[i]) : A(0);
+      write_row<C>(a + i * lda + kd, columns, [&](int c) {
         Vec<A> x = load(scores + i * kChunk + c) * row_scale[i];
         if constexpr (!Channel) x = x * load(factors.weight + i * kChunk + c);
         if (c + lanes - 1 > last) x = index <= static_cast<A>(last - c) ? x : Vec<A>{};
-        store_element(to + c, x);
-      }
-      if (h.bonus) to[i] = bonus_score<E>(qs[i], ks[i], h.bonus, key_dim, row_scale[i]);
+        if (h.bonus) x = index == static_cast<A>(i - c) ? splat<A>(own) : x;
+        return x;
+      });
     }
   }
 
@@ -155,10 +176,12 @@ class Forward {
   const int key_dim, value_dim;  // value_dim with the column of ones
   int kp, vp, kd;
   int64_t lda, panel;
+  Ahead ahead;
   Head head[kHeads];
   E* a;       // [kChunk, kd | kChunk]
   E* b;       // kd rows of the state, then kChunk of v
-  E* rows;    // [kChunk, kp]
+  Row<C>* rows;  // [kChunk, kp]
+  E* operand;    // [kChunk, kp]
   E* keys;    // packed, columns are tokens
   E* keys_t;  // [kp, kChunk]
   A* scores;  // [kChunk, kChunk]
@@ -181,16 +204,12 @@ void clear_rest(const LinearAttentionParams& p) {
 }
 
 template <class T, class C, bool Channel>
-void run(const LinearAttentionParams& p, const Parallel& parallel) {
+void run(const LinearAttentionParams& p, const Parallel& parallel, const Chains& chains, ChainRange* ranges) {
   using A = typename C::Acc;
   const int64_t size = p.key_dim * p.value_dim_state();
   const A* const initial = static_cast<const A*>(p.initial_state);
   A* const final_state = static_cast<A*>(p.final_state);
-  clear_rest<T, A>(p);
-  if (p.cu_seqlens && p.checkpoints)  // some tiles have no segment
-    __builtin_memset(p.checkpoints, 0, sizeof(A) * p.tiles() * p.heads * size);
-
-  const Plan plan(p, parallel);
+  const Plan plan(p, parallel, chains, ranges);
   using Engine = Forward<T, C, Channel>;
   A* const checkpoints = static_cast<A*>(p.checkpoints);
   const bool split = plan.split();  // then the states between segments are in the checkpoints already
@@ -210,10 +229,17 @@ void run(const LinearAttentionParams& p, const Parallel& parallel) {
 
 template <class T>
 void run(const LinearAttentionParams& p, const Parallel& parallel) {
-  if (p.decay_kind == DecayKind::kChannel)
-    run<T, ComputeFor<T>, true>(p, parallel);
-  else
-    run<T, ComputeFor<T>, false>(p, parallel);
+  using A = Wide<T>;
+  clear_rest<T, A>(p);
+  if (p.cu_seqlens && p.checkpoints)  // some tiles have no segment
+    __builtin_memset(p.checkpoints, 0, sizeof(A) * p.tiles() * p.heads * p.key_dim * p.value_dim_state());
+  with_compute<T>(p, [&](auto compute, const Chains& chains, ChainRange* ranges) {
+    using C = decltype(compute);
+    if (p.decay_kind == DecayKind::kChannel)
+      run<T, C, true>(p, parallel, chains, ranges);
+    else
+      run<T, C, false>(p, parallel, chains, ranges);
+  });
 }
 
 }  // namespace
