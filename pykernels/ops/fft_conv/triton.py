@@ -858,7 +858,7 @@ class _Convolution:
         blocks = triton.cdiv(length, BT)
         launch(fft_conv_direct_kernel, (channels * triton.cdiv(batch * blocks, BM),), x.device, taps=self.taps,
                per_group=channels // self.taps.shape[0], T=T, offset=offset, lift=-(-offset // length) * length,
-               blocks=blocks, BM=BM, BT=BT, BS=32, CIRCULAR=self.circular, REVERSE=reverse, **self._rows(*rows),
+               blocks=blocks, BM=BM, BT=BT, BS=16, CIRCULAR=self.circular, REVERSE=reverse, **self._rows(*rows),
                **self.common, **_compiled(BM * BT))
 
     def _windowed(self, *rows) -> None:
