@@ -106,7 +106,10 @@ def test_rows_that_pass_through_memory(case, rows, staged):
 @interpreted
 def test_two_stages(staged):
     staged(131072, 5)
-    _check(conv_case("two-stages", channels=1, length=200, taps_rev=50, **_ALL), FP32)
+    u, k = torch.randn(1, 1, 200), torch.randn(1, 200)
+    exact = fft_conv(u.double(), k.double(), backend="reference")
+    out = fft_conv(u, k, backend="triton")
+    assert float((out - exact).norm() / exact.norm()) < 1e-6
 
 
 @interpreted
