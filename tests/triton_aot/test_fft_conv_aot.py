@@ -80,7 +80,7 @@ def test_products_are_in_fp32(target):
     (launch, *_) = [launch for launch in _launches(target, BF16, 4096) if launch.name == "fft_conv_spectrum_kernel"]
     assert launch.arguments["PRECISION"] == ("ieee" if target == "gfx942" else "tf32x3")
     # tcgen05 takes TF32 operands from tiles of fp32.
-    allowed = {"gfx942": {"f32"}, "sm_100": {"f32", "tf32"}}.get(target, {"tf32"})
+    allowed = {"gfx942": {"f32"}, "sm_100": {"f32"}}.get(target, {"tf32"})
     assert aot.products(aot.compiled(launch, target)) == allowed
 
 
