@@ -18,11 +18,22 @@ from .decode import FFTConvState
 __all__ = ["OP", "FFTConvState", "fft_conv", "fft_conv_init", "fft_conv_step"]
 
 
-def _serves(query: Query) -> str | None:
+def _any(query: Query) -> str | None:
     return None
 
 
-OP = Op("fft_conv", {"cpu": _serves, "reference": _serves})
+_LONGEST = 1 << 28  # samples of a row: offsets within its transform are 32 bits wide
+
+
+def _triton(query: Query) -> str | None:
+    if query.dtype == torch.float64:
+        return "the Triton kernels compute in float32"
+    if query.sizes["length"] > _LONGEST:
+        return f"the Triton kernels take rows of up to {_LONGEST} samples, these have {query.sizes['length']}"
+    return None
+
+
+OP = Op("fft_conv", {"triton": _triton, "cpu": _any, "reference": _any})
 
 _MODES = ("causal", "circular")
 
@@ -110,7 +121,7 @@ def fft_conv(
         post_gate: factor on the result [B, D, L], or None; as pre_gate.
         mode: "causal": samples outside [0, L) are zero, and taps that reach beyond the sequence have no effect.
             "circular": positions are modulo L, and longer kernels wrap.
-        backend: "auto", "cpu" or "reference" (see pykernels.backends).
+        backend: "auto", "triton", "cpu" or "reference" (see pykernels.backends).
 
     Returns:
         out [B, D, L] in u's dtype.
@@ -187,7 +198,7 @@ def fft_conv_init(
         batch: B, where there is no prefix (None: 1).
         channels: D, where there is no prefix (None: k's rows).
         dtype: of the samples to come, where there is no prefix (None: k's).
-        backend: "auto", "cpu" or "reference" (see pykernels.backends), here and in the steps.
+        backend: "auto", "triton", "cpu" or "reference" (see pykernels.backends), here and in the steps.
 
     Returns:
         The state. It keeps O(B D K) numbers however many tokens follow.

@@ -47,7 +47,7 @@ def _fake_bwd(dout, u, k, k_rev, D, pre_gate, post_gate, k_rev_lag, circular, in
     )
 
 
-run = _dispatch.register("fft_conv", SCHEMAS, {"fwd": _fake_fwd, "bwd": _fake_bwd})
+run = _dispatch.register("fft_conv", SCHEMAS, {"fwd": _fake_fwd, "bwd": _fake_bwd}, triton=f"{__package__}.triton")
 
 
 def _gradients(backend, dout, tensors, options, input_gradient, kernel_gradient):
