@@ -1,4 +1,4 @@
-"""One GPU session for flash attention: is it right there, and how fast beside the best alternatives?
+"""One run on a GPU for flash attention: is it right there, and how fast beside the best alternatives?
 
     python -m bench.attention_gpu              # everything, about 10 minutes
     python -m bench.attention_gpu --quick      # fewer sizes, about 3 minutes

@@ -145,7 +145,8 @@ def _build() -> Path:
 def load() -> tuple[ModuleType, ctypes.c_int]:
     """-> (the module, the index in FAULTS of what is left out)."""
     path = str(_build())
-    spec = importlib.util.spec_from_file_location(host_build.NAME, path)
+    # A name of its own: of the plain module's, pybind11 would give that module again.
+    spec = importlib.util.spec_from_file_location(f"planted.{host_build.NAME}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module, ctypes.c_int.in_dll(ctypes.CDLL(path), "pykernels_left_out")
