@@ -62,12 +62,11 @@ class Kernel:
 
     @property
     def function(self) -> str:
-        # Mangled names hold identifiers behind their lengths.
-        for number in re.finditer(r"\d+", self.name):
-            for digits in range(1, len(number.group()) + 1):
-                identifier = self.name[number.end():][:int(number.group()[-digits:])]
-                if identifier.endswith("_kernel"):
-                    return identifier
+        # Mangled names hold identifiers behind their lengths; hashes of files hold numbers too, which reach further.
+        found = [self.name[number.end():][:int(number.group()[-digits:])] for number in re.finditer(r"\d+", self.name)
+                 for digits in range(1, len(number.group()) + 1)]
+        if kernels := [identifier for identifier in found if identifier.endswith("_kernel")]:
+            return min(kernels, key=len)
         raise ValueError(self.name)
 
     @property
