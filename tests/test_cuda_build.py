@@ -33,6 +33,9 @@ LOCAL_MEMORY = {
     **{("linear_attention_walk_sm80_kernel", "256", arch):
            "the state takes 128 registers: addresses, stored before the loop over chunks or once in it and loaded once per chunk, "
            "so 60 bytes at most for some 400 matrix products" for arch in ("sm_80", "sm_90a", "sm_100")},
+    **{("linear_attention_walk_sm80_kernel", head, arch):
+           "an address or two, stored before the loop over chunks or once in it and loaded once per chunk, for some 70 to 150 "
+           "matrix products" for head, arch in (("64", "sm_80"), ("128", "sm_80"), ("128", "sm_90a"), ("128", "sm_100"))},
 }
 
 

@@ -36,7 +36,7 @@ def test_info():
         _library.active_isa(),
         "flash_attention, tensors on cpu",
         "-> cpu",
-        "linear_attention has no cuda backend",
+        "fft_conv has no cuda backend",
     ):
         assert word in done.stdout, word
 
