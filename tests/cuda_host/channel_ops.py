@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
+import host_backend
 import host_build
-from pykernels import _dispatch, backends
+from pykernels import _dispatch
 from pykernels.ops import causal_conv1d as conv
 from pykernels.ops import selective_scan as scan
 from pykernels.ops.causal_conv1d import registration as conv_registration
@@ -191,13 +191,5 @@ for _part, _run in (("fwd", scan_fwd), ("bwd", scan_bwd), ("step", scan_step)):
 @contextlib.contextmanager
 def on_the_host() -> Iterator[None]:
     """Calls with backend="cuda" run the kernels on the executor, if the backend would take the call on a GPU."""
-
-    def resolve(op: backends.Op, query: backends.Query, backend: str) -> str:
-        if backend != "cuda":
-            return backends.resolve(op, query, backend)
-        if (reason := op.backends["cuda"](query)) is not None:
-            raise backends.BackendUnavailable(reason)
-        return "cuda_host"
-
-    with mock.patch.object(conv, "resolve", resolve), mock.patch.object(scan, "resolve", resolve):
+    with host_backend.on_the_host(conv, scan):
         yield

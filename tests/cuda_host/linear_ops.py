@@ -6,13 +6,13 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
+import host_backend
 import host_build
-from pykernels import _dispatch, backends
+from pykernels import _dispatch
 from pykernels.ops.linear_attention import registration
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -128,13 +128,5 @@ for _part, _run in {"fwd": fwd, "bwd": bwd, "step": step}.items():
 @contextlib.contextmanager
 def on_the_host() -> Iterator[None]:
     """Calls with backend="cuda" run the kernels on the executor, if the backend would take the call on a GPU."""
-
-    def resolve(op: backends.Op, query: backends.Query, backend: str) -> str:
-        if backend != "cuda":
-            return backends.resolve(op, query, backend)
-        if (reason := op.backends["cuda"](query)) is not None:
-            raise backends.BackendUnavailable(reason)
-        return "cuda_host"
-
-    with mock.patch.object(importlib.import_module("pykernels.ops.linear_attention"), "resolve", resolve):
+    with host_backend.on_the_host(importlib.import_module("pykernels.ops.linear_attention")):
         yield

@@ -11,10 +11,10 @@ import channel_ops
 import host_build
 import pytest
 import torch
+from host_backend import samples
 
 from pykernels import BackendUnavailable, selective_scan
 from pykernels.testing import SELECTIVE_SCAN, SELECTIVE_SCAN_STEP, Case, Description, Target, check
-from pykernels.testing import causal_conv1d as layouts
 from pykernels.testing.kit import run, seed
 from pykernels.testing.selective_scan import scan_case
 
@@ -42,11 +42,8 @@ def on_the_host(host):
         yield host
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("op, case", MATRIX, ids=lambda x: x.name)
+@samples(MATRIX, DTYPES)
 def test_numbers(host, op: Description, case: Case, dtype: torch.dtype):
-    if dtype not in case.dtypes:
-        pytest.skip("the case leaves this dtype out")
     host.set_seed(seed(case.name + str(dtype)))  # another order of events for each
     errors = check(op, case, dtype, ON_HOST)
     assert {error.tensor for error in errors} >= {*op.outputs, *op.mutates}
