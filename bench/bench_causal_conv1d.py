@@ -16,12 +16,13 @@ import pykernels
 from pykernels import testing
 
 from . import peers
-from .kit import DTYPES, Call, Case, Expected, devices_and_threads, step, step_of_layers
+from .kit import DTYPES, Call, Case, Expected, devices_and_threads, is_extra, step, step_of_layers
 
 WIDTH = 4
 CPU_SHAPES = [(1, 1536, 2048), (8, 768, 1024)]  # (B, D, L)
 GPU_SHAPES = [(1, 1024, 2**13), (1, 1024, 2**17), (8, 2048, 4096), (8, 4096, 2048)]
 STEP_SHAPES = [(1, 1536), (8, 1536)]  # (B, D)
+CPU_MAIN_SHAPES = {CPU_SHAPES[0], STEP_SHAPES[0]}  # the others are extra
 LAYERS = 24  # of Mamba-130M
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -34,16 +35,15 @@ def _conv_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
         for shape, dtype, backward in itertools.product(shapes, ("fp32", "bf16"), (False, True)):
             moved = math.prod(shape) * BYTES[dtype] * (5 if backward else 2)  # x, out; x, dout, dx again
             yield Case("causal_conv1d", "B{} D{} L{}".format(*shape) + f" W{WIDTH}", "silu", dtype,
-                       "fwd+bwd" if backward else "fwd",
-                       device, threads, moved, ("copy",)), shape
+                       "fwd+bwd" if backward else "fwd", device, threads, moved, ("copy",),
+                       extra=is_extra(device, threads, places, shape in CPU_MAIN_SHAPES)), shape
 
 
 def _step_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
     for (device, threads), shape, dtype in itertools.product(places, STEP_SHAPES, ("fp32", "bf16")):
         moved = LAYERS * math.prod(shape) * BYTES[dtype] * 2 * WIDTH  # the states read and written, x, out
         yield Case("causal_conv1d_step", "B{} D{}".format(*shape) + f" W{WIDTH}", f"{LAYERS} layers", dtype, "step",
-                   device, threads,
-                   moved, ("copy",)), shape
+                   device, threads, moved, ("copy",), extra=is_extra(device, threads, places, shape in CPU_MAIN_SHAPES)), shape
 
 
 def cases(places: Places) -> list[tuple[Case, tuple]]:

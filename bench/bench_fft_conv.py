@@ -14,7 +14,7 @@ import pykernels
 from pykernels import testing
 
 from . import peers
-from .kit import DTYPES, Call, Case, Expected, devices_and_threads, step
+from .kit import DTYPES, Call, Case, Expected, devices_and_threads, is_extra, step
 
 # (B, D, L, K). On GPUs FlashFFTConv's benchmark sizes.
 CPU_SHAPES = [
@@ -27,6 +27,7 @@ CPU_SHAPES = [
     (8, 64, 5000, 5000),
 ]
 SHORT_SHAPES = [(8, 64, 4096, 16), (8, 64, 4096, 64), (8, 64, 4096, 128)]
+CPU_MAIN_SHAPES = {*CPU_SHAPES[0:4:2], CPU_SHAPES[4], SHORT_SHAPES[1]}  # the others are extra
 GPU_SHAPES = [(64, 768, 1 << i, 1 << i) for i in (8, 10, 12, 13, 14, 15)]
 
 Places = Sequence[tuple[str, int]]
@@ -52,22 +53,10 @@ def cases(places: Places) -> list[tuple[Case, tuple]]:
         for shape, options, dtype, backward in grid:
             if options == "gated" and device == "cpu" and shape[2] not in (1024, 16384):
                 continue
-            found.append(
-                (
-                    Case(
-                        "fft_conv",
-                        "B{} D{} L{} K{}".format(*shape),
-                        options,
-                        dtype,
-                        "fwd+bwd" if backward else "fwd",
-                        device,
-                        threads,
-                        _bytes(*shape, options == "gated", dtype, backward),
-                        ("copy",),
-                    ),
-                    shape,
-                )
-            )
+            extra = is_extra(device, threads, places, shape in CPU_MAIN_SHAPES and options != "gated")
+            case = Case("fft_conv", "B{} D{} L{} K{}".format(*shape), options, dtype, "fwd+bwd" if backward else "fwd",
+                        device, threads, _bytes(*shape, options == "gated", dtype, backward), ("copy",), extra=extra)
+            found.append((case, shape))
     return sorted(found, key=lambda entry: (entry[1], entry[0].options, entry[0].dtype))
 
 

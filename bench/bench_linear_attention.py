@@ -15,7 +15,7 @@ import pykernels
 from pykernels import testing
 
 from . import peers
-from .kit import DTYPES, Call, Case, Expected, devices_and_threads, step
+from .kit import DTYPES, Call, Case, Expected, devices_and_threads, is_extra, step
 from .limits import beyond_cache_bytes
 
 # (B, T, H, D), K = V = D. On GPUs fla's six benchmark shapes.
@@ -24,6 +24,7 @@ GPU_SHAPES = [(1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (4, 4
               (8, 2048, 32, 256)]
 LONG = (1, 131072, 1, 64)  # the cost is linear in T
 STEP_SHAPES = [(8, 16, 128), (1, 16, 256)]  # (B, H, D)
+CPU_MAIN_SHAPES = {CPU_SHAPES[0], LONG, *STEP_SHAPES}  # the others are extra
 CHUNK = 64  # of the operation count below
 
 Places = Sequence[tuple[str, int]]
@@ -44,14 +45,15 @@ def _attention_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
             limits = ("bf16 tile", "bf16 dot", "fp32") if device == "cpu" and dtype == "bf16" else (dtype,)
             direction = "fwd+bwd" if backward else "fwd"
             yield Case("linear_attention", "B{} T{} H{} D{}".format(*shape), f"{decay} decay", dtype, direction, device, threads,
-                       _flops(*shape, backward), limits), shape
+                       _flops(*shape, backward), limits,
+                       extra=is_extra(device, threads, places, shape in CPU_MAIN_SHAPES and decay != "token")), shape
 
 
 def _step_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
     for (device, threads), shape, dtype in itertools.product(places, STEP_SHAPES, ("fp32", "bf16")):
         B, H, D = shape
         yield Case("linear_attention_step", f"B{B} H{H} D{D}", "head decay", dtype, "step", device, threads,
-                   2 * 4 * B * H * D * D, ("copy",)), shape  # the state read and written
+                   2 * 4 * B * H * D * D, ("copy",), extra=is_extra(device, threads, places, shape in CPU_MAIN_SHAPES)), shape  # the state read and written
 
 
 def cases(places: Places) -> list[tuple[Case, tuple]]:

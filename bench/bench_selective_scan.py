@@ -16,7 +16,7 @@ import pykernels
 from pykernels import testing
 
 from . import peers
-from .kit import DTYPES, Call, Case, Expected, devices_and_threads, step, step_of_layers
+from .kit import DTYPES, Call, Case, Expected, devices_and_threads, is_extra, step, step_of_layers
 
 # (B, D, L, N)
 CPU_SHAPES = [(1, 1536, 2048, 16), (4, 768, 1024, 16), (1, 1536, 2048, 64)]
@@ -24,6 +24,7 @@ GPU_SHAPES = [(1, 1024, 512, 16), (1, 1024, 2**13, 16), (1, 1024, 2**17, 16), (1
               (8, 4096, 2048, 16), (8, 2048, 4096, 64)]
 LONG = (1, 32, 2**20, 16)  # the cost is linear in L
 STEP_SHAPES = [(1, 1536, 16), (8, 1536, 16)]  # (B, D, N)
+CPU_MAIN_SHAPES = {CPU_SHAPES[0], LONG, STEP_SHAPES[0]}  # the others are extra
 LAYERS = 24  # of Mamba-130M
 CHECKED = 4  # channels
 TOKENS = 2048  # at most so many are checked: the reference goes token by token
@@ -45,14 +46,16 @@ def _scan_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
                 continue  # a call of the peers takes half a minute
             yield Case("selective_scan", "B{} D{} L{} N{}".format(*shape), "gated", dtype,
                        "fwd+bwd" if backward else "fwd", device,
-                       threads, _flops(*shape, backward), ("fp32",)), shape
+                       threads, _flops(*shape, backward), ("fp32",),
+                       extra=is_extra(device, threads, places, shape in CPU_MAIN_SHAPES)), shape
 
 
 def _step_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
     for (device, threads), shape, dtype in itertools.product(places, STEP_SHAPES, ("fp32", "bf16")):
         B, D, N = shape
         yield Case("selective_scan_step", f"B{B} D{D} N{N}", f"{LAYERS} layers", dtype, "step", device, threads,
-                   LAYERS * 4 * (2 * B + 1) * D * N, ("copy",)), shape  # states read and written, A read
+                   LAYERS * 4 * (2 * B + 1) * D * N, ("copy",),  # states read and written, A read
+                   extra=is_extra(device, threads, places, shape in CPU_MAIN_SHAPES)), shape
 
 
 def cases(places: Places) -> list[tuple[Case, tuple]]:

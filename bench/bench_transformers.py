@@ -83,6 +83,17 @@ class _Switch:
         self._compat.disable()
 
 
+@functools.cache
+def _without_attention() -> str:
+    """The name, in Transformers, of an attention that gives back its queries."""
+    import transformers
+
+    name = "bench_none"
+    transformers.AttentionInterface.register(name, lambda module, query, *_, **__: (query.transpose(1, 2), None))
+    transformers.AttentionMaskInterface.register(name, lambda *_, **__: None)
+    return name
+
+
 class Model:
     """A model's case; `op` says which of our backends there are."""
 
@@ -138,6 +149,12 @@ class Model:
 
         return Call(run, self._outputs)
 
+    def beside(self, backend: str) -> Callable[[], object]:
+        """The model without its attention: what no attention, however fast, can go below."""
+        bare = copy.deepcopy(self.plain)
+        bare.set_attn_implementation(_without_attention())
+        return functools.partial(self._run, bare)
+
     def expected(self) -> Expected:
         """The unpatched model in float64 (beside what it computes in float32 whatever its dtype), and as it is."""
         self.switch.set(False)
@@ -160,7 +177,8 @@ def _case(name: str, work: tuple[str, str, int, int], layers: int, dtype: str, d
     shape = f"{model} {layers} layers T{prompt}" + (f"+{new}" if new else "")
     limits = ("bf16 tile", "bf16 dot", "bf16", "fp32") if dtype == "bf16" else ("fp32",)
     return Case("transformers", shape, name, dtype, direction, device, threads,
-                flops * (3 if direction == "fwd+bwd" else 1), limits)
+                flops * (3 if direction == "fwd+bwd" else 1), limits,
+                beside="the model without attention" if model == "llama" else None)
 
 
 def cases(places: Places) -> Iterator[tuple[Case, tuple]]:
@@ -189,6 +207,11 @@ def _time(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def _reached(medians: dict[str, float], bare: str) -> float:
+    """Our speed-up as a part of the one that attention in no time would bring."""
+    return medians[bare] / medians["pykernels"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Whole models, in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -210,15 +233,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 calls = {"unpatched": problem.theirs(), "pykernels": problem.ours("auto")}
                 first = {key: call.outputs(call.run())["logits"].double() for key, call in calls.items()}  # warm
                 difference = (first["pykernels"] - first["unpatched"]).norm() / first["unpatched"].norm()
-                taken = {key: [] for key in calls}
+                runs = {key: call.run for key, call in calls.items()}
+                if case.beside:
+                    runs[case.beside] = problem.beside("auto")
+                    runs[case.beside]()
+                taken = {key: [] for key in runs}
                 for i in range(options.rounds):
-                    for key in (list(calls), list(calls)[::-1])[i % 2]:
-                        taken[key].append(_time(calls[key].run))
+                    for key in (list(runs), list(runs)[::-1])[i % 2]:
+                        taken[key].append(_time(runs[key]))
                 medians = {key: timer.quantile(values, 0.5) for key, values in taken.items()}
                 ratio = timer.Ratio.of(taken["unpatched"], taken["pykernels"])
                 print(f"{case}: unpatched {medians['unpatched']:.2f} s, pykernels {medians['pykernels']:.2f} s, "
                       f"{ratio.of_medians:.2f}x (by round {ratio.per_round.low:.2f} to {ratio.per_round.high:.2f}), "
-                      f"logits differ by {difference:.1e}", flush=True)
+                      f"logits differ by {difference:.1e}"
+                      + (f"; {case.beside} {medians[case.beside]:.2f} s, so {_reached(medians, case.beside):.0%} of "
+                         "what its attention share allows" if case.beside else ""), flush=True)
     return 0
 
 

@@ -52,7 +52,8 @@ class _Budget:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pykernels")
-    group.addoption("--minutes", type=float, default=8.0, help="time for the whole grid; rounds adapt (default 8)")
+    group.addoption("--minutes", type=float, default=5.0, help="time for the whole grid; rounds adapt (default 5)")
+    group.addoption("--full", action="store_true", help="also the extra cases, which -k selects too")
     group.addoption("--slow-peers", action="store_true", help="also peers that compile for every case")
     group.addoption("--min-rounds", type=int, default=5, help="least rounds of a case (default 5; 3 once time is up)")
     group.addoption("--backends", help="our backends to measure, such as cpu,reference (default: all compiled ones)")
@@ -65,7 +66,11 @@ def pytest_configure(config: pytest.Config) -> None:
 _BUDGET = pytest.StashKey[_Budget]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not (config.getoption("--full") or config.option.keyword):
+        extra = [item for item in items if item.callspec.params["case"].extra]
+        config.hook.pytest_deselected(items=extra)
+        items[:] = [item for item in items if not item.callspec.params["case"].extra]
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=_replay.now))
 

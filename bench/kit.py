@@ -36,6 +36,8 @@ class Case:
     threads: int  # torch's intra-op threads; 1 on a GPU
     work: float  # what `limits` bound: FLOPs, or bytes moved
     limits: tuple[str, ...]  # the machine's limit to compare with (see limits.py): the first of these that it has
+    beside: str | None = None  # what our time is also compared with: the name of the problem's `beside` call
+    extra: bool = False  # measured with --full (or -k) alone
 
     @property
     def backward(self) -> bool:
@@ -79,7 +81,11 @@ class Expected:
 
 
 class Problem(Protocol):
-    """The inputs of a case, and what runs on them."""
+    """The inputs of a case, and what runs on them.
+
+    Where the case names something to time `beside` ours (a plain call, say, next to one with an option), a method
+    `beside(backend)` gives it, as a function; it is not checked.
+    """
 
     op: backends.Op
 
@@ -142,6 +148,11 @@ def devices_and_threads() -> list[tuple[str, int]]:
     return [("cpu", threads) for threads in sorted({1, torch.get_num_threads()})]
 
 
+def is_extra(device: str, threads: int, places: Sequence[tuple[str, int]], main: bool) -> bool:
+    """Whether a case of the grid on `places` is extra: on a CPU all that are not a file's main ones on all threads."""
+    return device == "cpu" and not (main and (device, threads) == places[-1])
+
+
 def our_backends(op: backends.Op, case: Case, wanted: Iterable[str] | None = None) -> tuple[list[str], dict[str, str]]:
     """(backends to measure, why not the others): those that run on the case's device, by default the compiled ones."""
     found, missing = [], {}
@@ -189,6 +200,10 @@ def measure(case: Case, problem: Problem, peers: Iterable[Peer], *, seconds: flo
     with testing.use_threads(case.threads):
         for backend in backend_names:
             add(f"pykernels {backend}", None, problem.ours(backend), allowed=1.0)
+            if case.beside is not None and entries[-1]["problem"] is None:
+                name = f"beside {backend}"
+                runs[name] = problem.beside(backend)
+                warm[name] = timer.warm_up(runs[name], case.device)
         for peer in peers:
             reason = peer.missing(case)
             if reason is None and peer.slow and not slow_peers:
@@ -202,12 +217,14 @@ def measure(case: Case, problem: Problem, peers: Iterable[Peer], *, seconds: flo
         clock = timer.clock_for(case.device)
         if sum(warm.values()) > LONG_ROUND:
             min_rounds = min(min_rounds, 3)
-        theirs = [name for name in runs if not name.startswith("pykernels ")]
+        theirs = [name for name in runs if not name.startswith(("pykernels ", "beside "))]
         samples = timer.interleave(runs, clock, seconds=seconds, warm=warm, peers=theirs, min_rounds=min_rounds,
                                    seed=zlib.crc32(str(case).encode())) if runs else {}
     for entry in entries:
         taken = samples.get(entry["name"], [])
         entry["seconds"] = [time for time, _ in taken]
+        if (beside := samples.get(f"beside {entry['name'].removeprefix('pykernels ')}")) is not None:
+            entry["beside"] = [time for time, _ in beside]
         if case.device != "cpu":
             entry["call_seconds"] = [call for _, call in taken]
     return {**dataclasses.asdict(case), "limits": list(case.limits), "checked": expected.scope, "candidates": entries,

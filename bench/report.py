@@ -29,7 +29,8 @@ NOT_MEASURED = "not measured"
 _EXPLANATION = """\
 Ours and the peer are timed in turn in one run. "Times faster" is the ratio of their medians, then the median and the
 10% and 90% quantiles of the ratios round by round. The limit is the machine's fastest multiply-add for the dtype,
-measured in the same run; for decoding it is the copy bandwidth. Error is the worst over outputs and gradients, as a
+measured in the same run; for decoding it is the copy bandwidth. "Takes" compares our call with another one of ours,
+timed in turn with it: one without the option, or the parts of the whole. Error is the worst over outputs and gradients, as a
 part of its budget."""
 
 
@@ -84,6 +85,7 @@ class Row:
     peer: str | None = None  # the fastest
     peer_seconds: Spread | None = None
     ratio: Ratio | None = None
+    beside: Ratio | None = None  # how many times as long as the call beside ours takes
     rounds: int = 0
 
 
@@ -111,6 +113,8 @@ def rows(record: dict, limits: dict) -> list[Row]:
             seconds = Spread.of(entry["seconds"])
             rate = record["work"] / seconds.median
             figures |= {"seconds": seconds, "rate": rate, "share": rate / bound if bound else None, "limit": limit}
+            if entry.get("beside"):
+                figures["beside"] = Ratio.of(entry["seconds"], entry["beside"])
             if fastest is not None:
                 name = f"{fastest['name']} {fastest['variant'] or ''}".strip()
                 figures |= {"peer": name, "peer_seconds": Spread.of(fastest["seconds"]),
@@ -148,6 +152,10 @@ def _ratio(row: Row) -> str:
     return f"{row.ratio.of_medians:.2f} ({per_round.median:.2f} [{per_round.low:.2f}, {per_round.high:.2f}])"
 
 
+def _beside(row: Row) -> str:
+    return "-" if row.beside is None else f"{row.beside.of_medians:.2f} times {row.record['beside']}"
+
+
 def line(record: dict, limits: dict) -> str:
     """One line for the progress of a run."""
     threads = f" x{record['threads']}" if record["device"] == "cpu" else ""
@@ -160,6 +168,7 @@ def line(record: dict, limits: dict) -> str:
             parts.append(NOT_MEASURED)
         else:
             against = f", {_ratio(row)} times {row.peer} {_milliseconds(row.peer_seconds)} ms" if row.ratio else ""
+            against += f", takes {_beside(row)}" if row.beside else ""
             parts.append(f"{row.backend} {_milliseconds(row.seconds)} ms, {_number(row.rate / 1e9)} {_unit(record)}, "
                          f"{_share(row)}{against}, {row.rounds} rounds")
     return f"{head} {'; '.join(parts)}"
@@ -167,9 +176,9 @@ def line(record: dict, limits: dict) -> str:
 
 # ---- the terminal --------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("case", "dtype", "pass", "threads", "backend", "ms", "10-90%", "GFLOP/s", "of limit", "fastest peer", "ms",
-            "times faster: medians (per round)", "error/budget")
-_LEFT = {0, 1, 2, 4, 9, 11}
+_COLUMNS = ("case", "dtype", "pass", "threads", "backend", "ms", "10-90%", "GFLOP/s", "of limit", "takes",
+            "fastest peer", "ms", "times faster: medians (per round)", "error/budget")
+_LEFT = {0, 1, 2, 4, 9, 10, 12}
 
 
 def _cells(row: Row) -> list[str]:
@@ -178,13 +187,13 @@ def _cells(row: Row) -> list[str]:
             str(record["threads"]) if record["device"] == "cpu" else "gpu"]
     error = "-" if row.error is None else f"{row.error:.2f}"
     if row.seconds is None:
-        return [*case, row.backend or "-", f"WRONG: {row.problem}" if row.problem else NOT_MEASURED, *["-"] * 6, error]
+        return [*case, row.backend or "-", f"WRONG: {row.problem}" if row.problem else NOT_MEASURED, *["-"] * 7, error]
     spread = f"{_number(1e3 * row.seconds.low)}-{_number(1e3 * row.seconds.high)}"
     rate = _number(row.rate / 1e9) + (" GB/s" if _unit(record) == "GB/s" else "")
     slower = "  slower" if row.ratio and row.ratio.of_medians < 1 else ""
     peer = [row.peer, _milliseconds(row.peer_seconds)] if row.ratio else ["-", "-"]
-    return [*case, row.backend, _milliseconds(row.seconds), spread, rate, _share(row), *peer, _ratio(row) + slower,
-            error]
+    return [*case, row.backend, _milliseconds(row.seconds), spread, rate, _share(row), _beside(row),
+            *peer, _ratio(row) + slower, error]
 
 
 def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]], left: set[int]) -> str:
@@ -308,13 +317,18 @@ def summary(data: dict, expected: Iterable[dict]) -> str:
     return "\n\n".join(out)
 
 
+def _main(data: dict, expected: Iterable[dict]) -> tuple[dict, list[dict]]:
+    """Without the extra cases."""
+    return {**data, "results": [r for r in data["results"] if not r["extra"]]}, [r for r in expected if not r["extra"]]
+
+
 def readme(machines: Sequence[dict], expected=grid) -> str:
-    """The README's section: a summary for each machine."""
+    """The README's section: a summary of the main cases for each machine."""
     out = []
     for data in machines:
         environment = data["environment"]
         out += [f"**{_machine(environment)}**; torch {environment['torch']}, commit {environment['commit']}. "
-                "Times faster than the fastest peer:", summary(data, expected(environment))]
+                "Times faster than the fastest peer:", summary(*_main(data, expected(environment)))]
     if not any(data["environment"].get("gpu") for data in machines):
         out.append(f"NVIDIA GPUs: {NOT_MEASURED}.")
     if not any(not data["environment"].get("gpu") for data in machines):

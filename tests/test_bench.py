@@ -175,11 +175,15 @@ def small_case(dtype: str = "fp32", direction: str = "fwd+bwd", options: str = "
 def test_grid_covers_every_combination_once() -> None:
     cases = [case for case, _ in bench_flash_attention.cases([("cpu", 1), ("cpu", 2)])]
     attention = [case for case in cases if case.op == "flash_attention"]
-    # Shapes, masks, dtypes, passes, thread counts; then rows of options, dtypes, thread counts.
-    assert len(attention) == 4 * 2 * 2 * 2 * 2 + 6 * 2 * 2
+    # Shapes, masks, dtypes, passes, thread counts; then rows of options and the packed one, dtypes, thread counts.
+    assert len(attention) == 4 * 2 * 2 * 2 * 2 + 7 * 2 * 2
     assert len({case.id for case in attention}) == len(attention)
     decode = {case.shape for case in cases if case.op == "flash_attention_decode"}
-    assert decode == {"B1 H32/8 T4096 D128", "B16 H32/8 T4096 D128"}
+    assert decode == {f"B{batch} H32/8 T{tokens} D128" for batch in (1, 16) for tokens in (4096, 32768)}
+    # Without --full: on all threads alone, and every option of a call once.
+    main = [case for case in cases if not case.extra]
+    assert {case.threads for case in main} == {2} and len(main) < len(cases) / 3
+    assert {case.options for case in main} == {case.options for case in cases}
     work = {(case.options, case.direction): case.work for case in attention if case.shape == "B1 H8 T2048 D64"}
     assert work["full", "fwd"] == 4 * 8 * 2048 * 2048 * 64
     assert work["causal", "fwd"] == work["full", "fwd"] / 2
@@ -227,11 +231,39 @@ def test_measure_options(options: str) -> None:
     names = [entry["name"] for entry in record["candidates"]]
     assert names == ["pykernels reference"] + ["torch SDPA"] * ("softcap" not in options)
     assert all(entry["problem"] is None for entry in record["candidates"])
+    assert "beside" not in record["candidates"][0]
 
 
-def test_measure_decode() -> None:
-    shape = (2, 4, 2, 64, 8)
-    case = kit.Case("flash_attention_decode", "small", "full cache", "fp32", "step", "cpu", 1, 1.0, ("copy",))
+def test_measure_beside() -> None:
+    """A call with an option and the plain one, in turns; what is beside is no peer."""
+    case, shape = small_case(options="causal alibi")
+    case = dataclasses.replace(case, beside="the plain call")
+    record = kit.measure(case, bench_flash_attention.Attention(case, shape), peers.for_op(case.op), seconds=0.0,
+                         wanted=["reference"], min_rounds=2)
+    ours, theirs = record["candidates"]
+    assert len(ours["beside"]) == 2 and "beside" not in theirs
+    (row,) = report.rows(record, {})
+    assert row.beside.of_medians == pytest.approx(sum(ours["seconds"]) / sum(ours["beside"]))
+    assert row.peer == "torch SDPA default" or row.peer == "torch SDPA math"
+    assert "times the plain call" in report.line(record, {})
+    assert "times the plain call" in report.table({"environment": ENVIRONMENT, "limits": {}, "results": [record]})
+
+
+def test_measure_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_flash_attention, "PACKED", (2, 8, (50, 7, 1, 20)))
+    (case, shape), *_ = bench_flash_attention._packed_cases([("cpu", 1)])
+    assert case.shape == "H2 D8 4 sequences of 1 to 50"
+    problem = bench_flash_attention.Packed(case, shape)
+    record = kit.measure(case, problem, peers.for_op(case.op), seconds=0.0, wanted=["reference"], min_rounds=2)
+    assert [entry["name"] for entry in record["candidates"]] == ["pykernels reference", "torch SDPA"]
+    assert [entry["problem"] for entry in record["candidates"]] == [None, None]
+    assert len(record["candidates"][0]["beside"]) == 2
+
+
+@pytest.mark.parametrize("options", ["full cache", "paged cache"])
+def test_measure_decode(options: str) -> None:
+    shape = (2, 4, 2, 128, 8)
+    case = kit.Case("flash_attention_decode", "small", options, "fp32", "step", "cpu", 1, 1.0, ("copy",))
     problem = bench_flash_attention.Decode(case, shape)
     assert len(problem.caches) == 64
     assert len({k.data_ptr() for k, _ in problem.caches}) == 64
@@ -301,7 +333,7 @@ def entry(name: str, seconds: list[float], error: float = 0.5) -> dict:
 def record(threads: int, found: list[dict], dtype: str = "fp32") -> dict:
     return {"op": "flash_attention", "shape": "B1 H1 T9 D8", "options": "causal", "dtype": dtype, "direction": "fwd",
             "device": "cpu", "threads": threads, "work": 1e9, "limits": ["bf16 tile", "fp32"], "checked": "everything",
-            "candidates": found, "missing": {"fla": "fla is not installed"}}
+            "candidates": found, "missing": {"fla": "fla is not installed"}, "extra": False, "beside": None}
 
 
 DATA = {

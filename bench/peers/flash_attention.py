@@ -59,7 +59,20 @@ def _dense_mask(problem) -> Tensor:
     return mask.masked_fill(hidden, -torch.inf).to(problem.q.dtype).expand(1, problem.q.shape[2], *behind.shape)
 
 
+def _sdpa_packed(problem) -> Call:
+    """A call for each sequence."""
+    parts = [tuple(x.transpose(1, 2).contiguous() for x in part) for part in problem.parts]
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            return [scaled_dot_product_attention(*part, is_causal=True) for part in parts]
+
+    return Call(run, lambda outs: {"out": torch.cat(outs, dim=2).transpose(1, 2)})
+
+
 def _sdpa(problem, case: Case) -> Mapping[str, Call]:
+    if "packed" in case.options:
+        return {"by sequence": _sdpa_packed(problem)}
     options = {"is_causal": problem.causal} if len(problem.options) == 1 else {"attn_mask": _dense_mask(problem)}
     calls = {name: heads_first(problem, _sdpa_call(backend, **options))
              for name, backend in _sdpa_backends(problem, case).items()}
@@ -131,6 +144,8 @@ def _fla(problem, case: Case) -> Mapping[str, Call]:
 
 
 def _no_flex(case: Case) -> str | None:
+    if "packed" in case.options:
+        return "is not set up for options here"
     return "has no backward on CPUs" if case.device == "cpu" and case.backward else None
 
 
