@@ -2,5 +2,5 @@
 
 #include "../../include/pykernels/fft_conv.h"
 
-PYKERNELS_DISPATCH(fft_conv_fwd, FFTConvParams)
-PYKERNELS_DISPATCH(fft_conv_bwd, FFTConvBackwardParams)
+PYKERNELS_DISPATCH_VECTORS(fft_conv_fwd, FFTConvParams)
+PYKERNELS_DISPATCH_VECTORS(fft_conv_bwd, FFTConvBackwardParams)

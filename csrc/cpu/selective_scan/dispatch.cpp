@@ -2,6 +2,6 @@
 
 #include "../../include/pykernels/selective_scan.h"
 
-PYKERNELS_DISPATCH(selective_scan_fwd, SelectiveScanParams)
-PYKERNELS_DISPATCH(selective_scan_bwd, SelectiveScanBackwardParams)
-PYKERNELS_DISPATCH(selective_scan_step, SelectiveScanStepParams)
+PYKERNELS_DISPATCH_VECTORS(selective_scan_fwd, SelectiveScanParams)
+PYKERNELS_DISPATCH_VECTORS(selective_scan_bwd, SelectiveScanBackwardParams)
+PYKERNELS_DISPATCH_VECTORS(selective_scan_step, SelectiveScanStepParams)
