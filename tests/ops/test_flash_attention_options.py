@@ -241,6 +241,33 @@ def test_bias_gradients_repeat_bitwise_whatever_the_threads(target):
             assert wanted["dbias"].abs().max() > 0
 
 
+@pytest.mark.parametrize("what", ["attention", "decode"])
+def test_ten_thousand_calls_are_bitwise_one(what):
+    """Races on shapes so small that all threads are at the same few tiles; on the machine's best instruction set."""
+    if what == "attention":
+        case = attention_case("race", batch=2, tq=9, tk=70, heads_q=4, heads_k=2, head_dim=16, bias=(1, 1, 9, 70), alibi=(4,),
+                              sinks=0.0, causal=True)
+        sample = case.make(torch.bfloat16, "cpu")
+        inputs = [sample.args[name].requires_grad_() for name in sample.differentiable]
+        dout = torch.randn(2, 9, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+        def call():
+            out = flash_attention(**sample.args, backend="cpu")
+            return (out, *torch.autograd.grad(out, inputs, dout))
+    else:  # one sequence and one key head: the keys are split among the threads
+        sample = decode_case("race", lengths=(500,), capacity=512, heads_q=4, heads_k=1, head_dim=16).make(torch.bfloat16, "cpu")
+
+        def call():
+            return (flash_attention_decode(**sample.args, backend="cpu"),)
+
+    with use_threads(1):
+        wanted = call()
+    assert all(x.isfinite().all() and x.abs().max() > 0 for x in wanted)
+    with use_threads(3):
+        for attempt in range(10_000):
+            assert all(map(torch.equal, call(), wanted)), attempt
+
+
 # ---- Sinks ---------------------------------------------------------------------------------------------------
 
 
