@@ -1,19 +1,17 @@
 """Transformers' models as they are and with `pykernels.compat.transformers`: forward, training step, generation.
 
-A few layers of each model's true width, with a vocabulary cut in proportion, so that a case takes seconds. All layers:
+A few layers of each model's true width, with a vocabulary cut in proportion, so that a case takes seconds. The whole models,
+Mamba-130M and a Llama of 16 layers, are extra cases, which take minutes:
 
-    python -m bench.bench_transformers             Mamba-130M and a Llama-shaped model; minutes
-    python -m bench.bench_transformers mamba-fwd --dtype bf16
+    python -m bench.run -k "transformers and whole"
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import functools
-import sys
-import time
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -23,11 +21,10 @@ from torch import Tensor
 import pykernels
 from pykernels import testing
 
-from . import timer
 from .kit import DTYPES, Call, Case, Expected, Peer, devices_and_threads
 
 Places = Sequence[tuple[str, int]]
-# name -> (model, direction, tokens of the prompt, tokens after it), (the same for all layers)
+# name -> (model, direction, tokens of the prompt, tokens after it), (the same for the whole model)
 WORK = {
     "mamba-fwd": (("mamba", "fwd", 256, 0), ("mamba", "fwd", 1024, 0)),
     "mamba-train": (("mamba", "fwd+bwd", 64, 0), ("mamba", "fwd+bwd", 256, 0)),
@@ -172,22 +169,23 @@ PEER = Peer("transformers", "transformers", _missing, lambda problem, case: {"un
 
 def _case(name: str, work: tuple[str, str, int, int], layers: int, dtype: str, device: str, threads: int) -> Case:
     """Its work is that of the weights alone."""
+    whole = layers == LAYERS[work[0]][1]
     model, direction, prompt, new = work
     flops = 2 * (prompt + new) * (layers * WEIGHTS[model] + WIDTH[model] * _vocabulary(model, layers))
-    shape = f"{model} {layers} layers T{prompt}" + (f"+{new}" if new else "")
+    shape = f"{'whole ' * whole}{model} {layers} layers T{prompt}" + (f"+{new}" if new else "")
     limits = ("bf16 tile", "bf16 dot", "bf16", "fp32") if dtype == "bf16" else ("fp32",)
     return Case("transformers", shape, name, dtype, direction, device, threads,
                 flops * (3 if direction == "fwd+bwd" else 1), limits,
-                beside="the model without attention" if model == "llama" else None)
+                beside="the model without attention" if model == "llama" else None, extra=whole)
 
 
 def cases(places: Places) -> Iterator[tuple[Case, tuple]]:
     """The grid, on all threads: whole models are what people run."""
     device, threads = places[-1]
-    for name, (work, _) in WORK.items():
-        layers = LAYERS[work[0]][0]
-        for dtype in ("fp32", "bf16"):
-            yield _case(name, work, layers, dtype, device, threads), (work, layers)
+    for whole, (name, works), dtype in itertools.product((False, True), WORK.items(), ("fp32", "bf16")):
+        work = works[whole]
+        layers = LAYERS[work[0]][whole]
+        yield _case(name, work, layers, dtype, device, threads), (work, layers)
 
 
 CASES = list(cases(devices_and_threads()))
@@ -199,57 +197,3 @@ def bench_transformers(case: Case, arguments: tuple, measure) -> None:
     problem = Model(case, *arguments)
     with contextlib.closing(problem):
         measure(case, problem, [PEER])
-
-
-def _time(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _reached(medians: dict[str, float], bare: str) -> float:
-    """Our speed-up as a part of the one that attention in no time would bring."""
-    return medians[bare] / medians["pykernels"]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Whole models, in turns."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WORK)} (default all)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), action="append", help="default fp32 and bf16")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, help="default those of the whole model")
-    options = parser.parse_args(arguments)
-    device, threads = devices_and_threads()[-1]
-    for name in options.names or WORK:
-        if name not in WORK:
-            parser.error(f"NAME must be of {', '.join(WORK)}, got {name!r}")
-        work = WORK[name][1]
-        layers = options.layers or LAYERS[work[0]][1]
-        for dtype in options.dtype or ("fp32", "bf16"):
-            case = _case(name, work, layers, dtype, device, threads)
-            problem = Model(case, work, layers)
-            with contextlib.closing(problem), testing.use_threads(threads):
-                calls = {"unpatched": problem.theirs(), "pykernels": problem.ours("auto")}
-                first = {key: call.outputs(call.run())["logits"].double() for key, call in calls.items()}  # warm
-                difference = (first["pykernels"] - first["unpatched"]).norm() / first["unpatched"].norm()
-                runs = {key: call.run for key, call in calls.items()}
-                if case.beside:
-                    runs[case.beside] = problem.beside("auto")
-                    runs[case.beside]()
-                taken = {key: [] for key in runs}
-                for i in range(options.rounds):
-                    for key in (list(runs), list(runs)[::-1])[i % 2]:
-                        taken[key].append(_time(runs[key]))
-                medians = {key: timer.quantile(values, 0.5) for key, values in taken.items()}
-                ratio = timer.Ratio.of(taken["unpatched"], taken["pykernels"])
-                print(f"{case}: unpatched {medians['unpatched']:.2f} s, pykernels {medians['pykernels']:.2f} s, "
-                      f"{ratio.of_medians:.2f}x (by round {ratio.per_round.low:.2f} to {ratio.per_round.high:.2f}), "
-                      f"logits differ by {difference:.1e}"
-                      + (f"; {case.beside} {medians[case.beside]:.2f} s, so {_reached(medians, case.beside):.0%} of "
-                         "what its attention share allows" if case.beside else ""), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

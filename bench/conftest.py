@@ -110,11 +110,14 @@ def measure(request: pytest.FixtureRequest, benchmark):
             min_rounds = min(min_rounds, 3)
         record = kit.measure(case, problem, peers, seconds=seconds, wanted=wanted.split(",") if wanted else None,
                              slow_peers=config.getoption("--slow-peers"), min_rounds=min_rounds)
+        values = limits[environment.place(case.device, case.threads)]["values"]
+        record["bound"] = next(([name, values[name]] for name in case.limits if values.get(name)), None)
+        record["commit"] = environment.commit()
         benchmark.extra_info.update(record)
         benchmark.group = f"{case.op} {case.shape} {case.options}"
         with capture.global_and_fixture_disabled():
             clock = "{:d}:{:02d}".format(*divmod(int(budget.elapsed()), 60))
-            print(f"\n[{budget.done}/{budget.cases} {clock}] {report.line(record, limits)}", end="", flush=True)
+            print(f"\n[{budget.done}/{budget.cases} {clock}] {report.line(record)}", end="", flush=True)
         ours = [entry for entry in record["candidates"] if entry["name"].startswith("pykernels ")]
         measured = [entry for entry in ours if entry["seconds"]]
         # pytest-benchmark's own row is our first backend; all the candidates are in its extra information.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import pathlib
 import platform
@@ -43,12 +44,13 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _commit() -> str | None:
+@functools.cache
+def commit() -> str | None:
     """The commit, with "+" when the kernels or the package differ from it."""
     try:
-        commit = _git("rev-parse", "--short=12", "HEAD")
+        head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--", "csrc", "pykernels", "bench/*.py")
-        return commit and commit + ("+" if changed else "")
+        return head and head + ("+" if changed else "")
     except OSError:  # no git
         return None
 
@@ -66,7 +68,7 @@ def describe() -> dict:
     return {
         "machine": slug(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "pykernels": pykernels.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -4,8 +4,9 @@
     python -m bench.report --plots FOLDER [RESULT.json ...]   the plots as PNG
     python -m bench.report --docs                             README.md and docs/ from bench/results
 
-A result file holds {"environment", "limits", "results"}, one record of kit.measure per line; pytest-benchmark's own
-JSON is read too. Every figure shown is computed here from the samples.
+A result file holds {"environment", "limits", "results"}, one record of kit.measure per line, with the limit and the
+commit of its run: a file may hold several runs, each of a part of the grid, and the environment is that of the newest.
+pytest-benchmark's own JSON is read too. Every figure shown is computed here from the samples.
 """
 
 from __future__ import annotations
@@ -62,6 +63,15 @@ def save(data: dict, path: pathlib.Path) -> None:
     path.write_text(f'{{{head},\n"results": [\n{lines}\n]}}\n')
 
 
+def merged(before: dict, data: dict) -> dict:
+    """`data` with the results of `before` that it has none for, where both are of one machine and torch."""
+    if any(before["environment"][name] != data["environment"][name] for name in ("machine", "torch", "threads")):
+        return data
+    newer = {_key(record): record for record in data["results"]}
+    kept = [newer.pop(_key(record), record) for record in before["results"]]
+    return {**data, "limits": {**before["limits"], **data["limits"]}, "results": [*kept, *newer.values()]}
+
+
 def load(path: pathlib.Path) -> dict:
     data = json.loads(path.read_text())
     return condense(data) if "benchmarks" in data else data
@@ -89,19 +99,13 @@ class Row:
     rounds: int = 0
 
 
-def _limit(record: dict, limits: dict) -> tuple[str | None, float | None]:
-    """The limit of a record's case, by name and value: the first of those it names that the machine has."""
-    values = limits.get(f"{record['device']} {record['threads']}", {}).get("values", {})
-    return next(((name, values[name]) for name in record["limits"] if values.get(name)), (None, None))
-
-
-def rows(record: dict, limits: dict) -> list[Row]:
+def rows(record: dict) -> list[Row]:
     """One row per backend of ours that was tried, or one without figures."""
     peers = [c for c in record["candidates"] if not c["name"].startswith("pykernels ") and c["seconds"]]
     rounds = max((len(c["seconds"]) for c in peers), default=0)
     peers = [c for c in peers if len(c["seconds"]) == rounds]  # the others were far behind (timer.interleave)
     fastest = min(peers, key=lambda c: Spread.of(c["seconds"]).median, default=None)
-    limit, bound = _limit(record, limits)
+    limit, bound = record.get("bound") or (None, None)
     found = []
     for entry in record["candidates"]:
         if not entry["name"].startswith("pykernels "):
@@ -156,12 +160,12 @@ def _beside(row: Row) -> str:
     return "-" if row.beside is None else f"{row.beside.of_medians:.2f} times {row.record['beside']}"
 
 
-def line(record: dict, limits: dict) -> str:
+def line(record: dict) -> str:
     """One line for the progress of a run."""
     threads = f" x{record['threads']}" if record["device"] == "cpu" else ""
     head = f"{record['op']} {record['shape']} {record['options']} {record['dtype']} {record['direction']}{threads}:"
     parts = []
-    for row in rows(record, limits):
+    for row in rows(record):
         if row.problem:
             parts.append(f"{row.backend} WRONG: {row.problem}")
         elif row.seconds is None:
@@ -216,6 +220,11 @@ def _geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+def _commits(data: dict) -> str:
+    """The commit, or commits, that the results are of."""
+    return ", ".join(sorted({record["commit"] for record in data["results"] if record.get("commit")})) or "unknown"
+
+
 def _machine(environment: dict) -> str:
     if environment.get("gpu"):
         return f"{environment['gpu']} (compute capability {environment['gpu_capability']})"
@@ -251,11 +260,11 @@ def _missing(results: Iterable[dict]) -> dict[str, list[str]]:
 def table(data: dict) -> str:
     """The terminal table: every case, won or lost."""
     environment, limits = data["environment"], data["limits"]
-    versions = "torch {torch}, pykernels {pykernels}, commit {commit}".format_map(environment)
+    versions = "torch {torch}, pykernels {pykernels}".format_map(environment) + f", commit {_commits(data)}"
     out = [f"{_machine(environment)}; {versions}",
            *(f"limits, {text}" if i < len(limits) else f"  ({text})" for i, text in enumerate(_limit_lines(limits)))]
     for op, records in _by_op(data["results"]).items():
-        found = [row for record in records for row in rows(record, limits)]
+        found = [row for record in records for row in rows(record)]
         out += ["", op, _aligned(_COLUMNS, [_cells(row) for row in found], _LEFT)]
         kinds: dict[tuple, list[Row]] = collections.defaultdict(list)
         for row in found:
@@ -307,7 +316,7 @@ def summary(data: dict, expected: Iterable[dict]) -> str:
             texts = []
             for count in threads:
                 record = measured.get((op, shape, options, dtype, direction, device, count))
-                ratios = [row.ratio.of_medians for row in rows(record, data["limits"]) if row.ratio] if record else []
+                ratios = [row.ratio.of_medians for row in rows(record) if row.ratio] if record else []
                 texts.append(f"{max(ratios):.2f}" if ratios else NOT_MEASURED)
             return NOT_MEASURED if set(texts) == {NOT_MEASURED} else " / ".join(texts)
 
@@ -327,7 +336,7 @@ def readme(machines: Sequence[dict], expected=grid) -> str:
     out = []
     for data in machines:
         environment = data["environment"]
-        out += [f"**{_machine(environment)}**; torch {environment['torch']}, commit {environment['commit']}. "
+        out += [f"**{_machine(environment)}**; torch {environment['torch']}, commit {_commits(data)}. "
                 "Times faster than the fastest peer:", summary(*_main(data, expected(environment)))]
     if not any(data["environment"].get("gpu") for data in machines):
         out.append(f"NVIDIA GPUs: {NOT_MEASURED}.")
@@ -347,12 +356,12 @@ def full(machines: Sequence[dict], expected=grid) -> str:
         named = ("torch", "triton", "cuda", "python")
         versions = [f"{name} {environment[name]}" for name in named if environment[name]]
         out += [f"## {_machine(environment)}",
-                f"{', '.join(versions)}; commit {environment['commit']}, {environment['date'][:10]}.",
+                f"{', '.join(versions)}; commit {_commits(data)}, {environment['date'][:10]}.",
                 "\n".join(f"- {text}" for text in _limit_lines(limits))]
         measured = {_key(record) for record in data["results"]}
         absent = [record for record in expected(environment) if _key(record) not in measured]
         for op, records in _by_op([*data["results"], *absent]).items():
-            found = [_cells(row) for record in records for row in rows(record, limits)]
+            found = [_cells(row) for record in records for row in rows(record)]
             out += [f"### {op}", _markdown(_COLUMNS, found)]
             if any(record["candidates"] for record in records):
                 out += [f"![{op}](plots/{name})" for name in _plot_names(environment["machine"], op)]
@@ -386,11 +395,11 @@ def plots(data: dict, folder: pathlib.Path) -> list[pathlib.Path]:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    environment, limits = data["environment"], data["limits"]
+    environment = data["environment"]
     written = []
     for op, records in _by_op(data["results"]).items():
         panels: dict[tuple, list[Row]] = collections.defaultdict(list)
-        for row in (row for record in records for row in rows(record, limits) if row.seconds is not None):
+        for row in (row for record in records for row in rows(record) if row.seconds is not None):
             panels[row.record["dtype"], row.record["direction"], row.record["threads"]].append(row)
         if not panels:
             continue
@@ -404,7 +413,7 @@ def plots(data: dict, folder: pathlib.Path) -> list[pathlib.Path]:
             for axis in axes.flat[len(keys):]:
                 axis.set_visible(False)
             for axis, key in zip(axes.flat, keys):
-                (_draw_speedup if kind == "speedup" else _draw_rate)(axis, panels[key], limits)
+                (_draw_speedup if kind == "speedup" else _draw_rate)(axis, panels[key])
                 dtype, direction, threads = key
                 place = f", {threads} thread{'s' * (threads > 1)}" if records[0]["device"] == "cpu" else ""
                 axis.set_title(f"{dtype} {direction}{place}", fontsize=9)
@@ -417,7 +426,7 @@ def plots(data: dict, folder: pathlib.Path) -> list[pathlib.Path]:
     return written
 
 
-def _draw_speedup(axis, members: Sequence[Row], limits: dict) -> None:
+def _draw_speedup(axis, members: Sequence[Row]) -> None:
     members = [row for row in members if row.ratio is not None]
     names = [_bar_name(row) for row in members]
     values = [row.ratio.of_medians for row in members]
@@ -430,7 +439,7 @@ def _draw_speedup(axis, members: Sequence[Row], limits: dict) -> None:
     axis.set_xlabel("times faster than the fastest peer", fontsize=8)
 
 
-def _draw_rate(axis, members: Sequence[Row], limits: dict) -> None:
+def _draw_rate(axis, members: Sequence[Row]) -> None:
     names = [_bar_name(row) for row in members]
     at = range(len(members))
     ours = [row.rate / 1e9 for row in members]
@@ -438,7 +447,7 @@ def _draw_rate(axis, members: Sequence[Row], limits: dict) -> None:
     axis.barh([i - 0.2 for i in at], ours, height=0.4, color="tab:blue", label="pykernels")
     axis.barh([i + 0.2 for i in at], peers, height=0.4, color="tab:gray", label="fastest peer")
     axis.set_yticks(list(at), names)
-    limit, bound = _limit(members[0].record, limits)
+    limit, bound = members[0].record.get("bound") or (None, None)
     if bound:
         axis.axvline(bound / 1e9, color="black", linewidth=0.8, linestyle="--", label=f"limit ({limit})")
     axis.invert_yaxis()

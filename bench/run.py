@@ -3,7 +3,9 @@
     python -m bench.run                     all ops, their main sizes, in about --minutes (default 5)
     python -m bench.run --full              every size, one thread and all of them (half an hour on two cores)
     python -m bench.run -k "causal and bf16"
-    python -m bench.run --save-results      also bench/results/<machine>.json, to be committed
+    python -m bench.run --save-results      also into bench/results/<machine>.json, to be committed
+
+With --save-results a part of the grid replaces its own results and leaves the others there, each with its commit.
 
 Results always go to bench/output/<machine>.json, beside pytest-benchmark's own file.
 """
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-rounds", type=int, default=5)
     parser.add_argument("--backends", help="ours to measure, such as cpu,reference (default: the compiled ones)")
     parser.add_argument("--slow-peers", action="store_true", help="also peers that compile for every case")
-    parser.add_argument("--save-results", action="store_true", help="also write bench/results/<machine>.json")
+    parser.add_argument("--save-results", action="store_true", help="also into bench/results/<machine>.json")
     parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args(arguments)
 
@@ -53,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"{environment.slug()}.json"
     report.save(data, report.OUTPUT / name)
     if options.save_results:
-        report.save(data, report.RESULTS / name)
+        saved = report.RESULTS / name
+        report.save(report.merged(report.load(saved), data) if saved.exists() else data, saved)
     print()
     print(report.table(data))
     if not options.no_plots:

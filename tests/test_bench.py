@@ -242,10 +242,10 @@ def test_measure_beside() -> None:
                          wanted=["reference"], min_rounds=2)
     ours, theirs = record["candidates"]
     assert len(ours["beside"]) == 2 and "beside" not in theirs
-    (row,) = report.rows(record, {})
+    (row,) = report.rows(record)
     assert row.beside.of_medians == pytest.approx(sum(ours["seconds"]) / sum(ours["beside"]))
     assert row.peer == "torch SDPA default" or row.peer == "torch SDPA math"
-    assert "times the plain call" in report.line(record, {})
+    assert "times the plain call" in report.line(record)
     assert "times the plain call" in report.table({"environment": ENVIRONMENT, "limits": {}, "results": [record]})
 
 
@@ -291,7 +291,7 @@ def test_what_is_wrong_is_not_timed() -> None:
     assert ours["problem"].startswith("error of dk is 1.0")
     assert "its budget" in off["problem"]
     assert ours["seconds"] == off["seconds"] == []
-    assert "WRONG" in report.line(record, {})
+    assert "WRONG" in report.line(record)
     assert "WRONG" in report.table({"environment": ENVIRONMENT, "limits": {}, "results": [record]})
 
 
@@ -318,6 +318,17 @@ def test_runs_under_pytest_benchmark(tmp_path: pathlib.Path) -> None:
     assert "torch SDPA" in report.table(data)
 
 
+def test_results_of_parts_of_the_grid_come_together() -> None:
+    first, second, third = DATA["results"]
+    newer = {**second, "commit": "def"}
+    data = {**DATA, "environment": {**ENVIRONMENT, "commit": "def"}, "results": [newer]}
+    both = report.merged(DATA, data)
+    assert both["results"] == [first, newer, third] and both["environment"] == data["environment"]
+    assert report._commits(both) == "abc, def"
+    other = {**data, "environment": {**ENVIRONMENT, "torch": "2.11"}}
+    assert report.merged(DATA, other) is other
+
+
 # ---- report --------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = {"machine": "box", "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "pykernels": "0.1",
@@ -333,7 +344,7 @@ def entry(name: str, seconds: list[float], error: float = 0.5) -> dict:
 def record(threads: int, found: list[dict], dtype: str = "fp32") -> dict:
     return {"op": "flash_attention", "shape": "B1 H1 T9 D8", "options": "causal", "dtype": dtype, "direction": "fwd",
             "device": "cpu", "threads": threads, "work": 1e9, "limits": ["bf16 tile", "fp32"], "checked": "everything",
-            "candidates": found, "missing": {"fla": "fla is not installed"}, "extra": False, "beside": None}
+            "candidates": found, "missing": {"fla": "fla is not installed"}, "extra": False, "beside": None, "bound": ["fp32", 40e9] if threads == 1 else None, "commit": "abc"}
 
 
 DATA = {
@@ -348,7 +359,7 @@ DATA = {
 
 
 def test_row_figures() -> None:
-    (row,) = report.rows(DATA["results"][0], DATA["limits"])
+    (row,) = report.rows(DATA["results"][0])
     assert (row.backend, row.limit, row.error) == ("cpu", "fp32", 0.5)
     assert (row.rate, row.share) == (pytest.approx(1e10), pytest.approx(0.25))
     assert row.peer == "torch SDPA default"  # the fastest of two
