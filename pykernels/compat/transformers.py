@@ -5,10 +5,13 @@
     model.set_attn_implementation("pykernels")                     or, for a model that is already there
 
 `enable` registers two functions in Transformers under one name: attention, and what makes its masks. A mask here is
-never materialised: it is a `Mask`, which holds what the model asked for (causal or not, a window, padding, packed
-sequences) in terms of our ops. Padded batches are packed: padding is neither read nor computed. A pattern that our ops
-cannot express raises an error that names it, when the mask is made or attention is called; the model's other
-implementations stay available.
+a `Mask`, which holds what the model asked for (causal or not, a window, padding, packed sequences) in terms of our ops
+and has no elements. Padded batches are packed: padding is neither read nor computed. Any other pattern, and masks that
+come as tensors, go to attention as they are, element by element. What our ops cannot do at all raises an error that
+names it; the model's other implementations stay available.
+
+All of this can be traced by `torch.compile(fullgraph=True)`, where nothing may depend on what is in a tensor: there
+padding hides keys rather than being packed, and offsets of packed sequences have one entry for each token.
 
 Models with scans and causal convolutions take these from mamba_ssm and causal_conv1d where they find them, else from
 slow PyTorch code, each through a wrapper that Transformers makes when the model's module is imported. `enable` puts
@@ -53,8 +56,26 @@ class _Pattern:
     sequences: Tensor | None = None  # [B, T], equal for tokens of one sequence, where several are packed in a row
 
 
-def _enclosed(function: Callable) -> dict[str, object]:
-    """The variables that a function made by another holds."""
+def _telling(maker: Callable) -> Callable:
+    """Has the functions that another makes tell what they hold: Dynamo, which traces it, shows no function's closure."""
+    parameters = inspect.signature(maker).parameters
+    names = tuple(parameters)
+    gathers = parameters[names[0]].kind is inspect.Parameter.VAR_POSITIONAL
+
+    @functools.wraps(maker)
+    def make(*arguments, **named):
+        function = maker(*arguments, **named)
+        function.holds = {names[0]: arguments} if gathers else dict(zip(names, arguments), **named)
+        return function
+
+    return make
+
+
+def _held(function: Callable) -> dict[str, object] | None:
+    """The variables that a function made by another holds; None where that can't be seen."""
+    told = getattr(function, "holds", None)
+    if told is not None or torch.compiler.is_compiling():
+        return told
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ())))
 
 
@@ -74,36 +95,30 @@ def _smaller(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else min(a, b)
 
 
-def _pattern(function: Callable) -> _Pattern:
-    """What a mask function means; raises ValueError for one whose meaning is not known to be ours."""
+def _pattern(function: Callable) -> _Pattern | None:
+    """What a mask function means; None for one whose meaning is not known to be ours."""
     code = getattr(function, "__code__", None)
-    if code is None:
-        raise ValueError(f"a mask function must be a Python function, got {function!r}")
     if code is _CAUSAL:
         return _Pattern(right=0)
     if code is _BIDIRECTIONAL:
         return _Pattern()
+    if code not in (_WINDOW, _BIDIRECTIONAL_WINDOW, _PACKED, _REMAPPED, _AND) or (held := _held(function)) is None:
+        return None
     if code is _WINDOW:
-        return _Pattern(left=_enclosed(function)["sliding_window"] - 1)
+        return _Pattern(left=held["sliding_window"] - 1)
     if code is _BIDIRECTIONAL_WINDOW:
-        size = _enclosed(function)["sliding_window"]
-        return _Pattern(left=size, right=size)
+        return _Pattern(left=held["sliding_window"], right=held["sliding_window"])
     if code is _PACKED:
-        return _Pattern(sequences=_enclosed(function)["packed_sequence_mask"])
+        return _Pattern(sequences=held["packed_sequence_mask"])
     if code is _REMAPPED:  # positions count up by one in a sequence, so that distances are those of the tokens
-        return _pattern(_enclosed(function)["mask_function"])
-    if code is _AND:
-        result = _Pattern()
-        for part in map(_pattern, _enclosed(function)["mask_functions"]):
-            if result.sequences is not None and part.sequences is not None:
-                raise ValueError("the mask packs sequences twice, which pykernels does not serve; use another "
-                                 "attn_implementation")
-            result = _Pattern(_smaller(result.left, part.left), _smaller(result.right, part.right),
-                              part.sequences if result.sequences is None else result.sequences)
-        return result
-    name = getattr(function, "__qualname__", repr(function))
-    raise ValueError(f"the mask pattern {name} is not served by pykernels (causal, bidirectional, sliding windows, "
-                     "padding and packed sequences are); use another attn_implementation")
+        return _pattern(held["mask_function"])
+    result = _Pattern()
+    for part in [_pattern(x) for x in held["mask_functions"]]:
+        if part is None or (result.sequences is not None and part.sequences is not None):
+            return None
+        result = _Pattern(_smaller(result.left, part.left), _smaller(result.right, part.right),
+                          part.sequences if result.sequences is None else result.sequences)
+    return result
 
 
 def _check_patterns() -> None:
@@ -120,6 +135,9 @@ def _check_patterns() -> None:
         masking_utils.and_masks(masking_utils.packed_sequence_mask_function(sequences), in_sequences),
     ):
         pattern = _pattern(function)
+        if pattern is None:
+            raise RuntimeError(f"this version of Transformers ({transformers.__version__}) makes "
+                               f"{function.__qualname__} in a way that pykernels does not know")
         expected = torch.ones(size, size, dtype=torch.bool)
         if pattern.left is not None:
             expected &= k >= q - pattern.left
@@ -139,14 +157,16 @@ class Mask(BlockMask):
     and can move to another device; code that takes it for a tensor of booleans fails.
     """
 
-    def __init__(self, shape: tuple[int, ...], left: int | None, right: int | None, keys: int, lengths: Tensor,
-                 queries: tuple[Tensor, Tensor] | None = None, visible: tuple[Tensor, Tensor] | None = None,
-                 cu_seqlens: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, shape: tuple[int, ...], left: int | None, right: int | None, keys: int | None, lengths: Tensor,
+                 valid: Tensor | None = None, queries: tuple[Tensor, Tensor] | None = None,
+                 visible: tuple[Tensor, Tensor] | None = None, cu_seqlens: tuple[Tensor, Tensor] | None = None) -> None:
         self._shape = shape
         self.left, self.right = left, right  # the window, as in `flash_attention`
-        self.keys = keys  # of the Tk keys, the first this many can be seen; the last of them is at the last query
+        # Of the Tk keys, the first this many can be seen; the last of them is at the last query. None: only lengths say.
+        self.keys = keys
         self.lengths = lengths  # the same for each row, int32 [B]
-        self.cu_seqlens = cu_seqlens  # of queries and keys, packed; None if no row has padding
+        self.valid = valid  # bool [B, keys], False for padding; None if there is none
+        self.cu_seqlens = cu_seqlens  # of queries and keys, where they are packed
         self.queries = queries  # (rows, columns) of the tokens that are packed; None: all, in order
         self.visible = visible  # and of the keys
 
@@ -166,8 +186,9 @@ class Mask(BlockMask):
         def moved(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
             return None if pair is None else (pair[0].to(device), pair[1].to(device))
 
-        return Mask(self._shape, self.left, self.right, self.keys, self.lengths.to(device), moved(self.queries),
-                    moved(self.visible), moved(self.cu_seqlens))
+        return Mask(self._shape, self.left, self.right, self.keys, self.lengths.to(device),
+                    None if self.valid is None else self.valid.to(device), moved(self.queries), moved(self.visible),
+                    moved(self.cu_seqlens))
 
     def contiguous(self, *args, **kwargs) -> Mask:
         """Itself: it is never changed, and has no layout."""
@@ -196,109 +217,142 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def _make_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
+def _make_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
                mask_function: Callable = masking_utils.causal_mask_function, attention_mask: Tensor | None = None,
-               device: torch.device | str = "cpu", **kwargs) -> Mask:
+               device: torch.device | str = "cpu", use_vmap: bool = False, **kwargs) -> Mask | Tensor:
     """What Transformers calls to make a mask. Query i is at position q_offset + i, key j at kv_offset + j.
 
-    Of `kwargs`, all say how other implementations build theirs (dtype, whether it may be left out, ...).
+    A `Mask`, or booleans [B, 1, Tq, Tk] for a pattern that it can't hold. Of `kwargs`, all say how other
+    implementations build theirs (dtype, whether it may be left out, ...).
     """
     pattern = _pattern(mask_function)
+    if isinstance(q_offset, Tensor) and not torch.compiler.is_compiling():  # of a static cache
+        q_offset = int(q_offset)
+    if pattern is not None:
+        mask = _mask(pattern, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, torch.device(device))
+        if mask is not None:
+            return mask
+    return masking_utils.sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False, use_vmap=use_vmap,
+        device=device)
+
+
+def _mask(pattern: _Pattern, batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int,
+          attention_mask: Tensor | None, device: torch.device) -> Mask | None:
+    """None if no `Mask` can hold it."""
     left, right, sequences = pattern.left, pattern.right, pattern.sequences
-    device = torch.device(device)
-    reach = int(q_offset) + q_length - kv_offset  # keys up to the last query's
+    tracing, everything = torch.compiler.is_compiling(), (left, right) == (None, None)
+    shape = (batch_size, 1, q_length, kv_length)
+    if isinstance(q_offset, Tensor) and not everything:
+        if right != 0 or sequences is not None or attention_mask is not None:
+            return None
+        lengths = (q_offset + (q_length - kv_offset)).to(device, torch.int32).expand(batch_size)
+        return Mask(shape, left, right, None, lengths)
     if right == 0:
-        keys = reach
+        keys = q_offset + q_length - kv_offset  # up to the last query's
     else:
         keys = kv_length
-        if (left is not None or right is not None) and reach != keys:
-            raise ValueError(f"a bidirectional window needs queries and keys that end together, got {reach} and {keys}")
-    if not q_length <= keys <= kv_length and (left, right) != (None, None):
-        raise ValueError(f"a mask of positions needs the {q_length} queries among the keys, "
-                         f"got keys up to {keys} of {kv_length}")
+        if not everything and q_offset + q_length - kv_offset != keys:
+            return None
+    if not everything and not q_length <= keys <= kv_length:
+        return None
     if left is not None and left >= keys - 1:
         left = None
-    mask = functools.partial(Mask, (batch_size, 1, q_length, kv_length), left, right, keys,
+    mask = functools.partial(Mask, shape, left, right, keys,
                              torch.full((batch_size,), keys, dtype=torch.int32, device=device))
     valid = None
     if attention_mask is not None:
         valid = attention_mask.to(device=device, dtype=torch.bool)[:, kv_offset:kv_offset + keys]
         if valid.shape[1] < keys:  # keys that no one has said anything about are no tokens
             valid = torch.nn.functional.pad(valid, (0, keys - valid.shape[1]))
-        if bool(valid.all()):
+        if not tracing and bool(valid.all()):
             valid = None
     if sequences is not None:
         if valid is not None or not q_length == kv_length == keys:
-            raise ValueError("packed sequences together with padding or a cache are not served by pykernels; "
-                             "use another attn_implementation")
+            return None
         # [B, T] rows one after another; a sequence ends where its number changes, and with the row.
         starts = torch.ones_like(sequences, dtype=torch.bool)
         starts[:, 1:] = sequences[:, 1:] != sequences[:, :-1]
-        starts = starts.expand(batch_size, -1).flatten().nonzero().flatten()
-        cu_seqlens = torch.cat((starts, starts.new_full((1,), batch_size * q_length))).to(device, torch.int32)
+        starts = starts.expand(batch_size, -1).flatten()
+        total = batch_size * q_length
+        if tracing:  # as if empty sequences came last, so that the number of all depends on no value
+            starts = torch.where(starts, torch.arange(total, device=starts.device), total).sort().values
+        else:
+            starts = starts.nonzero().flatten()
+        cu_seqlens = torch.cat((starts, starts.new_full((1,), total))).to(device, torch.int32)
         return mask(cu_seqlens=(cu_seqlens, cu_seqlens))
     if valid is None:
         return mask()
+    if tracing:
+        return mask(valid=valid)
     if left is not None or (right is not None and right != 0):
         # Distances in the packed rows are those of the positions only where a row's tokens lie together.
         places = torch.arange(keys, device=device)
         first = torch.where(valid, places, keys).amin(1)
         last = torch.where(valid, places, -1).amax(1)
         if bool(((last - first + 1).clamp(min=0) != valid.sum(1)).any()):
-            raise ValueError("a sliding window over a row with padding between its tokens is not served by pykernels; "
-                             "pad on the left, or use another attn_implementation")
+            return mask(valid=valid)
     counts = valid.sum(1)
-    if (left, right) == (None, None):  # padded queries see what the others see, as with other implementations
+    if everything:  # padded queries see what the others see, as with other implementations
         rows = torch.arange(batch_size, device=device).repeat_interleave(q_length)
         queries = rows, torch.arange(q_length, device=device).repeat(batch_size)
         of_queries = counts.new_full((batch_size,), q_length)
     else:
         computed = valid[:, keys - q_length:]
         queries, of_queries = computed.nonzero(as_tuple=True), computed.sum(1)
-    return mask(queries=queries, visible=valid.nonzero(as_tuple=True),
+    return mask(valid=valid, queries=queries, visible=valid.nonzero(as_tuple=True),
                 cu_seqlens=(_offsets(of_queries), _offsets(counts)))
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
 
 
-def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+def _biased(visible: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
+    """One bias of a mask's elements, boolean or additive, and what the model adds to the scores."""
+    if visible is None or position_bias is None:
+        return position_bias if visible is None else visible
+    if visible.dtype == torch.bool:
+        return torch.where(visible, position_bias, -torch.inf)
+    return position_bias + visible
+
+
+def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask | Tensor | None,
                dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None,
                sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
                position_bias: Tensor | None = None, cache: object = None, output_attentions: bool | None = None,
                **kwargs) -> tuple[Tensor, None]:
     """What Transformers calls in each layer: query [B, Hq, Tq, K], key, value [B, Hk, Tk, .] -> out [B, Tq, Hq, V].
 
-    A `Mask` says all about who sees whom. Without any mask, `is_causal` (or the module's), `sliding_window` and, for
-    one row of packed sequences, cu_seq_lens_q and cu_seq_lens_k do.
+    A mask says all about who sees whom: a `Mask`, booleans (True: visible) or what is added to the scores. Without any,
+    `is_causal` (or the module's), `sliding_window` and, for one row of packed sequences, cu_seq_lens_q and
+    cu_seq_lens_k do. `position_bias` [.., Hq, Tq, Tk] is added to the scores too.
     """
-    if position_bias is not None:
-        raise ValueError("position_bias is not served by pykernels yet, got a tensor; use another attn_implementation")
     if cache is not None:
         raise ValueError(f"a paged cache is not served by pykernels yet, got {type(cache).__name__}; use another "
                          "attn_implementation")
     if output_attentions:
         raise ValueError("output_attentions must be False: the weights are never computed; "
                          "use attn_implementation='eager'")
-    if attention_mask is not None and not isinstance(attention_mask, Mask):
-        raise ValueError("attention_mask must be None or made by pykernels, got a tensor of shape "
-                         f"{list(attention_mask.shape)}: masks given element by element are not served; "
-                         "use another attn_implementation")
     options = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     batch, tokens = q.shape[:2]
     packed = {"cu_seqlens_q": kwargs.get("cu_seq_lens_q"), "cu_seqlens_k": kwargs.get("cu_seq_lens_k")}
     is_packed = packed["cu_seqlens_q"] is not None
-    if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if causal and not is_packed and 1 < tokens != k.shape[1]:
-            raise ValueError(f"attention_mask must be given for {tokens} causal queries of {k.shape[1]} keys, "
-                             "got None")
-        window = None
-        if sliding_window is not None:
-            window = (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
-        options |= {"causal": bool(causal), "window": window, "dropout_p": dropout}
-        return flash_attention(q, k, v, **packed, **options), None
+    if not isinstance(attention_mask, Mask):
+        causal, window = False, None
+        if attention_mask is None:
+            causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+            if causal and not is_packed and 1 < tokens != k.shape[1]:
+                raise ValueError(f"attention_mask must be given for {tokens} causal queries of {k.shape[1]} keys, "
+                                 "got None")
+            if sliding_window is not None:
+                window = (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
+        elif attention_mask.dim() != 4 or not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+            raise ValueError("attention_mask must be None, made by pykernels, or [B, H or 1, Tq, Tk], boolean or added to "
+                             f"the scores, got {attention_mask.dtype} {list(attention_mask.shape)}")
+        return flash_attention(q, k, v, causal=causal, window=window, bias=_biased(attention_mask, position_bias),
+                               dropout_p=dropout, **packed, **options), None
 
     mask = attention_mask
     if tuple(mask.shape) != (batch, 1, tokens, k.shape[1]):
@@ -306,21 +360,31 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
                          f"{mask.shape[0]}, {mask.shape[2]} and {mask.shape[3]}: this model changes its keys after its "
                          "mask is made; use another attn_implementation")
     options["window"] = None if (mask.left, mask.right) == (None, None) else (mask.left, mask.right)
-    if is_packed and mask.cu_seqlens is None:  # a mask does not know of sequences where a cache, still empty, is given
-        if batch != 1 or k.shape[1] != tokens:
-            raise ValueError(f"cu_seq_lens_q must come with one row of tokens and no others cached, got {batch} rows, "
-                             f"{tokens} tokens and {k.shape[1]} keys")
-        return flash_attention(q, k, v, dropout_p=dropout, **packed, **options), None
-    if mask.cu_seqlens is None:
+    by_row = mask.cu_seqlens is None or (mask.valid is not None and position_bias is not None)
+    if is_packed and by_row:  # a mask does not know of sequences where a cache, still empty, is given
+        if batch != 1 or k.shape[1] != tokens or mask.valid is not None:
+            raise ValueError(f"cu_seq_lens_q must come with one row of tokens, no padding and no others cached, got "
+                             f"{batch} rows, {tokens} tokens and {k.shape[1]} keys")
+        return flash_attention(q, k, v, bias=position_bias, dropout_p=dropout, **packed, **options), None
+    if by_row:
+        visible = None if mask.valid is None else mask.valid[:, None, None]
+        if mask.keys is None and (position_bias is not None or dropout > 0):
+            raise ValueError("a static cache takes neither position_bias nor dropout in a compiled graph; leave the model "
+                             "uncompiled, or use another attn_implementation")
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         # There are kernels for one token; but under autocast dtypes may differ, which flash_attention alone sees to.
-        if tokens == 1 and dropout == 0 and not needs_grad and q.dtype == k.dtype == v.dtype:
+        alone = tokens == 1 and dropout == 0 and not needs_grad and q.dtype == k.dtype == v.dtype
+        if mask.keys is None or (alone and visible is None and position_bias is None):
             return flash_attention_decode(q, k, v, mask.lengths, causal=False, **options), None
-        return flash_attention(q, k[:, :mask.keys], v[:, :mask.keys], dropout_p=dropout, **options), None
+        bias = _biased(visible, None if position_bias is None else position_bias[..., :mask.keys])
+        return flash_attention(q, k[:, :mask.keys], v[:, :mask.keys], bias=bias, dropout_p=dropout, **options), None
     of_queries, of_keys = mask.cu_seqlens
     options |= {"cu_seqlens_q": of_queries, "cu_seqlens_k": of_keys, "dropout_p": dropout}
     if mask.queries is None:
-        out = flash_attention(*(x.flatten(0, 1)[None] for x in (q, k, v)), **options)
+        if position_bias is not None and batch != 1:
+            raise ValueError(f"position_bias with packed sequences must come with one row, got {batch}; use another "
+                             "attn_implementation")
+        out = flash_attention(*(x.flatten(0, 1)[None] for x in (q, k, v)), bias=position_bias, **options)
         return out[0].unflatten(0, (batch, tokens)), None
     packed = flash_attention(q[mask.queries][None], k[mask.visible][None], v[mask.visible][None], **options)
     out = packed.new_zeros(batch, tokens, *packed.shape[2:])
@@ -439,6 +503,9 @@ def _unroute_all() -> None:
 
 # ---- Registration ----------------------------------------------------------------------------------------------------
 
+_MAKERS = {name: getattr(masking_utils, name) for name in (
+    "and_masks", "packed_sequence_mask_function", "remap_positions_for_packed_sequence",
+    "sliding_window_bidirectional_overlay", "sliding_window_overlay") if hasattr(masking_utils, name)}
 _INTERFACES = (AttentionInterface, _attention), (AttentionMaskInterface, _make_mask)
 _before: list[tuple[type, str, Callable | None]] = []  # what was registered under the names that are ours now
 
@@ -478,6 +545,8 @@ class enable(contextlib.AbstractContextManager):
                 raise ValueError(f"replace must hold names out of {', '.join(sorted(known))}, got {name!r}")
         disable()
         _route_all()
+        for name, maker in _MAKERS.items():
+            setattr(masking_utils, name, _telling(maker))
         for interface, function in _INTERFACES:
             for name in (NAME, *dict.fromkeys(replace)):
                 original = interface._global_mapping.get(name)
@@ -495,4 +564,6 @@ def disable() -> None:
     """Undoes `enable`. Models that were loaded with attn_implementation="pykernels" need another one then."""
     while _before:
         _set(*_before.pop())
+    for name, maker in _MAKERS.items():
+        setattr(masking_utils, name, maker)
     _unroute_all()

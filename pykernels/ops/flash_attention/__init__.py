@@ -115,7 +115,7 @@ def _check_bias(bias: object, q: Tensor, tk: int) -> Tensor:
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a tensor [B, H, Tq, Tk], got {type(bias).__name__}")
     labels = ", ".join(f"{label}={size}" for label, size in wanted.items())
-    if bias.dim() > 4 or any(size not in (1, full) for size, full in zip(reversed(bias.shape), reversed(wanted.values()))):
+    if bias.dim() > 4 or any(size != 1 and size != full for size, full in zip(reversed(bias.shape), reversed(wanted.values()))):
         raise ValueError(f"bias must be broadcastable to [{labels}], got shape {list(bias.shape)}")
     if bias.dtype not in (torch.bool, q.dtype, torch.float32):
         raise TypeError(f"bias must be bool, float32 or q's dtype {q.dtype}, got {bias.dtype}")
@@ -231,7 +231,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, wi
         out, lse = reference.flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks, seed,
                                              dropout_p)
     elif grad:
-        out, lse = registration.FlashAttention.apply(q, k, v, bias, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed,
+        of_keys = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k  # Dynamo takes no tensor twice
+        out, lse = registration.FlashAttention.apply(q, k, v, bias, sinks, cu_seqlens_q, of_keys, alibi_slopes, seed,
                                                      options, dropout_p, deterministic, chosen)
     else:
         out, lse = registration.run("fwd", chosen, q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks, seed,

@@ -111,11 +111,15 @@ class _Backward(torch.autograd.Function):
 
 
 class FlashAttention(torch.autograd.Function):
-    """flash_attention on a compiled backend -> (out, lse), both differentiable in q, k, v, bias and sinks."""
+    """flash_attention on a compiled backend -> (out, lse), both differentiable in q, k, v, bias and sinks.
+
+    cu_seqlens_k is None where it is cu_seqlens_q.
+    """
 
     @staticmethod
     def forward(q, k, v, bias, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options, dropout_p, deterministic, backend):
-        return run("fwd", backend, q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks, seed, dropout_p)
+        of_keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        return run("fwd", backend, q, k, v, cu_seqlens_q, of_keys, *options, alibi_slopes, bias, sinks, seed, dropout_p)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -126,7 +130,8 @@ class FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, bias, sinks, out, lse, *others = ctx.saved_tensors
+        q, k, v, bias, sinks, out, lse, cu_seqlens_q, cu_seqlens_k, *others = ctx.saved_tensors
+        others = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, *others
         options, dropout_p, deterministic, backend = ctx.settings
         if dout is None:
             dout = torch.zeros_like(out)
