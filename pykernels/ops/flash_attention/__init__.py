@@ -114,8 +114,8 @@ def _check_bias(bias: object, q: Tensor, tk: int) -> Tensor:
     wanted = {"B": batch, "H": heads, "Tq": tq, "Tk": tk}
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a tensor [B, H, Tq, Tk], got {type(bias).__name__}")
-    labels = ", ".join(f"{label}={size}" for label, size in wanted.items())
     if bias.dim() > 4 or any(size != 1 and size != full for size, full in zip(reversed(bias.shape), reversed(wanted.values()))):
+        labels = ", ".join(f"{label}={size}" for label, size in wanted.items())
         raise ValueError(f"bias must be broadcastable to [{labels}], got shape {list(bias.shape)}")
     if bias.dtype not in (torch.bool, q.dtype, torch.float32):
         raise TypeError(f"bias must be bool, float32 or q's dtype {q.dtype}, got {bias.dtype}")
