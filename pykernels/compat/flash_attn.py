@@ -1,11 +1,14 @@
 """flash-attn's functions (version 2's Python interface) on `flash_attention` and `flash_attention_decode`.
 
 Beyond the original: CPUs, float32 (and float64 on CPUs), head sizes to 512 that may differ between keys and values, an
-LSE that takes a gradient. Where a query sees no key, the LSE is -inf (the original's is +inf or -inf, depending on its
-kernel).
+LSE that takes a gradient, pages of any size. Where a query sees no key, the LSE is -inf (the original's is +inf or
+-inf, depending on its kernel). Dropout drops with the same probability, but other weights than the original's.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +57,30 @@ def _unpack(name: str, x: object, axis: int, count: int) -> tuple[Tensor, ...]:
     return x.unbind(axis)
 
 
-def _returned(out: Tensor | tuple[Tensor, Tensor], return_attn_probs: bool, packed: bool = False):
-    """The original's return values: the third, the dropout pattern, is an empty tensor when there is no dropout."""
-    if not return_attn_probs:
-        return out[0] if packed else out
-    out, lse = out
-    return (out[0], lse[0], out.new_empty(0)) if packed else (out, lse, out.new_empty(0))
+def _drops(dropout_p: object) -> bool:
+    return isinstance(dropout_p, float) and 0 < dropout_p < 1  # anything else raises in attention, but for 0
+
+
+_COLUMNS = 512  # the largest head size
+
+
+def _weights(attend: Callable[..., Tensor], q: Tensor, k: Tensor, positions: Tensor, longest: int,
+             scores: dict[str, object], dropout_p: float) -> Tensor:
+    """The softmax [B, Tq, Hq, longest] by keys' `positions` [B, Tk], negative where the next call drops it.
+
+    Attention itself tells them: over values that are 1 at one position and 0 elsewhere. `scores`: options that the
+    pattern does not depend on.
+    """
+    q, k, parts = q.detach(), k.detach(), []
+    devices = [] if q.device.type == "cpu" else [q.device]
+    for first in range(0, longest, _COLUMNS):
+        columns = torch.arange(first, min(first + _COLUMNS, longest), device=q.device)
+        v = (positions[..., None] == columns).to(q.dtype)[:, :, None].expand(-1, -1, k.shape[2], -1)
+        weights = attend(q, k, v, **scores)
+        with torch.random.fork_rng(devices, device_type=q.device.type):  # so that the next call draws the same seed
+            kept = attend(torch.zeros_like(q), k, v, dropout_p=dropout_p) > 0
+        parts.append(torch.where(kept, weights, -weights))
+    return torch.cat(parts, -1) if parts else q.new_zeros(*q.shape[:3], 0)
 
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
@@ -68,12 +89,20 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, wi
 
     `window_size` is (left, right), -1 unbounded; causal and window align at the last query and the last key.
 
-    Returns out [B, Tq, Hq, V]; with `return_attn_probs` (out, lse [B, Hq, Tq], an empty tensor).
+    Returns out [B, Tq, Hq, V]; with `return_attn_probs` (out, lse [B, Hq, Tq], weights). The weights are for tests: with
+    dropout they are the softmax [B, Hq, Tq, Tk], negative where dropped, else an empty tensor.
     """
-    out = flash_attention(q, k, v, causal=causal, window=_window(window_size), scale=softmax_scale,
-                          softcap=_softcap(softcap), alibi_slopes=alibi_slopes, dropout_p=dropout_p,
-                          return_lse=return_attn_probs, deterministic=_deterministic(deterministic))
-    return _returned(out, return_attn_probs)
+    scores = {"scale": softmax_scale, "softcap": _softcap(softcap), "alibi_slopes": alibi_slopes}
+    attend = functools.partial(flash_attention, causal=causal, window=_window(window_size),
+                               deterministic=_deterministic(deterministic))
+    if not return_attn_probs:
+        return attend(q, k, v, dropout_p=dropout_p, **scores)
+    weights = None
+    if _drops(dropout_p):
+        positions = torch.arange(k.shape[1], device=k.device)[None].expand(k.shape[0], -1)
+        weights = _weights(attend, q, k, positions, k.shape[1], scores, dropout_p).transpose(1, 2)
+    out, lse = attend(q, k, v, dropout_p=dropout_p, return_lse=True, **scores)
+    return out, lse, out.new_empty(0) if weights is None else weights
 
 
 def flash_attn_kvpacked_func(q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
@@ -92,7 +121,7 @@ def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=Fal
                            return_attn_probs)
 
 
-def _check_longest(name: str, longest: object, cu_seqlens: object) -> None:
+def _longest(name: str, longest: object, cu_seqlens: object) -> int:
     """The original sizes its grid by the longest sequence; ours needs none, but a wrong one is a mistake."""
     if isinstance(longest, Tensor) and longest.numel() == 1:
         longest = int(longest)
@@ -100,12 +129,47 @@ def _check_longest(name: str, longest: object, cu_seqlens: object) -> None:
         raise TypeError(f"{name} must be an integer, got {longest!r}")
     if _values_checked(cu_seqlens) and cu_seqlens.numel() > 1 and (found := int(cu_seqlens.diff().max())) > longest:
         raise ValueError(f"{name} must be at least the longest sequence's {found} tokens, got {longest}")
+    return longest
 
 
-def _reject_block_table(block_table: object) -> None:
-    if block_table is not None:
-        raise ValueError("block_table is not served for packed sequences by this version of pykernels, "
-                         f"got {block_table!r:.60}; leave it out")
+def _places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """(sequence, position in it) of each token, int64 [total]; behind the last sequence the number of all."""
+    tokens = torch.arange(total, device=cu_seqlens.device)
+    sequences = torch.searchsorted(cu_seqlens[1:].long().contiguous(), tokens, right=True)
+    return sequences, tokens - cu_seqlens.long()[sequences]
+
+
+def _of_pages(k: object, v: object, block_table: Tensor, cu_seqlens_k: object, longest: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [pages, page size, Hk, .] -> those of the sequences, [tokens, Hk, .]."""
+    for name, x in (("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor [pages, page size, H, K], got {type(x).__name__}")
+        if x.dim() != 4 or x.shape[:2] != k.shape[:2] or 0 in x.shape[:2]:
+            raise ValueError(f"{name} must have 4 axes [pages, page size, H, K] with block_table, the first two those of "
+                             f"k, got shape {list(x.shape)}")
+    if not isinstance(cu_seqlens_k, Tensor):
+        raise TypeError(f"cu_seqlens_k must be a tensor [sequences + 1], got {type(cu_seqlens_k).__name__}")
+    if not isinstance(block_table, Tensor):
+        raise TypeError(f"block_table must be a tensor [sequences, pages], got {type(block_table).__name__}")
+    pages, size = k.shape[:2]
+    count = cu_seqlens_k.shape[0] - 1
+    if block_table.dim() != 2 or block_table.shape[0] != count or block_table.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"block_table must be int32 or int64 [{count}, pages of a sequence], "
+                         f"got {block_table.dtype} {list(block_table.shape)}")
+    # Without a look at the offsets as many tokens as the sequences may have; those behind the last belong to none.
+    total = int(cu_seqlens_k[-1]) if _values_checked(cu_seqlens_k) else count * longest
+    sequence, position = _places(cu_seqlens_k, total)
+    entry = position // size
+    if _values_checked(k) and total:
+        if (needed := int(entry.max()) + 1) > block_table.shape[1]:
+            raise ValueError(f"block_table must have {needed} pages for the longest sequence, "
+                             f"got {block_table.shape[1]}")
+        used = block_table[sequence, entry]
+        if not 0 <= int(used.min()) <= int(used.max()) < pages:
+            raise ValueError(f"block_table must hold pages below {pages} where tokens are, got {used.unique().tolist()}")
+    entry = block_table[sequence.clamp(max=count - 1), entry.clamp(max=block_table.shape[1] - 1)].long()
+    rows = entry.clamp(0, pages - 1) * size + position % size
+    return k.flatten(0, 1)[rows], v.flatten(0, 1)[rows]
 
 
 def _packed(name: str, x: object) -> Tensor:
@@ -123,18 +187,35 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
     """`flash_attn_func` for packed sequences: q [total_q, Hq, K], k [total_k, Hk, K], v [total_k, Hk, V].
 
     cu_seqlens_q and cu_seqlens_k: int32 [sequences + 1], offsets of the sequences; max_seqlen_q and max_seqlen_k: the
-    longest ones (checked on CPUs, otherwise not needed). block_table is not served.
+    longest ones (checked on CPUs, otherwise not needed). block_table: int32 [sequences, pages of a sequence]: k and v
+    are paged, [pages, page size, Hk, K] and [pages, page size, Hk, V], and token t of sequence s lies in page
+    block_table[s, t // page size]; the tokens in use are copied to attend to them.
 
-    Returns out [total_q, Hq, V]; with `return_attn_probs` (out, lse [Hq, total_q], an empty tensor).
+    Returns out [total_q, Hq, V]; with `return_attn_probs` (out, lse [Hq, total_q], weights). The weights are for tests:
+    with dropout they are the softmax [sequences, Hq, max_seqlen_q, max_seqlen_k], negative where dropped, else an empty
+    tensor.
     """
-    _reject_block_table(block_table)
-    _check_longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
-    _check_longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
-    out = flash_attention(_packed("q", q), _packed("k", k), _packed("v", v), causal=causal, window=_window(window_size),
-                          scale=softmax_scale, softcap=_softcap(softcap), alibi_slopes=alibi_slopes,
-                          dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-                          return_lse=return_attn_probs, deterministic=_deterministic(deterministic))
-    return _returned(out, return_attn_probs, packed=True)
+    max_seqlen_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+    max_seqlen_k = _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+    if block_table is not None:
+        k, v = _of_pages(k, v, block_table, cu_seqlens_k, max_seqlen_k)
+    q, k, v = _packed("q", q), _packed("k", k), _packed("v", v)
+    scores = {"scale": softmax_scale, "softcap": _softcap(softcap), "alibi_slopes": alibi_slopes}
+    attend = functools.partial(flash_attention, causal=causal, window=_window(window_size), cu_seqlens_q=cu_seqlens_q,
+                               cu_seqlens_k=cu_seqlens_k, deterministic=_deterministic(deterministic))
+    if not return_attn_probs:
+        return attend(q, k, v, dropout_p=dropout_p, **scores)[0]
+    weights = None
+    if _drops(dropout_p):
+        positions = _places(cu_seqlens_k, k.shape[1])[1][None]
+        found = _weights(attend, q, k, positions, max_seqlen_k, scores, dropout_p)[0]
+        sequence, position = _places(cu_seqlens_q, q.shape[1])
+        count = cu_seqlens_q.shape[0] - 1
+        weights = found.new_zeros(count + 1, max_seqlen_q, *found.shape[1:])
+        weights[sequence, position.clamp(max=max_seqlen_q - 1)] = found
+        weights = weights[:count].transpose(1, 2)
+    out, lse = attend(q, k, v, dropout_p=dropout_p, return_lse=True, **scores)
+    return out[0], lse[0], out.new_empty(0) if weights is None else weights
 
 
 def flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import pykernels
 from pykernels import _library
 from pykernels.compat import flash_attn as fa
 
@@ -87,9 +86,12 @@ def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, causal=False, window=INFINITE, softcap=0.0, scale=None
+    q: Tensor, k: Tensor, v: Tensor, causal=False, window=INFINITE, softcap=0.0, scale=None, slopes=None, keep=None
 ) -> tuple[Tensor, Tensor]:
-    """One batch entry by the definition: q [Tq, Hq, K], k [Tk, Hk, K], v [Tk, Hk, V] -> out, lse [Hq, Tq]."""
+    """One batch entry by the definition: q [Tq, Hq, K], k [Tk, Hk, K], v [Tk, Hk, V] -> out, lse [Hq, Tq].
+
+    slopes [Hq] of ALiBi; keep [Hq, Tq, Tk]: what dropout multiplies the weights by.
+    """
     (tq, heads, size), tk = q.shape, k.shape[0]
     out, lse = q.new_zeros(tq, heads, v.shape[2]), q.new_full((heads, tq), -torch.inf)
     for h in range(heads):
@@ -103,8 +105,11 @@ def attention(
                 continue
             scores = k[low:high, g] @ q[i, h] * (size**-0.5 if scale is None else scale)
             scores = softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
+            if slopes is not None:
+                scores = scores - slopes[h] * (p - torch.arange(low, high)).abs()
             lse[h, i] = torch.logsumexp(scores, 0)
-            out[i, h] = torch.softmax(scores, 0) @ v[low:high, g]
+            weights = torch.softmax(scores, 0)
+            out[i, h] = (weights if keep is None else weights * keep[h, i, low:high]) @ v[low:high, g]
     return out, lse
 
 
@@ -219,6 +224,8 @@ def test_compiles_whole():
 
     def function(q: Tensor, k_cache: Tensor) -> Tensor:
         out, lse, _ = fa.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, causal=True, return_attn_probs=True)
+        pages = q.detach().view(1, 7, 2, 8), q.detach().view(1, 7, 2, 8)
+        out = out + fa.flash_attn_varlen_func(q, *pages, cu, cu, 4, 4, block_table=torch.zeros(2, 1, dtype=torch.int32))
         more = fa.flash_attn_with_kvcache(
             q[None, :1].detach(),
             k_cache,
@@ -350,19 +357,100 @@ def test_unpad_concatenated_sequences():
 # ---- Options that pass through ---------------------------------------------------------------------------------------
 
 
-def test_alibi_and_dropout_are_ours():
-    q, k, v = (torch.randn(2, 7, 4, 8) for _ in range(3))
-    slopes = torch.rand(2, 4)
-    out, lse, dropped = fa.flash_attn_func(q, k, v, 0.2, causal=True, alibi_slopes=slopes, return_attn_probs=True)
+LENGTHS_Q, LENGTHS_K = (3, 0, 6, 1), (4, 2, 3, 5)
+CU_Q, CU_K = (torch.tensor([0, *torch.tensor(x).cumsum(0).tolist()], dtype=torch.int32) for x in (LENGTHS_Q, LENGTHS_K))
+
+
+@pytest.mark.parametrize("options", ({}, {"causal": True}, {"window": (3, 1), "softcap": 2.0}), ids=str)
+@pytest.mark.parametrize("shared", (True, False))
+def test_alibi(shared, options):
+    """By the distance from the query's place at the end of the keys; slopes for all, or for each sequence."""
+    theirs = {"window_size" if key == "window" else key: value for key, value in options.items()}
+    q, k, v = randn(2, 9, 4, 8), randn(2, 7, 2, 8), randn(2, 7, 2, 8)
+    slopes = torch.rand(4, 4, dtype=torch.float64)
+
+    def by_hand(qs, ks, vs):
+        both = [
+            attention(*x, **options, slopes=slopes[0 if shared else s]) for s, x in enumerate(zip(qs, ks, vs))
+        ]
+        return [x[0] for x in both], [x[1] for x in both]
+
+    out, lse, _ = fa.flash_attn_func(
+        q, k, v, alibi_slopes=slopes[0] if shared else slopes[:2], return_attn_probs=True, **theirs
+    )
+    outs, lses = by_hand(q, k, v)
+    near(out, torch.stack(outs))
+    near(lse, torch.stack(lses))
+    given = slopes[0] if shared else slopes
+    q, k, v = randn(10, 4, 8), randn(14, 2, 8), randn(14, 2, 8)
+    outs, _ = by_hand(q.split(LENGTHS_Q), k.split(LENGTHS_K), v.split(LENGTHS_K))
+    near(fa.flash_attn_varlen_func(q, k, v, CU_Q, CU_K, 6, 5, alibi_slopes=given, **theirs), torch.cat(outs))
+    lengths = torch.tensor([5, 2, 7, 6], dtype=torch.int32)
+    q, k, v = randn(4, 2, 4, 8), randn(4, 7, 2, 8), randn(4, 7, 2, 8)
+    outs, _ = by_hand(q, *([x[:n] for x, n in zip(cache, lengths)] for cache in (k, v)))
+    near(
+        fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, alibi_slopes=given, **theirs), torch.stack(outs)
+    )
+
+
+@pytest.mark.parametrize("size", (4, 5, 700))
+def test_dropout(size):
+    """What it says it drops is dropped, about as often as asked for, the rest grows; the next draw is another."""
+    p, q, v = 0.3, randn(2, size, 2, 8).requires_grad_(), randn(2, size, 2, 8)
+    k = randn(2, size, 2, 8)
     torch.manual_seed(1)
-    first = fa.flash_attn_func(q, k, v, 0.2, causal=True, alibi_slopes=slopes)
+    out, lse, weights = fa.flash_attn_func(q, k, v, p, causal=True, return_attn_probs=True)
+    state = torch.get_rng_state()
     torch.manual_seed(1)
-    again, ours_lse = pykernels.flash_attention(q, k, v, dropout_p=0.2, causal=True, alibi_slopes=slopes, return_lse=True)
-    torch.testing.assert_close(first, again, rtol=0, atol=0)
-    torch.testing.assert_close(lse, ours_lse, rtol=0, atol=0)
-    assert out.shape == q.shape and dropped.numel() == 0
-    plain = fa.flash_attn_func(q, k, v, causal=True)
-    assert not torch.allclose(first, plain)
+    assert torch.equal(fa.flash_attn_func(q, k, v, p, causal=True), out) and torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(fa.flash_attn_func(q, k, v, p, causal=True), out)
+    hidden = torch.ones(size, size, dtype=torch.bool).triu(1)
+    scores = (torch.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5).masked_fill(hidden, -torch.inf)
+    near(weights.abs(), scores.softmax(-1))
+    near(lse, scores.logsumexp(-1))
+    dropped = torch.signbit(weights)
+    assert size < 100 or abs(float(dropped[..., ~hidden].double().mean()) - p) < 0.01
+    expected = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1).masked_fill(dropped, 0) / (1 - p), v)
+    near(out, expected)
+    dout = randn(*out.shape)
+    near(*(torch.autograd.grad(x, q, dout)[0] for x in (out, expected)))
+
+
+def test_dropout_of_packed_sequences():
+    p, q, k, v = 0.4, randn(10, 4, 8), randn(14, 2, 8), randn(14, 2, 8)
+    out, _, weights = fa.flash_attn_varlen_func(q, k, v, CU_Q, CU_K, 6, 5, p, return_attn_probs=True)
+    assert weights.shape == (4, 4, 6, 5)
+    parts = zip(q.split(LENGTHS_Q), k.split(LENGTHS_K), v.split(LENGTHS_K), weights)
+    near(out, torch.cat([attention(*x, keep=(~torch.signbit(w)).double() / (1 - p))[0] for *x, w in parts]))
+    used = torch.zeros(4, 6, 5, dtype=torch.bool)
+    for s, (tq, tk) in enumerate(zip(LENGTHS_Q, LENGTHS_K)):
+        used[s, :tq, :tk] = True
+    used = used[:, None].expand_as(weights)
+    assert not weights[~used].any() and 0.2 < float(torch.signbit(weights[used]).double().mean()) < 0.6
+    torch.testing.assert_close(weights.abs().sum(-1), used.any(-1).double())
+
+
+def test_dropout_keeps_its_expectation():
+    q, k, v = randn(1, 3, 2, 8), randn(1, 6, 2, 8), randn(1, 6, 2, 8)
+    mean = torch.stack([fa.flash_attn_func(q, k, v, 0.2) for _ in range(2000)]).mean(0)
+    near(mean, fa.flash_attn_func(q, k, v), 0.05)
+
+
+@pytest.mark.parametrize("options", ({}, {"causal": True, "softcap": 3.0}, {"window_size": (2, 0)}), ids=str)
+def test_packed_sequences_over_pages(options):
+    q, k, v = randn(10, 4, 8), randn(7, 2, 2, 8), randn(7, 2, 2, 8)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    # What lies behind a sequence's last page is never looked at.
+    table = torch.tensor([[5, 0, 99], [1, -7, 99], [2, 6, 99], [3, 0, 4]], dtype=torch.int32)
+    parts = []
+    for s, x in enumerate(q.split(LENGTHS_Q)):
+        rows = [cache[table[s, : -(-LENGTHS_K[s] // 2)].long()].flatten(0, 1)[: LENGTHS_K[s]] for cache in (k, v)]
+        parts.append(attention(x, *rows, **expected_of(options))[0])
+    out = fa.flash_attn_varlen_func(q, k, v, CU_Q, CU_K, 6, 5, block_table=table, **options)
+    near(out, torch.cat(parts))
+    dout = randn(*out.shape)
+    for a, e in zip(*(torch.autograd.grad(x, (q, k, v), dout) for x in (out, torch.cat(parts)))):
+        near(a, e)
 
 
 def test_a_paged_cache_is_ours():
@@ -379,6 +467,10 @@ def test_a_paged_cache_is_ours():
 
 Q = torch.zeros(2, 4, 2, 8)
 PACKED, CU = torch.zeros(8, 2, 8), torch.tensor([0, 3, 8], dtype=torch.int32)
+
+
+def paged(table):
+    return fa.flash_attn_varlen_func(PACKED, *[torch.zeros(4, 2, 2, 8)] * 2, CU, CU, 5, 5, block_table=table)
 
 
 def cached(**options):
@@ -402,7 +494,15 @@ def appended(**options):
         (
             lambda: fa.flash_attn_varlen_func(PACKED, PACKED, PACKED, CU, CU, 5, 5, block_table=CU),
             ValueError,
-            "block_table is not",
+            "k must have 4 axes",
+        ),
+        (lambda: paged(CU), ValueError, r"block_table must be int32 or int64 \[2, pages"),
+        (lambda: paged([[0]]), TypeError, "block_table must be a tensor"),
+        (lambda: paged(torch.zeros(2, 2, dtype=torch.int32)), ValueError, "block_table must have 3 pages"),
+        (
+            lambda: paged(torch.tensor([[0, 1, 9], [0, 4, 0]])),
+            ValueError,
+            r"block_table must hold pages below 4 where tokens are, got \[0, 1, 4\]",
         ),
         (lambda: appended(block_table=CU), ValueError, "block_table must have 2 axes"),
         (lambda: appended(alibi_slopes=torch.ones(3)), ValueError, "alibi_slopes must have shape"),

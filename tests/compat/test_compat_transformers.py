@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 transformers = pytest.importorskip("transformers", minversion="5.4")
 
 from pykernels.compat import transformers as compat  # noqa: E402
+
+functions = transformers.masking_utils
 
 VOCABULARY = 64
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -119,11 +123,11 @@ def inputs(name: str, padding: str | None = None) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def result(made, arguments: dict[str, Tensor], grad: bool = False, **more) -> dict[str, Tensor]:
+def result(made, arguments: dict[str, Tensor], grad: bool = False, through=None, **more) -> dict[str, Tensor]:
     """Logits of the tokens that are no padding and, if asked for, each parameter's gradient, all in float64."""
     made.zero_grad(set_to_none=True)
     arguments = {key: x.to(made.dtype) if x.is_floating_point() else x for key, x in arguments.items()}
-    out = made(**arguments, **more)
+    out = (made if through is None else through)(**arguments, **more)
     out = out.logits if hasattr(out, "logits") else out.last_hidden_state
     if "attention_mask" in arguments:
         out = out[arguments["attention_mask"].bool()]
@@ -356,6 +360,18 @@ OTHERS = {
             sep_token_id=2,
         )
     ),
+    # A learned bias of all scores, in all three kinds of attention.
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            d_model=32,
+            d_ff=48,
+            d_kv=8,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=VOCABULARY,
+            decoder_start_token_id=0,
+        )
+    ),
     # Attention to other tokens.
     "bart": lambda: transformers.BartModel(transformers.BartConfig(**WIDTHS)),
     "whisper": lambda: transformers.WhisperModel(
@@ -370,6 +386,10 @@ def test_other_families(name):
     made, arguments = OTHERS[name]().eval(), inputs("llama", None if name == "whisper" else "left")
     if name == "whisper":
         arguments = {"input_features": torch.randn(3, 8, 20), "decoder_input_ids": arguments["input_ids"]}
+    if name == "t5":
+        if not made._can_set_attn_implementation():
+            pytest.skip("in this version of Transformers the model has an attention of its own")
+        arguments["decoder_input_ids"] = inputs("llama")["input_ids"]
     made.set_attn_implementation("eager")
     expected = result(made, arguments, grad=True)
     made.set_attn_implementation("pykernels")
@@ -398,37 +418,64 @@ def test_sinks(padding):
     assert len(sinks) == config.num_hidden_layers and all(x.abs().max() > 0 for x in sinks)
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    (
-        (
-            lambda: transformers.T5ForConditionalGeneration(
-                transformers.T5Config(
-                    d_model=32,
-                    d_ff=48,
-                    d_kv=8,
-                    num_layers=1,
-                    num_heads=4,
-                    vocab_size=VOCABULARY,
-                    decoder_start_token_id=0,
-                )
-            ),
-            "position_bias is not served",
-        ),
-    ),
-    ids=("t5",),
-)
-def test_families_that_cannot_be_served(make, words):
-    made, arguments = make().eval(), inputs("llama", "left")
-    if made.config.is_encoder_decoder:
-        arguments["decoder_input_ids"] = arguments["input_ids"]
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+def test_position_biases_while_generating(cache):
+    torch.manual_seed(0)
+    made, tokens = OTHERS["t5"]().eval(), []
     if not made._can_set_attn_implementation():
         pytest.skip("in this version of Transformers the model has an attention of its own")
+    for attention in ("eager", "pykernels"):
+        made.set_attn_implementation(attention)
+        tokens.append(
+            made.generate(**inputs("llama", "left"), max_new_tokens=7, do_sample=False, cache_implementation=cache)
+        )
+    assert torch.equal(*tokens) and len(set(tokens[0].flatten().tolist())) > 3
+
+
+def weights_of(mask, dropout: float, **options) -> tuple[Tensor, Tensor]:
+    """Attention's weights with and without dropout, [B, H, Tq, Tk], as it applies them to values of one-hot rows."""
+    q, k = torch.randn(2, 4, 9, 8, dtype=torch.float64), torch.randn(2, 2, 9, 8, dtype=torch.float64)
+    v = torch.eye(9, dtype=torch.float64).expand(2, 2, -1, -1)
+    return tuple(
+        compat._attention(torch.nn.Identity(), q, k, v, mask, dropout=p, **options)[0].transpose(1, 2)
+        for p in (0.0, dropout)
+    )
+
+
+@pytest.mark.parametrize("kind", ("causal", "padded", "packed", "elements"))
+def test_dropout_in_training(kind):
+    """A weight is kept, and larger, or gone."""
+    mask = {
+        "causal": lambda: compat._make_mask(2, 9, 9),
+        "padded": lambda: compat._make_mask(2, 9, 9, attention_mask=torch.arange(9) >= torch.tensor([[3], [0]])),
+        "packed": lambda: compat._make_mask(
+            2, 9, 9, mask_function=functions.and_masks(
+                functions.causal_mask_function,
+                functions.packed_sequence_mask_function(torch.tensor([[0] * 4 + [1] * 5, [0] * 9])),
+            ),
+        ),
+        "elements": lambda: torch.ones(2, 1, 9, 9, dtype=torch.bool).tril(),
+    }[kind]()
+    bias = torch.randn(1, 4, 9, 9, dtype=torch.float64) if kind == "elements" else None
+    whole, dropped = weights_of(mask, 0.25, position_bias=bias)
+    seen, kept = whole > 0, dropped != 0
+    torch.testing.assert_close(dropped[kept], whole[kept] / 0.75)
+    assert not dropped[~seen].any() and 0.6 < float(kept[seen].double().mean()) < 0.9
+
+
+def test_models_drop_in_training_alone():
+    torch.manual_seed(0)
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, attention_dropout=0.5))
     made.set_attn_implementation("pykernels")
-    with pytest.raises(ValueError, match=words):
-        made(**arguments)
-    made.set_attn_implementation("eager")
-    assert made(**arguments).logits.isfinite().all()
+    arguments = inputs("llama", "left")
+    outs = []
+    for training in (False, False, True, True):
+        made.train(training)
+        torch.manual_seed(3)
+        outs.append(result(made, arguments, grad=True))
+    for key in outs[0]:
+        assert torch.equal(outs[0][key], outs[1][key]) and torch.equal(outs[2][key], outs[3][key])
+    assert float((outs[0]["out"] - outs[2]["out"]).abs().max()) > 0.1
 
 
 # ---- Who uses it -----------------------------------------------------------------------------------------------------
@@ -509,12 +556,14 @@ def call(**options):
     ("options", "words"),
     (
         (
-            {"attention_mask": torch.ones(1, 1, 3, 3, dtype=torch.bool)},
-            r"attention_mask must be None or made by pykernels",
+            {"attention_mask": torch.ones(1, 3, dtype=torch.bool)},
+            r"attention_mask must be None, made by pykernels, or \[B, H or 1, Tq, Tk\].* got torch.bool \[1, 3\]",
         ),
+        ({"attention_mask": torch.ones(1, 1, 3, 3, dtype=torch.long)}, "attention_mask must be .* got torch.int64"),
+        ({"attention_mask": torch.ones(1, 1, 3, 4)}, r"bias must be broadcastable to .* got shape \[1, 1, 3, 4\]"),
         ({"dropout": 1.0}, "dropout_p must be"),
         ({"s_aux": torch.zeros(3)}, "sinks must have shape"),
-        ({"position_bias": torch.zeros(1, 2, 3, 3)}, "position_bias is not served"),
+        ({"position_bias": torch.zeros(1, 3, 3, 3)}, "bias must be broadcastable"),
         ({"cache": object()}, "a paged cache is not served"),
         ({"output_attentions": True}, "output_attentions must be False"),
     ),
@@ -537,18 +586,60 @@ def test_keys_that_are_not_the_masks():
         compat._attention(torch.nn.Identity(), q, k, k, mask)
 
 
-def test_masks_that_cannot_be_served():
-    made = model("llama")
-    with pytest.raises(ValueError, match="made by pykernels"):
-        made(inputs("llama")["input_ids"], attention_mask=torch.ones(3, 1, 9, 9, dtype=torch.bool))
-    chunked = transformers.masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long))
-    with pytest.raises(ValueError, match="chunked_overlay.* is not served by pykernels"):
-        compat._make_mask(1, 8, 8, mask_function=chunked)
-    with pytest.raises(ValueError, match="<lambda> is not served"):
-        compat._make_mask(1, 8, 8, mask_function=lambda b, h, q, k: k <= q)
-    window = transformers.masking_utils.sliding_window_causal_mask_function(3)
-    with pytest.raises(ValueError, match="padding between its tokens"):
-        compat._make_mask(1, 5, 5, mask_function=window, attention_mask=torch.tensor([[1, 0, 1, 1, 1]]))
+def test_offsets_beside_padding_cannot_be_served():
+    window = functions.sliding_window_causal_mask_function(3)
+    mask = compat._make_mask(1, 5, 5, mask_function=window, attention_mask=torch.tensor([[1, 0, 1, 1, 1]]))
+    x, offsets = torch.randn(1, 2, 5, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_q must come with one row of tokens, no padding"):
+        compat._attention(torch.nn.Identity(), x, x, x, mask, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+    mask = compat._make_mask(
+        2, 4, 4, mask_function=functions.packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1]]))
+    )
+    with pytest.raises(ValueError, match="position_bias with packed sequences must come with one row, got 2"):
+        compat._attention(torch.nn.Identity(), *[torch.randn(2, 2, 4, 8)] * 3, mask, position_bias=torch.zeros(4, 4))
+
+
+PADDING = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0]])
+PATTERNS = {
+    "chunks": lambda: functions.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long)),
+    "blocks": lambda: functions.or_masks(
+        functions.causal_mask_function, functions.blockwise_overlay(torch.tensor([[-1, 0, 0, 0, -1, -1]] * 2))
+    ),
+    "of one's own": lambda: lambda b, h, q, k: (k <= q) & (k % 2 == b),
+    "window over padding": lambda: functions.sliding_window_causal_mask_function(3),
+    "packed over padding": lambda: functions.and_masks(
+        functions.causal_mask_function, functions.packed_sequence_mask_function(torch.tensor([[0, 0, 0, 0, 1, 1]] * 2))
+    ),
+}
+
+
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("name", PATTERNS)
+def test_other_patterns_are_served_element_by_element(name, padded):
+    """With a bias of the scores besides."""
+    function, padding = PATTERNS[name](), PADDING.bool() if padded else None
+    booleans = dense(2, 6, 6, 0, 0, function, padding)
+    mask = compat._make_mask(2, 6, 6, 0, 0, function, padding)
+    q, k, v = (torch.randn(2, 2, 6, 8, dtype=torch.float64) for _ in range(3))
+    bias = None if name == "packed over padding" and not padded else torch.randn(1, 2, 6, 6, dtype=torch.float64)
+    out, _ = compat._attention(torch.nn.Identity(), q, k, v, mask, position_bias=bias)
+    scores = (q @ k.mT * 8**-0.5 + (0 if bias is None else bias)).masked_fill(~booleans[:, None], -torch.inf)
+    expected = (scores.softmax(-1).nan_to_num(0) @ v).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("additive", (False, True))
+def test_masks_given_by_the_user(additive):
+    """[B, 1, Tq, Tk] to the model: what the same mask is to the unpatched model; a row that sees nothing excepted."""
+    mask = torch.rand(3, 1, 9, 9) < 0.6
+    mask |= torch.eye(9, dtype=torch.bool)
+    if additive:
+        mask = torch.where(mask, torch.randn(3, 1, 9, 9), torch.finfo(torch.float32).min)
+    ids, results = inputs("llama")["input_ids"], []
+    for attention in ("sdpa", "pykernels"):
+        results.append(result(model("llama", attention=attention), {"input_ids": ids}, grad=True, attention_mask=mask))
+    for key, x in results[0].items():
+        torch.testing.assert_close(results[1][key], x, rtol=1e-4, atol=1e-5 * max(1, float(x.abs().max())), msg=key)
 
 
 def test_a_mask_is_no_tensor_of_booleans():
@@ -556,7 +647,7 @@ def test_a_mask_is_no_tensor_of_booleans():
     assert tuple(mask.shape) == (2, 1, 3, 5) and "Mask" in repr(mask)
     assert mask.to("cpu", torch.float32) is mask and mask.to(torch.zeros(1)) is mask
     moved = mask.to(device="meta")
-    assert {x.device.type for x in (moved.lengths, *moved.cu_seqlens, *moved.queries, *moved.visible)} == {"meta"}
+    assert {x.device.type for x in (moved.lengths, moved.valid, *moved.cu_seqlens, *moved.queries, *moved.visible)} == {"meta"}
     assert (moved.keys, moved.left, moved.right, moved.shape) == (5, None, 0, mask.shape)
     for use in (
         lambda: mask & True,
@@ -598,7 +689,6 @@ GEOMETRIES = (6, 6, 0, 0), (3, 6, 3, 0), (1, 6, 5, 0), (6, 10, 0, 0), (2, 10, 4,
 def test_masks_say_what_transformers_masks_say(pattern, geometry, padding):
     """Attention through a Mask is attention through the booleans, for real queries; every geometry that caches make."""
     q_length, kv_length, q_offset, kv_offset = geometry
-    functions = transformers.masking_utils
     function = {
         "causal": functions.causal_mask_function,
         "bidirectional": functions.bidirectional_mask_function,
@@ -624,3 +714,110 @@ def test_masks_say_what_transformers_masks_say(pattern, geometry, padding):
         assert not out[~kept].any()
         out, expected = out[kept], expected[kept]
     torch.testing.assert_close(out, expected)
+
+
+# ---- One graph -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_booleans(monkeypatch):
+    """No mask is made element by element."""
+    monkeypatch.setattr(functions, "sdpa_mask", None)
+
+
+COMPILED = ("llama", "mistral", "bert")
+
+
+def compiled_of(made) -> tuple:
+    graphs = []
+    torch._dynamo.reset()
+
+    def backend(graph, given):
+        graphs.append(graph)
+        return aot_eager(graph, given)
+
+    return torch.compile(made, fullgraph=True, dynamic=True, backend=backend), graphs
+
+
+@pytest.mark.parametrize("padding", (None, "left", "right"))
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_whole_for_every_length(name, padding, no_booleans):
+    """Forward and backward; without padding from positions, which a graph can't tell from those of packed sequences."""
+    made = copy.deepcopy(model(name))
+    if name == "bert":
+        made.pooler = None
+    compiled, graphs = compiled_of(made)
+    more = {} if name == "bert" else {"use_cache": False}
+    for tokens in (9, 7, 11):
+        arguments = {"input_ids": torch.randint(2, VOCABULARY, (3, tokens))}
+        if padding is not None:
+            places = torch.arange(tokens)
+            arguments["attention_mask"] = (places >= 2 if padding == "left" else places < tokens - 2).long().repeat(3, 1)
+            arguments["attention_mask"][1] = 1
+        elif name != "bert":
+            arguments["position_ids"] = torch.arange(tokens).repeat(3, 1)
+            arguments["position_ids"][1, 4:] -= 4
+        wanted = result(made, arguments, grad=True, **more)
+        found = result(made, arguments, grad=True, **more, through=compiled)
+        for key, x in wanted.items():
+            torch.testing.assert_close(found[key], x, rtol=1e-4, atol=1e-5 * max(1, float(x.abs().max())), msg=key)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_compiles_whole_with_a_cache(name, no_booleans):
+    """A prompt into a growing cache; then tokens one by one out of a static one, of which a graph sees no length."""
+    made = model(name)
+    compiled, graphs = compiled_of(made)
+    with torch.no_grad():
+        for tokens in (9, 7, 11):
+            ids = torch.randint(2, VOCABULARY, (3, tokens))
+            torch.testing.assert_close(compiled(ids).logits, made(ids).logits, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+    caches = [transformers.StaticCache(config=made.config, max_cache_len=16) for _ in range(2)]
+    named = "cache" if "cache" in inspect.signature(type(made.model).forward).parameters else "past_key_values"
+    with torch.no_grad():
+        for step in (ids[:, :9], *ids[:, 9:].split(1, 1), ids[:, :1]):
+            expected, out = (f(step, **{named: cache}) for f, cache in zip((made, compiled), caches))
+            torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_other_patterns_compile_element_by_element():
+    """And padding beside a static cache, and a bias beside padding."""
+    q, k, v = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    chunks = torch.zeros(2, dtype=torch.long)
+
+    def attend(q, k, v, offset, real, bias):
+        parts = []
+        function = functions.chunked_causal_mask_function(4, chunks)
+        parts.append(compat._attention(torch.nn.Identity(), q, k, v, compat._make_mask(2, 6, 6, 0, 0, function))[0])
+        mask = compat._make_mask(2, 2, 6, offset, 0, functions.causal_mask_function, real)
+        parts.append(compat._attention(torch.nn.Identity(), q[:, :, :2], k, v, mask)[0])
+        window = functions.sliding_window_causal_mask_function(3)
+        mask = compat._make_mask(2, 6, 6, 0, 0, window, real)
+        parts.append(compat._attention(torch.nn.Identity(), q, k, v, mask, position_bias=bias)[0])
+        return parts
+
+    arguments = q, k, v, torch.tensor(3), PADDING.bool(), torch.randn(1, 2, 6, 6)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(*arguments)
+    torch._dynamo.reset()
+    real = [torch.ones(2, 6, dtype=torch.bool), PADDING.bool()[:, 3:5], PADDING.bool()]
+    for out, expected, of in zip(compiled, attend(*arguments), real):
+        torch.testing.assert_close(out[of], expected[of])
+
+
+def test_activation_checkpointing_compiles_whole(no_booleans):
+    made, arguments = copy.deepcopy(model("mistral")), inputs("mistral", "left")
+    expected = result(made, arguments, grad=True, use_cache=False)
+    made.train().gradient_checkpointing_enable()
+    found = result(made, arguments, grad=True, use_cache=False, through=compiled_of(made)[0])
+    for key, x in found.items():
+        torch.testing.assert_close(x, expected[key], rtol=1e-4, atol=1e-5 * max(1, float(expected[key].abs().max())))
+
+
+def test_static_caches_in_a_graph_take_no_dropout():
+    def attend(x, offset):
+        return compat._attention(torch.nn.Identity(), x, x, x, compat._make_mask(1, 3, 3, offset), dropout=0.1)[0]
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(attend, fullgraph=True, backend="eager")(torch.randn(1, 2, 3, 8), torch.tensor(0))
