@@ -13,7 +13,6 @@ import inspect
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.backends.debugging import aot_eager
 
 transformers = pytest.importorskip("transformers", minversion="5.4")
 
@@ -421,15 +420,26 @@ def test_sinks(padding):
 @pytest.mark.parametrize("cache", ("dynamic", "static"))
 def test_position_biases_while_generating(cache):
     torch.manual_seed(0)
-    made, tokens = OTHERS["t5"]().eval(), []
+    made, outs = OTHERS["t5"]().eval(), []
     if not made._can_set_attn_implementation():
         pytest.skip("in this version of Transformers the model has an attention of its own")
     for attention in ("eager", "pykernels"):
         made.set_attn_implementation(attention)
-        tokens.append(
-            made.generate(**inputs("llama", "left"), max_new_tokens=7, do_sample=False, cache_implementation=cache)
+        outs.append(
+            made.generate(
+                **inputs("llama", "left"),
+                min_new_tokens=7,
+                max_new_tokens=7,
+                do_sample=False,
+                cache_implementation=cache,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
         )
-    assert torch.equal(*tokens) and len(set(tokens[0].flatten().tolist())) > 3
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    theirs, ours = (torch.stack(out.logits) for out in outs)
+    assert float(theirs.diff(dim=0).abs().max()) > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def weights_of(mask, dropout: float, **options) -> tuple[Tensor, Tensor]:
@@ -725,60 +735,60 @@ def no_booleans(monkeypatch):
     monkeypatch.setattr(functions, "sdpa_mask", None)
 
 
-COMPILED = ("llama", "mistral", "bert")
-
-
-def compiled_of(made) -> tuple:
-    graphs = []
-    torch._dynamo.reset()
-
-    def backend(graph, given):
-        graphs.append(graph)
-        return aot_eager(graph, given)
-
-    return torch.compile(made, fullgraph=True, dynamic=True, backend=backend), graphs
-
-
-@pytest.mark.parametrize("padding", (None, "left", "right"))
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiles_whole_for_every_length(name, padding, no_booleans):
-    """Forward and backward; without padding from positions, which a graph can't tell from those of packed sequences."""
+def compiled_of(name: str) -> tuple:
+    """A model of one layer, itself and compiled."""
+    torch.manual_seed(0)
     made = copy.deepcopy(model(name))
-    if name == "bert":
-        made.pooler = None
-    compiled, graphs = compiled_of(made)
+    del (made.encoder.layer if name == "bert" else made.model.layers)[1:]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return made, torch.compile(made, fullgraph=True, dynamic=True, backend="aot_eager")
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "padding"), (("llama", None), ("llama", "right"), ("mistral", None), ("mistral", "left"), ("bert", "left"))
+)
+def test_compiles_whole_for_every_length(name, padding, no_booleans):
+    """Forward and backward. Without padding of positions, which a graph can't tell from those of packed sequences."""
+    made, compiled = compiled_of(name)
     more = {} if name == "bert" else {"use_cache": False}
-    for tokens in (9, 7, 11):
-        arguments = {"input_ids": torch.randint(2, VOCABULARY, (3, tokens))}
-        if padding is not None:
-            places = torch.arange(tokens)
-            arguments["attention_mask"] = (places >= 2 if padding == "left" else places < tokens - 2).long().repeat(3, 1)
-            arguments["attention_mask"][1] = 1
-        elif name != "bert":
-            arguments["position_ids"] = torch.arange(tokens).repeat(3, 1)
+    for tokens in (9, 7):
+        places, arguments = torch.arange(tokens), {"input_ids": torch.randint(2, VOCABULARY, (3, tokens))}
+        if padding is None:
+            arguments["position_ids"] = places.repeat(3, 1)
             arguments["position_ids"][1, 4:] -= 4
+        else:
+            mask = (places >= 2 if padding == "left" else places < tokens - 2).long().repeat(3, 1)
+            mask[1] = 1
+            arguments["attention_mask"] = mask
         wanted = result(made, arguments, grad=True, **more)
-        found = result(made, arguments, grad=True, **more, through=compiled)
+        found = result(made, arguments, grad=True, through=compiled, **more)
+        largest = max(float(x.abs().max()) for x in wanted.values())
         for key, x in wanted.items():
-            torch.testing.assert_close(found[key], x, rtol=1e-4, atol=1e-5 * max(1, float(x.abs().max())), msg=key)
-    assert len(graphs) == 1
+            torch.testing.assert_close(found[key], x, rtol=1e-4, atol=1e-6 * largest, msg=key)
+    assert graphs() == 1
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", ("llama", "mistral"))
 def test_compiles_whole_with_a_cache(name, no_booleans):
-    """A prompt into a growing cache; then tokens one by one out of a static one, of which a graph sees no length."""
-    made = model(name)
-    compiled, graphs = compiled_of(made)
+    """Prompts into growing caches; then tokens out of a static one, of whose length a graph sees nothing."""
+    made, compiled = compiled_of(name)
     with torch.no_grad():
-        for tokens in (9, 7, 11):
+        for tokens in (9, 7):
             ids = torch.randint(2, VOCABULARY, (3, tokens))
             torch.testing.assert_close(compiled(ids).logits, made(ids).logits, rtol=1e-4, atol=1e-4)
-    assert len(graphs) == 1
+    assert graphs() == 1
     caches = [transformers.StaticCache(config=made.config, max_cache_len=16) for _ in range(2)]
     named = "cache" if "cache" in inspect.signature(type(made.model).forward).parameters else "past_key_values"
     with torch.no_grad():
-        for step in (ids[:, :9], *ids[:, 9:].split(1, 1), ids[:, :1]):
-            expected, out = (f(step, **{named: cache}) for f, cache in zip((made, compiled), caches))
+        for cache in caches:
+            made(ids, **{named: cache})
+        for token in ids[:, :3].split(1, 1):
+            expected, out = (f(token, **{named: cache}) for f, cache in zip((made, compiled), caches))
             torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
@@ -807,11 +817,11 @@ def test_other_patterns_compile_element_by_element():
 
 
 def test_activation_checkpointing_compiles_whole(no_booleans):
-    made, arguments = copy.deepcopy(model("mistral")), inputs("mistral", "left")
+    made, compiled = compiled_of("mistral")
+    arguments = inputs("mistral", "left")
     expected = result(made, arguments, grad=True, use_cache=False)
     made.train().gradient_checkpointing_enable()
-    found = result(made, arguments, grad=True, use_cache=False, through=compiled_of(made)[0])
-    for key, x in found.items():
+    for key, x in result(made, arguments, grad=True, use_cache=False, through=compiled).items():
         torch.testing.assert_close(x, expected[key], rtol=1e-4, atol=1e-5 * max(1, float(expected[key].abs().max())))
 
 
