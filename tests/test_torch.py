@@ -144,6 +144,29 @@ def test_compile_packed_and_default_backend(target):
 
 
 @on_targets
+def test_one_graph_trains_every_length_packed_and_with_a_bias(target):
+    """Two inputs that nothing may compare to numbers: offsets, twice in the op, and a bias of some of the axes."""
+
+    def step(x, cu_seqlens, bias):
+        q, k, v = (x * 2).unbind(2)
+        packed = pykernels.flash_attention(q, k, v, cu_seqlens_q=cu_seqlens, causal=True, backend=target.backend)
+        return packed.square().sum() + pykernels.flash_attention(q, k, v, bias=bias, backend=target.backend).sin().sum()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (33, 50):
+        x = torch.randn(1, tokens, 3, 4, 16, device=target.device, requires_grad=True)
+        bias = torch.randn(4, 1, tokens, device=target.device, requires_grad=True)
+        cu_seqlens = torch.tensor([0, 20, 20, tokens], dtype=torch.int32, device=target.device)
+        eager, fast = (torch.autograd.grad(f(x, cu_seqlens, bias), (x, bias)) for f in (step, compiled))
+        for ours, theirs in zip(fast, eager):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            assert theirs.abs().max() > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@on_targets
 def test_compile_decode_writes_the_cache(target):
     case = decode_case("compile-decode", lengths=(3, 7), capacity=12, new_tokens=1, head_dim=16)
 

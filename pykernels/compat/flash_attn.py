@@ -89,8 +89,8 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, wi
 
     `window_size` is (left, right), -1 unbounded; causal and window align at the last query and the last key.
 
-    Returns out [B, Tq, Hq, V]; with `return_attn_probs` (out, lse [B, Hq, Tq], weights). The weights are for tests: with
-    dropout they are the softmax [B, Hq, Tq, Tk], negative where dropped, else an empty tensor.
+    Returns out [B, Tq, Hq, V]; with `return_attn_probs` (out, lse [B, Hq, Tq], weights). The weights are for tests:
+    with dropout they are the softmax [B, Hq, Tq, Tk], negative where dropped, else an empty tensor.
     """
     scores = {"scale": softmax_scale, "softcap": _softcap(softcap), "alibi_slopes": alibi_slopes}
     attend = functools.partial(flash_attention, causal=causal, window=_window(window_size),
@@ -145,8 +145,8 @@ def _of_pages(k: object, v: object, block_table: Tensor, cu_seqlens_k: object, l
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor [pages, page size, H, K], got {type(x).__name__}")
         if x.dim() != 4 or x.shape[:2] != k.shape[:2] or 0 in x.shape[:2]:
-            raise ValueError(f"{name} must have 4 axes [pages, page size, H, K] with block_table, the first two those of "
-                             f"k, got shape {list(x.shape)}")
+            raise ValueError(f"{name} must have 4 axes [pages, page size, H, K] with block_table, the first two those "
+                             f"of k, got shape {list(x.shape)}")
     if not isinstance(cu_seqlens_k, Tensor):
         raise TypeError(f"cu_seqlens_k must be a tensor [sequences + 1], got {type(cu_seqlens_k).__name__}")
     if not isinstance(block_table, Tensor):
@@ -166,7 +166,8 @@ def _of_pages(k: object, v: object, block_table: Tensor, cu_seqlens_k: object, l
                              f"got {block_table.shape[1]}")
         used = block_table[sequence, entry]
         if not 0 <= int(used.min()) <= int(used.max()) < pages:
-            raise ValueError(f"block_table must hold pages below {pages} where tokens are, got {used.unique().tolist()}")
+            raise ValueError(f"block_table must hold pages below {pages} where tokens are, "
+                             f"got {used.unique().tolist()}")
     entry = block_table[sequence.clamp(max=count - 1), entry.clamp(max=block_table.shape[1] - 1)].long()
     rows = entry.clamp(0, pages - 1) * size + position % size
     return k.flatten(0, 1)[rows], v.flatten(0, 1)[rows]

@@ -57,7 +57,7 @@ class _Pattern:
 
 
 def _telling(maker: Callable) -> Callable:
-    """Has the functions that another makes tell what they hold: Dynamo, which traces it, shows no function's closure."""
+    """Has the functions that another makes tell what they hold: where Dynamo traces it, it shows no closure."""
     parameters = inspect.signature(maker).parameters
     names = tuple(parameters)
     gathers = parameters[names[0]].kind is inspect.Parameter.VAR_POSITIONAL
@@ -157,12 +157,12 @@ class Mask(BlockMask):
     and can move to another device; code that takes it for a tensor of booleans fails.
     """
 
-    def __init__(self, shape: tuple[int, ...], left: int | None, right: int | None, keys: int | None, lengths: Tensor,
-                 valid: Tensor | None = None, queries: tuple[Tensor, Tensor] | None = None,
+    def __init__(self, shape: tuple[int, ...], left: int | None, right: int | None, keys: int | None,
+                 lengths: Tensor, valid: Tensor | None = None, queries: tuple[Tensor, Tensor] | None = None,
                  visible: tuple[Tensor, Tensor] | None = None, cu_seqlens: tuple[Tensor, Tensor] | None = None) -> None:
         self._shape = shape
         self.left, self.right = left, right  # the window, as in `flash_attention`
-        # Of the Tk keys, the first this many can be seen; the last of them is at the last query. None: only lengths say.
+        # Of the Tk keys, the first this many can be seen; the last of them is at the last query. None: lengths say.
         self.keys = keys
         self.lengths = lengths  # the same for each row, int32 [B]
         self.valid = valid  # bool [B, keys], False for padding; None if there is none
@@ -229,7 +229,8 @@ def _make_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | T
     if isinstance(q_offset, Tensor) and not torch.compiler.is_compiling():  # of a static cache
         q_offset = int(q_offset)
     if pattern is not None:
-        mask = _mask(pattern, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, torch.device(device))
+        mask = _mask(pattern, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask,
+                     torch.device(device))
         if mask is not None:
             return mask
     return masking_utils.sdpa_mask(
@@ -257,7 +258,7 @@ def _mask(pattern: _Pattern, batch_size: int, q_length: int, kv_length: int, q_o
             return None
     if not everything and not q_length <= keys <= kv_length:
         return None
-    if left is not None and left >= keys - 1:
+    if not tracing and left is not None and left >= keys - 1:  # a graph serves more lengths without this question
         left = None
     mask = functools.partial(Mask, shape, left, right, keys,
                              torch.full((batch_size,), keys, dtype=torch.int32, device=device))
@@ -348,9 +349,10 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
                                  "got None")
             if sliding_window is not None:
                 window = (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
-        elif attention_mask.dim() != 4 or not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
-            raise ValueError("attention_mask must be None, made by pykernels, or [B, H or 1, Tq, Tk], boolean or added to "
-                             f"the scores, got {attention_mask.dtype} {list(attention_mask.shape)}")
+        elif attention_mask.dim() != 4 or attention_mask.dtype not in (torch.bool, torch.float32, torch.float64,
+                                                                       torch.bfloat16, torch.float16):
+            raise ValueError("attention_mask must be None, made by pykernels, or [B, H or 1, Tq, Tk], boolean or added "
+                             f"to the scores, got {attention_mask.dtype} {list(attention_mask.shape)}")
         return flash_attention(q, k, v, causal=causal, window=window, bias=_biased(attention_mask, position_bias),
                                dropout_p=dropout, **packed, **options), None
 
@@ -369,8 +371,8 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
     if by_row:
         visible = None if mask.valid is None else mask.valid[:, None, None]
         if mask.keys is None and (position_bias is not None or dropout > 0):
-            raise ValueError("a static cache takes neither position_bias nor dropout in a compiled graph; leave the model "
-                             "uncompiled, or use another attn_implementation")
+            raise ValueError("a static cache takes neither position_bias nor dropout in a compiled graph; leave the "
+                             "model uncompiled, or use another attn_implementation")
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         # There are kernels for one token; but under autocast dtypes may differ, which flash_attention alone sees to.
         alone = tokens == 1 and dropout == 0 and not needs_grad and q.dtype == k.dtype == v.dtype

@@ -260,7 +260,7 @@ def test_compiles_whole():
         out = fn(x, X["weight"], X["bias"], activation="silu")
         return out, update(x[..., 0], state, X["weight"], X["bias"], "silu")
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for state in (torch.randn(B, D, W - 1, dtype=torch.float64), torch.randn(B, D, W, dtype=torch.float64)):
         theirs = state.clone()
         for a, e in zip(compiled(X["x"], state), function(X["x"], theirs)):

@@ -134,4 +134,4 @@ def test_compiles_whole():
     def function(u: Tensor) -> Tensor:
         return modules[1](modules[0](u, K, u, u))
 
-    near(torch.compile(function, fullgraph=True, backend="aot_eager")(U), function(U))
+    near(torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")(U), function(U))

@@ -489,7 +489,7 @@ def test_compiles_whole():
 
     normal_A = normal(H * P, N).exp()
     states = X["state"].clone(), X["state"].clone()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for a, e in zip(compiled(X["x"], states[0]), function(X["x"], states[1])):
         near(a, e)
     near(*states)

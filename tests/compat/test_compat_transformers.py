@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -310,6 +312,26 @@ def test_activation_checkpointing():
     getattr(made, "activation_checkpointing_enable", made.gradient_checkpointing_enable)()
     for key, x in result(made, arguments, grad=True, use_cache=False).items():
         torch.testing.assert_close(x, expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_func_grad_and_inference_mode():
+    made, arguments = model("mistral"), inputs("mistral", "left")
+    expected = result(made, arguments, grad=True, use_cache=False)
+
+    def loss(parameters):
+        out = torch.func.functional_call(made, parameters, kwargs={**arguments, "use_cache": False}).logits
+        out = out[arguments["attention_mask"].bool()]
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        return (out * weights.to(out.dtype)).sum()
+
+    found = torch.func.grad(loss)({key: x.detach() for key, x in made.named_parameters()})
+    assert len(found) == len(expected) - 1
+    for key, x in found.items():
+        scale = max(1, float(expected[key].abs().max()))
+        torch.testing.assert_close(x.double(), expected[key], rtol=1e-4, atol=1e-5 * scale, msg=key)
+    with torch.inference_mode():
+        out = made(**arguments).logits[arguments["attention_mask"].bool()]
+    torch.testing.assert_close(out.double(), expected["out"], rtol=1e-5, atol=1e-6)
 
 
 WIDTHS = {
@@ -657,7 +679,8 @@ def test_a_mask_is_no_tensor_of_booleans():
     assert tuple(mask.shape) == (2, 1, 3, 5) and "Mask" in repr(mask)
     assert mask.to("cpu", torch.float32) is mask and mask.to(torch.zeros(1)) is mask
     moved = mask.to(device="meta")
-    assert {x.device.type for x in (moved.lengths, moved.valid, *moved.cu_seqlens, *moved.queries, *moved.visible)} == {"meta"}
+    tensors = moved.lengths, moved.valid, *moved.cu_seqlens, *moved.queries, *moved.visible
+    assert {x.device.type for x in tensors} == {"meta"}
     assert (moved.keys, moved.left, moved.right, moved.shape) == (5, None, 0, mask.shape)
     for use in (
         lambda: mask & True,
@@ -831,3 +854,52 @@ def test_static_caches_in_a_graph_take_no_dropout():
 
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(attend, fullgraph=True, backend="eager")(torch.randn(1, 2, 3, 8), torch.tensor(0))
+
+
+def test_exports_and_reloads_in_a_fresh_process(tmp_path, no_booleans):
+    """The child knows of pykernels what registers its ops, and nothing of Transformers."""
+    made, _ = compiled_of("mistral")
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = made
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    tokens = torch.export.Dim("tokens", min=3, max=64)
+    with torch.no_grad():
+        program = torch.export.export(Logits(), (torch.randint(2, VOCABULARY, (2, 9)),), dynamic_shapes=({1: tokens},))
+        torch.export.save(program, tmp_path / "model.pt2")
+        ids = torch.randint(2, VOCABULARY, (2, 14))
+        torch.save((ids, made(ids).logits), tmp_path / "wanted.pt")
+    child = """
+import pathlib, sys, torch
+import pykernels
+folder = pathlib.Path(sys.argv[1])
+ids, logits = torch.load(folder / "wanted.pt")
+out = torch.export.load(folder / "model.pt2").module()(ids)
+assert "transformers" not in sys.modules
+torch.testing.assert_close(out, logits, rtol=1e-4, atol=1e-4)
+"""
+    done = subprocess.run([sys.executable, "-c", child, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_generation_with_compiled_steps():
+    """As `generate` compiles them on a GPU: masks come from outside the graph, which serves all steps."""
+    made, _ = compiled_of("llama")
+    compiled = torch.compile(made.forward, fullgraph=True, backend="aot_eager")
+    arguments = {**inputs("llama", "left"), "max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected, eager, steps = made.generate(**arguments), made.forward, []
+
+    @functools.wraps(eager)
+    def forward(*args, **named):
+        alone = named["input_ids"].shape[1] == 1
+        steps.append(alone)
+        return (compiled if alone else eager)(*args, **named)
+
+    made.forward = forward
+    assert torch.equal(made.generate(**arguments), expected)
+    assert sum(steps) == 5 and graphs() <= 2

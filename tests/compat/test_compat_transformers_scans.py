@@ -312,3 +312,22 @@ def test_compiled_models_follow():
                 assert torch.equal(calls[-1], made(**arguments, use_cache=False).logits)
     for out in calls:
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ("mamba", "mamba2"))
+def test_compiles_whole_for_every_length(name):
+    """Forward and backward, in one graph."""
+    made = copy.deepcopy(attend(model(name), "eager"))
+    del made.backbone.layers[1:]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with compat.enable():
+        compiled = torch.compile(made, fullgraph=True, dynamic=True, backend="aot_eager")
+        for tokens in (9, 6):
+            ids, results = torch.randint(2, VOCABULARY, (2, tokens)), []
+            for f in (made, compiled):
+                logits = f(ids, use_cache=False).logits
+                results.append((logits, *torch.autograd.grad(logits.square().sum(), list(made.parameters()))))
+            for x, y in zip(*results):
+                torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-5 * float(x.abs().max()))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
