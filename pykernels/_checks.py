@@ -25,7 +25,7 @@ def tensor(name: str, x: object, axes: str) -> Tensor:
     """Checks that `x` is a tensor with the axes that `axes` spells ("B T H K")."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor [{', '.join(axes.split())}], got {type(x).__name__}")
-    rank = len(axes.split())
+    rank = axes.count(" ") + 1
     if x.dim() != rank:
         raise ValueError(f"{name} must have {rank} axes [{', '.join(axes.split())}], got shape {list(x.shape)}")
     return x
@@ -33,10 +33,11 @@ def tensor(name: str, x: object, axes: str) -> Tensor:
 
 def shape(name: str, x: Tensor, expected: dict[str, int]) -> None:
     """Checks the sizes of `x` against the axes' names and sizes, in order; None accepts any."""
-    for axis, (label, size) in enumerate(expected.items()):
-        if size is not None and x.shape[axis] != size:
+    sizes = x.shape
+    for actual, (label, size) in zip(sizes, expected.items()):
+        if size is not None and actual != size:
             labels = ", ".join(f"{label}={'any' if size is None else size}" for label, size in expected.items())
-            raise ValueError(f"{name} must have shape [{labels}], got {list(x.shape)} ({label} differs)")
+            raise ValueError(f"{name} must have shape [{labels}], got {list(sizes)} ({label} differs)")
 
 
 def main_dtype(name: str, x: Tensor) -> None:

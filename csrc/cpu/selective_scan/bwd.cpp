@@ -5,9 +5,9 @@
 // and a again from the state that the forward pass kept, into scratch, then runs the adjoint over them, states in blocks that
 // stay in registers.
 //
-// dB and dC sum over the channels of a group. Within a task they are summed per lane, over its tiles, in scratch; then over
-// lanes; then over tasks, in the order of the tasks: each task adds a chunk once the task before it has (tasks start in that
-// order, so the one waited for is running or done). The result depends on shapes alone, and no workspace is needed. What sums
+// dB and dC sum over the channels of a group. They are summed over lanes at once, in registers: what a token adds to them per lane
+// is more than first-level cache holds. Then over the tiles of a task, in scratch; then over tasks, in the order of the tasks:
+// each task adds a chunk once the task before it has (tasks start in that order, so the one waited for is running or done). The result depends on shapes alone, and no workspace is needed. What sums
 // over tokens and sequences (dA, dD, ...) is summed within a task, then over tasks in order.
 #include <sched.h>
 
@@ -28,12 +28,14 @@ constexpr int64_t kSequenceBlocks = 32;  // at most so many partial sums of dA
 // h_t and a_t of a block over a chunk into [t][n][part][lane]; y[t] += C_t . h_t if wanted.
 template <class S, int P, int Block, bool BConstant, bool CConstant>
 __attribute__((noinline)) void recompute(int64_t count, const S* dt, const S* rate, const S* dtu, const S* a, const S* b,
-                                         int64_t b_row, const S* c, int64_t c_row, const S* start, S* y, S* h_out, S* a_out) {
+                                         int64_t b_row, const S* c, int64_t c_row, const S* start, S* y, S* h_out, S* a_out,
+                                         Ahead::Part ahead) {
   constexpr int lanes = kLanes<S>, step = P * lanes;
   Number<S, P> h[Block];
 #pragma GCC unroll 16
   for (int n = 0; n < Block; ++n) h[n] = load_number<S, P>(start + n * step);
   for (int64_t t = 0; t < count; ++t) {
+    ahead.fetch(t);
     const Vec<S> dt_t = load(dt + t * lanes), rate_t = load(rate + t * lanes), dtu_t = load(dtu + t * lanes);
 #pragma GCC unroll 16
     for (int n = 0; n < Block; ++n) {
@@ -89,15 +91,49 @@ struct Total {
 };
 constexpr int64_t kGroup = 16;  // tokens that are summed in a register first
 
+// The sums over lanes of the dB and dC of a block, of those that depend on tokens. They are rows, [n][dB, dC][part], of which as
+// many as fit are folded into one vector: lane i then holds a sum, over some lanes, of row i modulo that many.
+template <class S, int P, int Block, bool BConstant, bool CConstant>
+struct Fold {
+  static constexpr int lanes = kLanes<S>, of_state = P * (!BConstant + !CConstant), rows = Block * of_state;
+  static constexpr int folded = rows < lanes ? rows : lanes;             // rows of a vector, a power of two
+  static constexpr int slots = rows == 0 ? 0 : rows / folded * lanes;   // numbers of a token
+
+  template <int Step>
+  static PYKERNELS_INLINE Vec<S> join(Vec<S> a, Vec<S> b) {
+    constexpr auto all = std::make_index_sequence<lanes>{};
+    return detail::exchange<Step, false>(a, b, all) + detail::exchange<Step, true>(a, b, all);
+  }
+  // Row r is there now (r a constant, once the loop around is unrolled): joins it with those before it.
+  static PYKERNELS_INLINE void add(Vec<S>* x, int r) {
+    if constexpr (folded >= 2)
+      if (r % 2 == 1) x[r - 1] = join<1>(x[r - 1], x[r]);
+    if constexpr (folded >= 4)
+      if (r % 4 == 3) x[r - 3] = join<2>(x[r - 3], x[r - 1]);
+    if constexpr (folded >= 8)
+      if (r % 8 == 7) x[r - 7] = join<4>(x[r - 7], x[r - 3]);
+    if constexpr (folded >= 16)
+      if (r % 16 == 15) x[r - 15] = join<8>(x[r - 15], x[r - 7]);
+  }
+  static PYKERNELS_INLINE void add(Vec<S>* x, int r, Number<S, P> value) {
+    x[r] = value.re;
+    add(x, r);
+    if constexpr (P == 2) {
+      x[r + 1] = value.im;
+      add(x, r + 1);
+    }
+  }
+};
+
 // Where one block's part of the adjoint goes.
 template <class S>
 struct Adjoint {
   S* carry;  // [n]: conj(a) g of the token after the chunk; of its first token on return
   Total<S> dA;
-  Total<S> dB_total, dC_total;  // where B and C are constant
-  S* dB;  // added to: [t][n][part][lane], or when constant [n] of a group of tokens; rows b_row apart
-  S* dC;
-  int64_t b_row, c_row;
+  Total<S> dB_total, dC_total;  // where B and C are constant; then also
+  S *dB, *dC;                   // [n], added to: of a group of tokens
+  S* sums;                      // [t], added to: a Fold; rows sums_row apart
+  int64_t sums_row;
   S* ddtu;  // [t], added to: Re(conj(B) g)
   S* ddt;   // [t], added to: Re(conj(A) conj(a) g conj(h_{t-1}))
 };
@@ -105,8 +141,9 @@ struct Adjoint {
 template <class S, int P, int Block, bool BConstant, bool CConstant>
 __attribute__((noinline)) void adjoint_block(int64_t count, const S* dt, const S* dtu, const S* dy, const S* A, const S* b,
                                              int64_t b_row, const S* c, int64_t c_row, const S* start, const S* h, const S* a,
-                                             const Adjoint<S>& out) {
+                                             const Adjoint<S>& out, Ahead::Part ahead) {
   constexpr int lanes = kLanes<S>, step = P * lanes;
+  using Sums = Fold<S, P, Block, BConstant, CConstant>;
   Number<S, P> carry[Block], dA[Block];
 #pragma GCC unroll 16
   for (int n = 0; n < Block; ++n) {
@@ -114,18 +151,25 @@ __attribute__((noinline)) void adjoint_block(int64_t count, const S* dt, const S
     dA[n] = Number<S, P>{};
   }
   for (int64_t t = count - 1; t >= 0; --t) {
+    ahead.fetch(t);
     const Vec<S> dt_t = load(dt + t * lanes), dtu_t = load(dtu + t * lanes), dy_t = load(dy + t * lanes);
     const S *const h_t = h + t * Block * step, *const before = t > 0 ? h_t - Block * step : start, *const a_t = a + t * Block * step;
     const S *const b_t = b + t * b_row, *const c_t = c + t * c_row;
-    S *const dB = out.dB + t * out.b_row, *const dC = out.dC + t * out.c_row;
-    Vec<S> ddtu[2] = {}, ddt[2] = {};
+    Vec<S> ddtu[2] = {}, ddt[2] = {}, rows[Sums::rows + 1];
 #pragma GCC unroll 16
     for (int n = 0; n < Block; ++n) {
       const Number<S, P> b_n = BConstant ? load_number<S, P>(b_t + n * step) : broadcast_number<S, P>(b_t + n * P);
       const Number<S, P> c_n = CConstant ? load_number<S, P>(c_t + n * step) : broadcast_number<S, P>(c_t + n * P);
       const Number<S, P> g = scale_conj_add<S, P>(dy_t, c_n, carry[n]);
-      store_number<S, P>(dC + n * step, scale_conj_add<S, P>(dy_t, load_number<S, P>(h_t + n * step), load_number<S, P>(dC + n * step)));
-      store_number<S, P>(dB + n * step, scale_add<S, P>(dtu_t, g, load_number<S, P>(dB + n * step)));
+      if constexpr (BConstant)
+        store_number<S, P>(out.dB + n * step, scale_add<S, P>(dtu_t, g, load_number<S, P>(out.dB + n * step)));
+      else
+        Sums::add(rows, n * Sums::of_state, scale<S, P>(dtu_t, g));
+      const Number<S, P> h_n = load_number<S, P>(h_t + n * step);
+      if constexpr (CConstant)
+        store_number<S, P>(out.dC + n * step, scale_conj_add<S, P>(dy_t, h_n, load_number<S, P>(out.dC + n * step)));
+      else
+        Sums::add(rows, n * Sums::of_state + (BConstant ? 0 : P), scale_conj<S, P>(dy_t, h_n));
       ddtu[n % 2] = real_multiply_conj_add<S, P>(g, b_n, ddtu[n % 2]);
       carry[n] = multiply_conj<S, P>(g, load_number<S, P>(a_t + n * step));
       // Gradient of dt A.
@@ -135,40 +179,31 @@ __attribute__((noinline)) void adjoint_block(int64_t count, const S* dt, const S
     }
     store(out.ddtu + t * lanes, load(out.ddtu + t * lanes) + (ddtu[0] + ddtu[1]));
     store(out.ddt + t * lanes, load(out.ddt + t * lanes) + (ddt[0] + ddt[1]));
+    if constexpr (Sums::rows > 0) {
+      S* const sums = out.sums + t * out.sums_row;
+#pragma GCC unroll 16
+      for (int r = 0; r < Sums::rows; r += Sums::folded) {
+        S* const to = sums + r / Sums::folded * lanes;
+        store(to, load(to) + rows[r]);
+      }
+    }
     if (t % kGroup != 0) continue;
 #pragma GCC unroll 16
     for (int n = 0; n < Block; ++n) {
       out.dA.template add<P>(n * step, dA[n]);
       dA[n] = Number<S, P>{};
       if constexpr (BConstant) {
-        out.dB_total.template add<P>(n * step, load_number<S, P>(dB + n * step));
-        store_number<S, P>(dB + n * step, Number<S, P>{});
+        out.dB_total.template add<P>(n * step, load_number<S, P>(out.dB + n * step));
+        store_number<S, P>(out.dB + n * step, Number<S, P>{});
       }
       if constexpr (CConstant) {
-        out.dC_total.template add<P>(n * step, load_number<S, P>(dC + n * step));
-        store_number<S, P>(dC + n * step, Number<S, P>{});
+        out.dC_total.template add<P>(n * step, load_number<S, P>(out.dC + n * step));
+        store_number<S, P>(out.dC + n * step, Number<S, P>{});
       }
     }
   }
 #pragma GCC unroll 16
   for (int n = 0; n < Block; ++n) store_number<S, P>(out.carry + n * step, carry[n]);
-}
-
-// dst[i] = the sum over lanes of src[i], for i < n; dst has room for whole vectors.
-template <class S>
-void reduce_lanes(S* dst, const S* src, int64_t n) {
-  constexpr int lanes = kLanes<S>;
-  for (int64_t i = 0; i < n; i += lanes) {
-    Vec<S> v[lanes];
-#pragma GCC unroll 16
-    for (int j = 0; j < lanes; ++j) v[j] = i + j < n ? load(src + (i + j) * lanes) : Vec<S>{};
-    transpose(v);
-#pragma GCC unroll 8
-    for (int width = lanes / 2; width > 0; width /= 2)
-#pragma GCC unroll 8
-      for (int j = 0; j < width; ++j) v[j] = v[j] + v[j + width];
-    store(dst + i, v[0]);
-  }
 }
 
 template <class S, int P, bool BConstant, bool CConstant>
@@ -186,8 +221,15 @@ struct Backward {
   const int64_t per_block = most<int64_t>(1, (sequences + kSequenceBlocks - 1) / kSequenceBlocks);
   const int64_t blocks = (sequences + per_block - 1) / per_block;
   const int64_t sums = rows * (1 + BConstant + CConstant) + 2;  // rows of partial: dA, dB, dC, dD, ddelta_bias
+  const int64_t state_blocks = count_blocks<kWide>(f.state);
+  int64_t slots = 0;  // of all blocks' folds
 
   void run(const Parallel& parallel) {
+    for_blocks<kWide>(f.state, [&]<int Block>(int64_t) { slots += Fold<S, P, Block, BConstant, CConstant>::slots; });
+    const auto bytes = [&](DType dtype) { return static_cast<size_t>(f.batch * f.channels * f.length * bytes_of(dtype)); };
+    want_huge_pages(p.du, bytes(f.dtype));
+    want_huge_pages(p.ddelta, bytes(f.delta_dtype));
+    if (p.dz != nullptr) want_huge_pages(p.dz, bytes(f.dtype));
     Scratch shared;
     S* const partial = shared.take<S>(blocks * sums * f.channels);  // [block][sum][channel]
     int64_t* const progress = shared.take<int64_t>(blocks * runs);  // chunks whose dB and dC a task has added
@@ -234,10 +276,14 @@ struct Backward {
     S *u, *slope, *dt, *rate, *dtu, *dout, *z, *gate, *dy, *y, *ddtu, *ddt;
     S *start;                    // [n]
     S *h, *a;                    // of a block over a chunk
-    S *b, *c, *dB_sum, *dC_sum;  // of a chunk; the sums [t][n][part][lane], or [n][part][lane] of a group when constant
-    S* sums;                     // of a chunk: dB_sum or dC_sum over lanes, [t][n][part]
+    S *b, *c;                    // of a chunk
+    S *dB_sum, *dC_sum;          // [n][part][lane] of a group of tokens, where constant
+    S *sums, *sums_by_slot;      // of a chunk: the blocks' folds, [t][slot] and [slot][t]
+    Ahead ahead;
 
-    Worker(const Backward& w, Scratch& scratch) : w(w), p(w.p), f(w.f) {
+    Worker(const Backward& w, Scratch& scratch)
+        : w(w), p(w.p), f(w.f), ahead(scratch.take<const char*>(Ahead::room(
+              7 * lines_of_tokens<S>() + Ahead::lines_of(w.rows, kVectorBytes), kChunk))) {
       const int64_t of_states = w.rows * lanes, of_tokens = kChunk * lanes;
       for (State& s : state) {
         const auto total = [&](int64_t n) -> Total<S> { return {scratch.take<S>(n), scratch.take<S>(n)}; };
@@ -255,9 +301,10 @@ struct Backward {
       a = scratch.take<S>(of_tokens * kWide * P);
       b = BConstant ? nullptr : scratch.take<S>(kChunk * w.row);
       c = CConstant ? nullptr : scratch.take<S>(kChunk * w.row);
-      sums = scratch.take<S>(kChunk * w.row);
-      dB_sum = scratch.take<S>((BConstant ? 1 : kChunk) * of_states);
-      dC_sum = scratch.take<S>((CConstant ? 1 : kChunk) * of_states);
+      sums = scratch.take<S>(kChunk * w.slots);
+      sums_by_slot = scratch.take<S>(kChunk * w.slots);
+      dB_sum = scratch.take<S>(BConstant ? of_states : 0);
+      dC_sum = scratch.take<S>(CConstant ? of_states : 0);
     }
 
     void task(int64_t run, int64_t block, S* partial, int64_t* progress) {
@@ -312,22 +359,24 @@ struct Backward {
       for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
         const Segment segment = w.segments.at(index, chunk);
         const int64_t token = segment.start + segment.first, count = segment.last - segment.first;
-        if constexpr (!BConstant) {
-          load_projection<S, P>(b, f.B, segment.batch, group, token, count, f.state);
-          fill(dB_sum, count * w.rows * lanes);
+        const int64_t kept = w.segments.first_of(index) + chunk;
+        if constexpr (!BConstant) load_projection<S, P>(b, f.B, segment.batch, group, token, count, f.state);
+        if constexpr (!CConstant) load_projection<S, P>(c, f.C, segment.batch, group, token, count, f.state);
+        fill(sums, count * w.slots);
+        for (int64_t i = 0; i < tiles; ++i) {
+          ahead.clear();
+          if (i + 1 < tiles)
+            look_ahead(w.tiles[first_tile + i + 1], segment.batch, token, count, kept);
+          else if (chunk > 0)
+            look_ahead(w.tiles[first_tile], segment.batch, token - kChunk, kChunk, kept - 1);
+          ahead.deal(2 * w.state_blocks, count);
+          tile(state[i], w.tiles[first_tile + i], segment.batch, token, count, kept);
         }
-        if constexpr (!CConstant) {
-          load_projection<S, P>(c, f.C, segment.batch, group, token, count, f.state);
-          fill(dC_sum, count * w.rows * lanes);
-        }
-        for (int64_t i = 0; i < tiles; ++i)
-          tile(state[i], w.tiles[first_tile + i], segment.batch, token, count, w.segments.first_of(index) + chunk);
         if constexpr (!BConstant || !CConstant) {
           if (before != nullptr)
             for (int spins = 0; __atomic_load_n(before, __ATOMIC_ACQUIRE) <= chunks_done; ++spins)
               if (spins > 100) sched_yield();
-          if constexpr (!BConstant) add_projection(p.dB, dB_sum, segment.batch, group, token, count, before != nullptr);
-          if constexpr (!CConstant) add_projection(p.dC, dC_sum, segment.batch, group, token, count, before != nullptr);
+          add_projections(segment.batch, group, token, count, before != nullptr);
           ++chunks_done;
           __atomic_store_n(done, chunks_done, __ATOMIC_RELEASE);
         }
@@ -337,23 +386,44 @@ struct Backward {
           store_states(p.dinitial_state, index * f.channels, w.tiles[first_tile + i], state[i].carry, w.rows);
     }
 
-    // dB or dC [B, G, N, L], complex with a last axis of 2, from the sums per lane [t][n][part][lane].
-    void add_projection(void* dst, S* sum, int64_t batch, int64_t group, int64_t token, int64_t count, bool accumulate) {
-      S* const base = static_cast<S*>(dst) + (batch * f.groups + group) * f.state * f.length * P;
-      // Over lanes into [t][n][part], then transposed, so that what is added to memory is contiguous in t.
-      S *const by_token = sums, *const by_state = sum;  // whose sums have been taken
-      for (int64_t t = 0; t < count; ++t) reduce_lanes(by_token + t * w.row, sum + t * w.rows * lanes, w.rows);
-      load_tile(by_state, kChunk, by_token, 1, w.row, w.rows, count);
-      for (int64_t i = 0; i < w.rows; ++i) {
-        S* const to = base + i / P * f.length * P + token * P + i % P;
-        const S* const from = by_state + i * kChunk;
-        if constexpr (P == 1) {
-          for (int64_t t = 0; t < count; t += lanes)
-            store_upto(to + t, accumulate ? load_upto(to + t, count - t) + load(from + t) : load(from + t), count - t);
-        } else {
-          for (int64_t t = 0; t < count; ++t) to[t * P] = accumulate ? to[t * P] + from[t] : from[t];
+    // What tile() will read and write.
+    void look_ahead(const Tile& tile, int64_t batch, int64_t token, int64_t count, int64_t kept) {
+      constexpr DType wide = sizeof(S) == 8 ? DType::kFloat64 : DType::kFloat32;
+      ahead.add(wide, f.chunk_states, kept * w.rows * f.channels + tile.channel, {0, 1, f.channels}, tile.count, w.rows);
+      add_tokens(ahead, f.dtype, f.u, f.u_stride, tile, batch, token, count);
+      add_tokens(ahead, f.delta_dtype, f.delta, f.delta_stride, tile, batch, token, count);
+      add_tokens(ahead, f.dtype, p.dout, p.dout_stride, tile, batch, token, count);
+      add_tokens(ahead, f.dtype, p.du, p.du_stride, tile, batch, token, count);
+      add_tokens(ahead, f.delta_dtype, p.ddelta, p.ddelta_stride, tile, batch, token, count);
+      if (f.z == nullptr) return;
+      add_tokens(ahead, f.dtype, f.z, f.z_stride, tile, batch, token, count);
+      add_tokens(ahead, f.dtype, p.dz, p.dz_stride, tile, batch, token, count);
+    }
+
+    // Into dB and dC [B, G, N, L], complex with a last axis of 2.
+    void add_projections(int64_t batch, int64_t group, int64_t token, int64_t count, bool accumulate) {
+      load_tile(sums_by_slot, kChunk, sums, 1, w.slots, w.slots, count);
+      S* fold = sums_by_slot;
+      for_blocks<kWide>(f.state, [&]<int Block>(int64_t first) {
+        using Sums = Fold<S, P, Block, BConstant, CConstant>;
+        for (int64_t r = 0; r < Sums::rows; ++r) {
+          const int64_t n = first + r / Sums::of_state, within = r % Sums::of_state;
+          const bool of_B = !BConstant && within < P;
+          S* const to = static_cast<S*>(of_B ? p.dB : p.dC) + ((batch * f.groups + group) * f.state + n) * f.length * P + token * P +
+                        within % P;
+          const S* const from = fold + (r / Sums::folded * lanes + r % Sums::folded) * kChunk;
+          for (int64_t t = 0; t < count; t += lanes) {
+            Vec<S> sum = load(from + t);
+            for (int part = Sums::folded; part < lanes; part += Sums::folded) sum = sum + load(from + part * kChunk + t);
+            if constexpr (P == 1)
+              store_upto(to + t, accumulate ? load_upto(to + t, count - t) + sum : sum, count - t);
+            else
+              for (int64_t i = 0; i < least<int64_t>(lanes, count - t); ++i)
+                to[(t + i) * P] = accumulate ? to[(t + i) * P] + sum[i] : sum[i];
+          }
         }
-      }
+        fold += Sums::slots * kChunk;
+      });
     }
 
     // Gradients of the tokens of no sequence: zeros.
@@ -407,25 +477,28 @@ struct Backward {
       if constexpr (BConstant) fill(dB_sum, w.rows * lanes);
       if constexpr (CConstant) fill(dC_sum, w.rows * lanes);
 
+      S* fold = sums;
+      int64_t block = 0;
       for_blocks<kWide>(f.state, [&]<int Block>(int64_t n) {
         const int64_t at = n * P * lanes;
         const S* const b_n = BConstant ? s.b + at : b + n * P;
         const S* const c_n = CConstant ? s.c + at : c + n * P;
         const int64_t b_row = BConstant ? 0 : w.row, c_row = CConstant ? 0 : w.row;
         recompute<S, P, Block, BConstant, CConstant>(count, dt, rate, dtu, s.a + at, b_n, b_row, c_n, c_row, start + at,
-                                                     f.z != nullptr ? y : nullptr, h, a);
+                                                     f.z != nullptr ? y : nullptr, h, a, ahead.part(block++));
         const Adjoint<S> out{s.carry + at,
                              s.dA.from(at),
                              BConstant ? s.dB.from(at) : Total<S>{},
                              CConstant ? s.dC.from(at) : Total<S>{},
-                             dB_sum + at,
-                             dC_sum + at,
-                             BConstant ? 0 : w.rows * lanes,
-                             CConstant ? 0 : w.rows * lanes,
+                             BConstant ? dB_sum + at : nullptr,
+                             CConstant ? dC_sum + at : nullptr,
+                             fold,
+                             w.slots,
                              ddtu,
                              ddt};
         adjoint_block<S, P, Block, BConstant, CConstant>(count, dt, dtu, dy, s.a + at, b_n, b_row, c_n, c_row, start + at, h, a,
-                                                         out);
+                                                         out, ahead.part(block++));
+        fold += Fold<S, P, Block, BConstant, CConstant>::slots;
       });
 
       Vec<S> dD_sum{}, ddelta_bias_sum{};

@@ -13,15 +13,17 @@ constexpr int kBlock = 8;
 #endif
 
 // y[t] += C_t . h_t and h advanced over `count` tokens, for states of a block. b and c point at the block's first state; their
-// rows are `b_row` apart (0 when constant).
+// rows are `b_row` apart (0 when constant). Each token fetches some of the lines ahead.
 template <class S, int P, int Block, bool BConstant, bool CConstant>
 __attribute__((noinline)) void scan_block(int64_t count, const S* dt, const S* rate, const S* dtu, const S* a, const S* b,
-                                          int64_t b_row, const S* c, int64_t c_row, S* h_memory, S* y) {
+                                          int64_t b_row, const S* c, int64_t c_row, S* h_memory, S* y,
+                                          Ahead::Part ahead) {
   constexpr int lanes = kLanes<S>, step = P * lanes, sums = Block < 4 ? Block : 4;
   Number<S, P> h[Block];
 #pragma GCC unroll 16
   for (int n = 0; n < Block; ++n) h[n] = load_number<S, P>(h_memory + n * step);
   for (int64_t t = 0; t < count; ++t) {
+    ahead.fetch(t);
     const Vec<S> dt_t = load(dt + t * lanes), rate_t = load(rate + t * lanes), dtu_t = load(dtu + t * lanes);
     Vec<S> sum[sums] = {};  // several, so that their additions overlap
 #pragma GCC unroll 16
@@ -45,11 +47,12 @@ __attribute__((noinline)) void scan_block(int64_t count, const S* dt, const S* r
 
 template <class S, int P, bool BConstant, bool CConstant>
 void forward(const SelectiveScanParams& p, const Parallel& parallel) {
-  constexpr int lanes = kLanes<S>;
+  constexpr int lanes = kLanes<S>, kWide = P == 1 ? kBlock : 4;
   const Segments segments(p.batch, p.length, p.cu_seqlens, p.sequences, kChunk);
   const ChannelTiles<S> tiles(p);
-  const int64_t rows = p.state * P, row = projection_row<S>(rows);
+  const int64_t rows = p.state * P, row = projection_row<S>(rows), blocks = count_blocks<kWide>(p.state);
   const int64_t sequences = p.cu_seqlens != nullptr ? p.sequences + 1 : p.batch;  // the last packed one: tokens of none
+  want_huge_pages(p.out, static_cast<size_t>(p.batch * p.channels * p.length * bytes_of(p.dtype)));
   run_tasks(parallel, sequences * tiles.count, [&](TaskQueue& queue) {
     Scratch scratch;
     S* const u = scratch.take<S>(kChunk * lanes);
@@ -62,6 +65,7 @@ void forward(const SelectiveScanParams& p, const Parallel& parallel) {
     S* const h = scratch.take<S>(rows * lanes);
     S* const b = scratch.take<S>(BConstant ? rows * lanes : kChunk * row);
     S* const c = scratch.take<S>(CConstant ? rows * lanes : kChunk * row);
+    Ahead ahead(scratch.take<const char*>(Ahead::room(4 * lines_of_tokens<S>(), kChunk)));
     // Of the chunks that a sequence owns but does not need, so that the tensor is the same in every run.
     const auto clear_chunk_states = [&](int64_t index, int64_t sequence, const Tile& tile, S* zeros) {
       if (p.chunk_states == nullptr) return;
@@ -105,11 +109,20 @@ void forward(const SelectiveScanParams& p, const Parallel& parallel) {
           store(dtu + i, step * load(u + i));
           store(y + i, Vec<S>{});
         }
-        for_blocks<P == 1 ? kBlock : 4>(p.state, [&]<int Block>(int64_t n) {
+        ahead.clear();
+        if (const int64_t next = start + count, tokens = least(kChunk, segment.length - first - count); tokens > 0) {
+          add_tokens(ahead, p.dtype, p.u, p.u_stride, tile, segment.batch, next, tokens);
+          add_tokens(ahead, p.delta_dtype, p.delta, p.delta_stride, tile, segment.batch, next, tokens);
+          if (p.z != nullptr) add_tokens(ahead, p.dtype, p.z, p.z_stride, tile, segment.batch, next, tokens);
+          add_tokens(ahead, p.dtype, p.out, p.out_stride, tile, segment.batch, next, tokens);
+        }
+        ahead.deal(blocks, count);
+        int64_t block = 0;
+        for_blocks<kWide>(p.state, [&]<int Block>(int64_t n) {
           scan_block<S, P, Block, BConstant, CConstant>(count, dt, rate, dtu, a + n * P * lanes,
                                                         b + n * P * (BConstant ? lanes : 1), BConstant ? 0 : row,
                                                         c + n * P * (CConstant ? lanes : 1), CConstant ? 0 : row,
-                                                        h + n * P * lanes, y);
+                                                        h + n * P * lanes, y, ahead.part(block++));
         });
         for (int64_t i = 0; i < count * lanes; i += lanes) {
           Vec<S> result = load(y + i) * static_cast<S>(P) + skip * load(u + i);

@@ -6,6 +6,8 @@
 #pragma once
 
 #include "../../include/pykernels/selective_scan.h"
+#include "../common/ahead.h"
+#include "../common/pages.h"
 #include "../common/scratch.h"
 #include "../common/tile.h"
 
@@ -111,6 +113,14 @@ PYKERNELS_INLINE Number<S, P> scale(Vec<S> x, Number<S, P> b) {
     return {x * b.re};
   else
     return {x * b.re, x * b.im};
+}
+// x conj(b) for real x
+template <class S, int P>
+PYKERNELS_INLINE Number<S, P> scale_conj(Vec<S> x, Number<S, P> b) {
+  if constexpr (P == 1)
+    return {x * b.re};
+  else
+    return {x * b.re, -(x * b.im)};
 }
 // x b + c for real x
 template <class S, int P>
@@ -277,6 +287,16 @@ void store_tokens(DType dtype, void* dst, const ChannelStrides& stride, const Ti
              src, kLanes<S>, count, tile.count);
 }
 
+// Cache lines of such a tile, at most: rows are channels, or tokens.
+template <class S>
+constexpr int64_t lines_of_tokens() {
+  return most(Ahead::lines_of(kLanes<S>, kChunk * sizeof(S)), Ahead::lines_of(kChunk, kVectorBytes));
+}
+inline void add_tokens(Ahead& ahead, DType dtype, const void* src, const ChannelStrides& stride, const Tile& tile, int64_t batch,
+                       int64_t start, int64_t count) {
+  ahead.add(dtype, src, batch * stride.batch + tile.channel * stride.channel + start * stride.token, stride, tile.count, count);
+}
+
 // Splits N states into blocks: calls body.template operator()<Size>(first) with sizes Wide, 4 and 1.
 template <int Wide, class Body>
 PYKERNELS_INLINE void for_blocks(int64_t state, Body&& body) {
@@ -285,6 +305,12 @@ PYKERNELS_INLINE void for_blocks(int64_t state, Body&& body) {
   if constexpr (Wide > 4)
     for (; n + 4 <= state; n += 4) body.template operator()<4>(n);
   for (; n < state; ++n) body.template operator()<1>(n);
+}
+template <int Wide>
+int64_t count_blocks(int64_t state) {
+  int64_t blocks = 0;
+  for_blocks<Wide>(state, [&]<int>(int64_t) { ++blocks; });
+  return blocks;
 }
 
 }  // namespace pykernels::cpu::PYKERNELS_ISA

@@ -299,5 +299,7 @@ def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: T
     if chosen == "reference":
         out = reference.selective_scan_step(*arguments)
     else:
-        out = registration.run("step", chosen, *map(registration.real, arguments[:-1]), delta_softplus)
+        if dtype.is_complex:
+            arguments = *map(registration.real, arguments[:-1]), delta_softplus
+        out = registration.run("step", chosen, *arguments)
     return out.flatten(1) if x.dim() == 2 else out
