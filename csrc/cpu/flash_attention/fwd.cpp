@@ -97,6 +97,17 @@ void sort_chunks(Chunk* chunks, int64_t n) {
   }
 }
 
+#if defined(PYKERNELS_HAS_AMX)
+// Times this, a tile of 32 weights per row comes out as the 16 sums of pairs.
+struct PairSums {
+  uint16_t ones[16 * 32];
+  constexpr PairSums() : ones() {
+    for (int i = 0; i < 16; ++i) ones[34 * i] = ones[34 * i + 1] = 0x3f80;
+  }
+};
+alignas(64) constexpr PairSums kPairSums;
+#endif
+
 template <class C>
 struct Shape {
   static constexpr bool kTiles = C::kRowAlign > 1;  // of AMX
@@ -337,7 +348,11 @@ class Worker {
       pack_columns<C>(k_, packed_panel<C>(depth_), k, k_stride, head_dim, n);
     }
 
-    const Magnitudes<Acc> values = magnitudes(v, v_stride, n, value_dim, kLimit);
+    Magnitudes<Acc> values{};
+    if constexpr (kFastExp)
+      values.all_below = largest_magnitude(v, v_stride, n, value_dim) < kLimit;
+    else
+      values = magnitudes(v, v_stride, n, value_dim, kLimit);
     exceptional_values_ = !values.all_below;
     if (exceptional_values_) {
       for (int j = 0; j < n; ++j)
@@ -382,7 +397,14 @@ class Worker {
     bool done = false;
 #if defined(PYKERNELS_HAS_AMX)
     if constexpr (kFastExp)
-      done = fast && !terms_.on() && !dropout_.on() && fused_tile(row, key, begin, padded, first, last);
+      if (fast && !terms_.on() && !dropout_.on()) {
+        // Rows of weights per product: all 32 beside the products of a panel.
+        const auto fused = depth_ < 64    ? &Worker::fused_tile<8>
+                           : depth_ < 128 ? &Worker::fused_tile<4>
+                           : depth_ < 256 ? &Worker::fused_tile<2>
+                                          : &Worker::fused_tile<1>;
+        done = (this->*fused)(row, key, begin, padded, first, last);
+      }
 #endif
     if (!done) {
       scores(row, rows, begin, columns, padded);
@@ -626,6 +648,7 @@ class Worker {
   // scores of the last 32 into weights. Returns false, with l and o unchanged, where rows have no maximum yet to go
   // by (the first keys are looked at for one), where their scores are too small for the table, or when one outgrows
   // its maximum.
+  template <int Rows>
   bool fused_tile(int row, int64_t key, int begin, int columns, Range first, Range last) {
     static_assert(kRows == 32 && 2 * 32 * 32 <= kRows * kStride);
     if (p_.softcap > 0 || p_.scale == 0) return false;
@@ -655,34 +678,43 @@ class Worker {
     _mm512_store_ps(offsets, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m0), _mm512_set1_ps(128)));
     _mm512_store_ps(offsets + 16, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m1), _mm512_set1_ps(128)));
     const __m512 slope = _mm512_set1_ps(factor * 128);
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-    alignas(64) float sums[32 * 16] = {};  // of the weights, by lane
-    // The accumulators will be needed at the end.
-    for (int j = 0; j < 32 * width_; j += 16) __builtin_prefetch(o_ + row * width_ + j, 1, 3);
     Exp2Table table;
-    for (int j = 0; j <= columns; j += 32) {
-      if (j < columns) multiply_panel(q, k);
-      if (j > 0) {
+    const char* o = reinterpret_cast<const char*>(o_ + row * width_);
+    for (int j = 0;; j += 32) {
+      float* const next = buffers[j / 32 % 2];
+      if (j == 0) {
+        multiply_panel(q, k);
+      } else if (j < columns) {
+        // The accumulators, needed at the end, come into the L1 cache meanwhile.
+        multiply_and_weigh<Rows>(q, k, buffers[(j / 32 - 1) % 2], weights_ + j - 32, offsets, slope, table, o);
+        o += 128 * 32 / Rows;
+      } else {
         const float* const s = buffers[(j / 32 - 1) % 2];
         BFloat16* const w = weights_ + j - 32;
 #pragma GCC unroll 4
-        for (int i = 0; i < 32; ++i) {
-          const __m512i weights = table.weights(s + 32 * i, slope, _mm512_set1_ps(offsets[i]));
-          _mm512_store_si512(w + i * kStride, weights);
-          _mm512_store_ps(sums + 16 * i, _mm512_dpbf16_ps(_mm512_load_ps(sums + 16 * i), (__m512bh)weights, ones));
-        }
+        for (int i = 0; i < 32; ++i)
+          _mm512_store_si512(w + i * kStride, table.weights(s + 32 * i, slope, _mm512_set1_ps(offsets[i])));
+        break;
       }
-      if (j < columns) {
-        float* const s = buffers[j / 32 % 2];
-        store_panel(s);
-        if (last.begin > first_key + j || first.end < first_key + j + 32) mask_panel(s, row, first_key + j);
-        k += packed_panel<C>(depth_);
-      }
+      store_panel(next);
+      if (last.begin > first_key + j || first.end < first_key + j + 32) mask_panel(next, row, first_key + j);
+      k += packed_panel<C>(depth_);
     }
     if (table.overflow()) return false;
 
+    // The sums of the weights, by pairs of keys: a product too, with a matrix of pairs of ones along the diagonal.
     float* const l = l_ + row * 16;
-    for (int i = 0; i < 32; ++i) store(l + 16 * i, load(l + 16 * i) + load(sums + 16 * i));
+    amx::load<0>(l, 64);
+    amx::load<1>(l + 256, 64);
+    amx::load<6>(kPairSums.ones, 64);
+    for (int j = 0; j < columns; j += 32) {
+      amx::load<4>(weights_ + j, 2 * kStride);
+      amx::dot<0, 4, 6>();
+      amx::load<5>(weights_ + 16 * kStride + j, 2 * kStride);
+      amx::dot<1, 5, 6>();
+    }
+    amx::store<0>(l, 64);
+    amx::store<1>(l + 256, 64);
     matmul<C>(kRows, width_, columns, {weights_, kStride}, {v_, packed_panel<C>(kKeys), begin},
               {o_ + row * width_, width_}, true);
     return true;
@@ -690,20 +722,55 @@ class Worker {
 
   // Scores of 32 rows and the 32 keys of a panel, into tiles 0 to 3, and from there to [32, 32] at s.
   PYKERNELS_INLINE void multiply_panel(const BFloat16* q, const BFloat16* k) {
+    zero_panel();
+    for (const BFloat16* const end = q + depth_; q < end; q += 32, k += 1024) multiply_step(q, k, [](int) {});
+  }
+  // While the tile unit multiplies, the vector unit turns the scores before these into weights: Rows rows after a product, as
+  // the processor does not look far enough ahead to find work that comes later; two cache lines per product are fetched on the
+  // side, from `fetched` on.
+  template <int Rows>
+  PYKERNELS_INLINE void multiply_and_weigh(const BFloat16* q, const BFloat16* k, const float* s, BFloat16* w, const float* offsets,
+                                           __m512 slope, Exp2Table& table, const char* fetched) {
+    zero_panel();
+    const BFloat16* const end = q + depth_;
+    for (int i = 0; i < 32; i += 4 * Rows, q += 32, k += 1024) {
+      multiply_step(q, k, [&](int product) __attribute__((always_inline)) {
+        const int first = product * Rows;
+#pragma GCC unroll 8
+        for (int r = first; r < first + Rows; ++r)
+          _mm512_store_si512(w + r * kStride, table.weights(s + 32 * r, slope, _mm512_set1_ps(offsets[r])));
+        __builtin_prefetch(fetched + 128 * product, 1, 3);
+        __builtin_prefetch(fetched + 128 * product + 64, 1, 3);
+      });
+      w += 4 * Rows * kStride;
+      s += 4 * Rows * 32;
+      offsets += 4 * Rows;
+      fetched += 512;
+    }
+    for (; q < end; q += 32, k += 1024) multiply_step(q, k, [](int) {});
+  }
+  PYKERNELS_INLINE static void zero_panel() {
     amx::zero<0>();
     amx::zero<1>();
     amx::zero<2>();
     amx::zero<3>();
-    for (int d = 0; d < depth_; d += 32, k += 1024) {
-      amx::load<6>(k, 128);
-      amx::load<4>(q + d, 2 * depth_);
-      amx::dot<0, 4, 6>();
-      amx::load<7>(k + 32, 128);
-      amx::dot<1, 4, 7>();
-      amx::load<5>(q + 16 * depth_ + d, 2 * depth_);
-      amx::dot<2, 5, 6>();
-      amx::dot<3, 5, 7>();
-    }
+  }
+  // 32 of the depth; after(0) to after(3) come after a product each.
+  template <class After>
+  PYKERNELS_INLINE void multiply_step(const BFloat16* q, const BFloat16* k, After&& after) const {
+    const int64_t q_bytes = 2 * depth_;
+    amx::load<6>(k, 128);
+    amx::load<4>(q, q_bytes);
+    amx::dot<0, 4, 6>();
+    after(0);
+    amx::load<7>(k + 32, 128);
+    amx::dot<1, 4, 7>();
+    after(1);
+    amx::load<5>(q + 16 * depth_, q_bytes);
+    amx::dot<2, 5, 6>();
+    after(2);
+    amx::dot<3, 5, 7>();
+    after(3);
   }
   PYKERNELS_INLINE void store_panel(float* s) {
     amx::store<0>(s, 128);
@@ -729,8 +796,9 @@ class Worker {
   void write() {
     T* const out = static_cast<T*>(p_.out);
     Acc* const lse = static_cast<Acc*>(p_.lse);
-    Cursor at = cursor(0);
-    for (int row = 0; row < rows_; ++row, at.advance()) {
+    Cursor at = cursor(0), ahead = cursor(kAhead);
+    for (int row = 0; row < rows_; ++row, at.advance(), ahead.advance()) {
+      if (row + kAhead < rows_) prefetch_row(address(out, p_.out_stride, ahead), p_.value_dim);
       const int64_t head = head_k_ * problem_.group + at.head;
       const RowSum<Acc> sum(p_, head, m_[row], reduce_add<Acc>(load(l_ + row * kLane)));
       const Acc inverse = dropout_.on() ? sum.inverse * static_cast<Acc>(dropout_.scale()) : sum.inverse;
