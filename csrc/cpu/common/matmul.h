@@ -678,7 +678,10 @@ void copy_rows(typename C::Elem* a, int64_t lda, const T* source, int64_t stride
       } else {
 #if defined(PYKERNELS_HAS_BF16_DOT)
         const HalfU16 bits = detail::load_bf16(source + k, depth - k);
-        __builtin_memcpy(a + k, &bits, 2 * static_cast<size_t>(least<int64_t>(lanes, lda - k)));
+        if (lda - k >= lanes)
+          __builtin_memcpy(a + k, &bits, sizeof(bits));
+        else
+          __builtin_memcpy(a + k, &bits, 2 * static_cast<size_t>(lda - k));
 #endif
       }
     }
