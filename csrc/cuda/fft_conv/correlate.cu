@@ -5,13 +5,9 @@ namespace pykernels::cuda::fft {
 namespace {
 
 template <int kPoints>
-__global__ void __launch_bounds__(Transform<kPoints>::kBlockThreads,
-                                  kPoints > 4096 ? 1 : 256 / Transform<kPoints>::kBlockThreads)
+__global__ void __launch_bounds__(Transform<kPoints>::kBlockThreads, 256 / Transform<kPoints>::kBlockThreads)
     fft_conv_correlate_kernel(const __grid_constant__ CorrelateParams p) {
   using Block = Transform<kPoints>;
-  // The registers of 512 threads do not hold the sums beside two spectra: they then stay in memory, that is in the
-  // second-level cache.
-  constexpr bool kHeld = Block::kThreads <= 256;
   const int t = static_cast<int>(threadIdx.x) % Block::kThreads, slot = static_cast<int>(threadIdx.x) / Block::kThreads;
   const int64_t item = int64_t{blockIdx.x} * Block::kPerBlock + slot;
   const bool of_rows = p.from == Place::kRows;
@@ -21,12 +17,11 @@ __global__ void __launch_bounds__(Transform<kPoints>::kBlockThreads,
   float2* const shared = memory.take<float2>(Block::kPerBlock * Block::kSharedPoints) + slot * Block::kSharedPoints;
   float2* const sums = p.sums + item * kPoints + t;
 
-  float2 sum[kHeld ? kPerThread : 1] = {};
-  if constexpr (kHeld)
-    if (p.add && item < p.range.items) {
+  float2 sum[kPerThread] = {};
+  if (p.add && item < p.range.items) {
 #pragma unroll
-      for (int i = 0; i < kPerThread; ++i) sum[i] = sums[i * Block::kThreads];
-    }
+    for (int i = 0; i < kPerThread; ++i) sum[i] = sums[i * Block::kThreads];
+  }
 #pragma unroll 1
   for (int64_t step = 0; step < p.share; ++step) {
     const int64_t i = (of_rows ? within * p.share : 0) + step;
@@ -52,22 +47,12 @@ __global__ void __launch_bounds__(Transform<kPoints>::kBlockThreads,
     load(z, p.dc, p.dc_windows, p.dc_points);
     Block::forward(z, shared, t, of_rows);
     Block::sync();
-    if constexpr (kHeld) {
 #pragma unroll
-      for (int l = 0; l < kPerThread; ++l) sum[l] = sum[l] + times<true>(z[l], x[l]);
-    } else if (active) {
-#pragma unroll
-      for (int l = 0; l < kPerThread; ++l) {
-        const float2 product = times<true>(z[l], x[l]);
-        sums[l * Block::kThreads] = step > 0 || p.add ? sums[l * Block::kThreads] + product : product;
-      }
-    }
+    for (int l = 0; l < kPerThread; ++l) sum[l] = sum[l] + times<true>(z[l], x[l]);
   }
-  if constexpr (kHeld)
-    if (item < p.range.items) {
+  if (item >= p.range.items) return;
 #pragma unroll
-      for (int i = 0; i < kPerThread; ++i) sums[i * Block::kThreads] = sum[i];
-    }
+  for (int i = 0; i < kPerThread; ++i) sums[i * Block::kThreads] = sum[i];
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 namespace pykernels::cuda::fft {
 
-constexpr int kLeastPoints = 256, kMostPoints = 8192;  // of a transform by one block
+constexpr int kLeastPoints = 256, kMostPoints = 4096;  // of a transform by one block
 
 // Points [rows, subs, N] or sums [G, parts, subs, N] are complex numbers in device memory; rows that are longer than a
 // transform come through the former, after stages of radix 16 have split them into `subs` transforms.
