@@ -26,7 +26,8 @@ def _rows(x: Tensor | None) -> Tensor | None:
 
 def _inputs(u, k, k_rev, D, pre_gate, post_gate, k_rev_lag, circular) -> tuple[dict[str, Any], list]:
     """-> (the fields of a call, the tensors that they point to)"""
-    tensors = [_rows(u), *(None if x is None else x.contiguous() for x in (k, k_rev, D)), _rows(pre_gate), _rows(post_gate)]
+    tensors = [_rows(u), *(None if x is None else x.contiguous() for x in (k, k_rev, D)),
+               *map(_rows, (pre_gate, post_gate))]
     u, k, k_rev, D, pre_gate, post_gate = tensors
     batch, channels, length = u.shape
     f = {"dtype": _DTYPES[u.dtype], "batch": batch, "channels": channels, "length": length, "groups": k.shape[0],
@@ -58,7 +59,8 @@ def bwd(dout, u, k, k_rev, D, pre_gate, post_gate, k_rev_lag, circular, input_gr
     gradients = {"du": like(u, input_gradient), "dk": like(k, kernel_gradient), "dk_rev": like(k_rev, kernel_gradient),
                  "dD": like(D), "dpre_gate": like(pre_gate, input_gradient), "dpost_gate": like(post_gate)}
     wanted = {"du": input_gradient, "dk": kernel_gradient, "dk_rev": kernel_gradient and k_rev is not None,
-              "dD": D is not None, "dpre_gate": input_gradient and pre_gate is not None, "dpost_gate": post_gate is not None}
+              "dD": D is not None, "dpre_gate": input_gradient and pre_gate is not None,
+              "dpost_gate": post_gate is not None}
     f |= fields(dout=dout, **{name: x if wanted[name] else None for name, x in gradients.items()})
     scratch = guarded((host_build.load().fft_conv_bwd_scratch(f),), torch.float32)
     host_build.load().fft_conv_bwd(f | fields(scratch=scratch))

@@ -25,9 +25,11 @@ struct Kernels {
 
   Kernels() = default;
   explicit Kernels(const FFTConvParams& p)
-      : k(static_cast<const float*>(p.k)), k_rev(static_cast<const float*>(p.k_rev)), taps(p.taps), taps_rev(p.taps_rev),
+      : k(static_cast<const float*>(p.k)), k_rev(static_cast<const float*>(p.k_rev)), taps(p.taps),
+        taps_rev(p.taps_rev),
         lag(static_cast<int>(p.k_rev_lag)), length(static_cast<int>(p.length)) {
-    const int64_t ahead = p.taps - 1, behind = p.k_rev != nullptr ? p.taps_rev - 1 + p.k_rev_lag : 0, most = p.length - 1;
+    const int64_t ahead = p.taps - 1, behind = p.k_rev != nullptr ? p.taps_rev - 1 + p.k_rev_lag : 0;
+    const int64_t most = p.length - 1;
     folded = p.circular && ahead + behind >= p.length;
     forward = static_cast<int>(folded ? most : std::min(ahead, most));
     reverse = static_cast<int>(folded ? 0 : std::min(behind, most));
@@ -66,11 +68,13 @@ struct Kernels {
     if (dk_rev != nullptr && back >= 0 && back < taps_rev) behind[back] = value;
   }
   // Zeros for the gradients of a group's taps without effect: `threads` threads take them in turns.
-  __device__ __forceinline__ void clear(float* dk, float* dk_rev, int64_t group, int64_t thread, int64_t threads) const {
+  __device__ __forceinline__ void clear(float* dk, float* dk_rev, int64_t group, int64_t thread,
+                                        int64_t threads) const {
     if (folded) return;
     for (int64_t i = forward + 1 + thread; i < taps; i += threads) dk[group * taps + i] = 0.0f;
     if (dk_rev == nullptr) return;
-    for (int64_t i = max(reverse - lag + 1, 0) + thread; i < taps_rev; i += threads) dk_rev[group * taps_rev + i] = 0.0f;
+    for (int64_t i = max(reverse - lag + 1, 0) + thread; i < taps_rev; i += threads)
+      dk_rev[group * taps_rev + i] = 0.0f;
   }
 
  private:
@@ -94,8 +98,8 @@ struct Result {
   Strides2 stride, factor_stride;
 };
 
-// Windows of rows: number w of a row begins `before` samples before sample w step, the first of the `step` outputs that it
-// owns. Samples outside [low, high) are zero, of windows of what they `own` those too that others do; samples outside
+// Windows of rows: number w of a row begins `before` samples before sample w step, the first of the `step` outputs that
+// it owns. Samples outside [low, high) are zero, of windows of what they `own` those too that others do; samples outside
 // [0, L) are modulo L.
 struct Windows {
   int count, before, step, low, high;
@@ -137,10 +141,11 @@ __device__ __forceinline__ int sample_at(int n, int length, int low, int high) {
 
 // z[l] = points first + l step of a window of 2 `points` samples: x there and x `points` further on.
 __device__ __forceinline__ void load_window(float2 (&z)[kPerThread], DType dtype, const Signal& x, int length,
-                                            const Windows& windows, int window, int64_t batch, int64_t channel, int first,
-                                            int step, int points) {
+                                            const Windows& windows, int window, int64_t batch, int64_t channel,
+                                            int first, int step, int points) {
   const int begin = window * windows.step, origin = begin - windows.before + first;
-  const int low = windows.own ? begin : windows.low, high = windows.own ? min(begin + windows.step, length) : windows.high;
+  const int low = windows.own ? begin : windows.low;
+  const int high = windows.own ? min(begin + windows.step, length) : windows.high;
   for_dtype(dtype, [&]<class T>(T) {
     const T* const values = row_of<const T>(x.values, x.stride, batch, channel);
     const T* const gate = row_of<const T>(x.gate, x.gate_stride, batch, channel);
@@ -231,8 +236,8 @@ __device__ __forceinline__ void load_taps(float2 (&z)[kPerThread], const Kernels
   }
 }
 
-__device__ __forceinline__ void store_taps(const float2 (&z)[kPerThread], const Kernels& kernels, float* dk, float* dk_rev,
-                                           int64_t group, int first, int step, int points, float scale) {
+__device__ __forceinline__ void store_taps(const float2 (&z)[kPerThread], const Kernels& kernels, float* dk,
+                                           float* dk_rev, int64_t group, int first, int step, int points, float scale) {
   const auto store = [&](int p, float value) {
     if (p <= kernels.forward) kernels.put(dk, dk_rev, group, kernels.reverse + p, value);
     const int back = p - 2 * points;

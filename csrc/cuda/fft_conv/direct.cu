@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kThreads) fft_conv_direct_kernel(const __grid_
   });
 }
 
-// A block owns a part of a group's windows. Tap m, counted from the last lag down, is the sum over n of dc_n x_{n + m}; a
-// thread adds up eight taps over every sixteenth run of eight n.
+// A block owns a part of a group's windows. Tap m, counted from the last lag down, is the sum over n of dc_n x_{n + m};
+// a thread adds up eight taps over every sixteenth run of eight n.
 __global__ void __launch_bounds__(kThreads) fft_conv_direct_taps_kernel(const __grid_constant__ DirectTapsParams p) {
   constexpr int kOctets = kDirectTaps / kRun, kSegments = kThreads / kOctets;
   SharedMemory memory;
@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kThreads) fft_conv_direct_taps_kernel(const __
 #pragma unroll
         for (int j = 0; j < kRun; ++j)
 #pragma unroll
-          for (int m = 0; m < kRun; ++m) sum[m] += value[j] * (m + j < kRun ? near[(m + j) % kRun] : far[(m + j) % kRun]);
+          for (int m = 0; m < kRun; ++m)
+            sum[m] += value[j] * (m + j < kRun ? near[(m + j) % kRun] : far[(m + j) % kRun]);
       }
     }
     __syncthreads();  // before the next tiles come
@@ -131,13 +132,14 @@ __global__ void __launch_bounds__(kThreads) fft_conv_direct_sums_kernel(const __
   if (i >= p.groups * count) return;
   const int64_t group = i / count, index = i % count;
   double sum = 0.0;
-  for (int part = 0; part < p.parts; ++part) sum += static_cast<double>(p.sums[(group * p.parts + part) * count + index]);
+  for (int part = 0; part < p.parts; ++part)
+    sum += static_cast<double>(p.sums[(group * p.parts + part) * count + index]);
   p.kernels.put(p.dk, p.dk_rev, group, static_cast<int>(index), static_cast<float>(sum));
   p.kernels.clear(p.dk, p.dk_rev, group, index, count);
 }
 
-// A block owns `share` samples of a channel, in all batch entries. In double, whose products of floats are exact: what a
-// sum over a whole batch may cancel to is far smaller than its terms.
+// A block owns `share` samples of a channel, in all batch entries. In double, whose products of floats are exact: what
+// a sum over a whole batch may cancel to is far smaller than its terms.
 __global__ void __launch_bounds__(kThreads) fft_conv_skip_kernel(const __grid_constant__ SkipParams p) {
   SharedMemory memory;
   double* const scratch = memory.take<double>(kThreads / 32);

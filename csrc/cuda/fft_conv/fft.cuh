@@ -57,8 +57,8 @@ __device__ __forceinline__ float2 unit(uint32_t turn) {
 
 // ---- Butterflies: transforms in registers ---------------------------------------------------------------------------
 
-// The one of kRadix points z[kFirst], z[kFirst + kStep], ...; point a + 4 b of the result (a + 4 b for radix 16, a + 4 b
-// for 8, with 2 values of b) stands where point 4 a + b (2 a + b) of the input did. Its inverse takes that order.
+// Points of radix 16 and 8 come out with their digits swapped: a + 4 b stands where point 4 a + b (2 a + b of 8) of the
+// input did. Their inverses take that order.
 template <bool kInverse, int kFirst, int kStep>
 __device__ __forceinline__ void butterfly4(float2 (&z)[kPerThread]) {
   constexpr int i0 = kFirst, i1 = kFirst + kStep, i2 = kFirst + 2 * kStep, i3 = kFirst + 3 * kStep;
@@ -144,8 +144,8 @@ __device__ __forceinline__ void shift16(float2 (&z)[kPerThread]) {
   }
 }
 
-// The twiddles between a butterfly of radix 16 and what follows: point k times e^{-+2 pi i (k - 1/4) turn / 2^32}, without
-// the 1/4 if not `shifted`. `turn` is a multiple of 4.
+// The twiddles between a butterfly of radix 16 and what follows: point k times e^{-+2 pi i (k - 1/4) turn / 2^32},
+// without the 1/4 if not `shifted`. `turn` is a multiple of 4.
 template <bool kInverse>
 __device__ __forceinline__ void twiddle16(float2 (&z)[kPerThread], uint32_t turn, bool shifted) {
   float2 w[8];
@@ -163,8 +163,8 @@ __device__ __forceinline__ void twiddle16(float2 (&z)[kPerThread], uint32_t turn
   for (int k = 8; k < 16; ++k) z[digits_swapped(k)] = times<kInverse>(z[digits_swapped(k)], times(w[k - 8], next));
 }
 
-// One stage of radix 16, of points that lie apart; position `turn` of the butterfly within its transform as a fraction of
-// a turn.
+// One stage of radix 16, of points that lie apart; position `turn` of the butterfly within its transform as a fraction
+// of a turn.
 template <bool kInverse>
 __device__ __forceinline__ void stage16(float2 (&z)[kPerThread], uint32_t turn, bool shifted) {
   if constexpr (kInverse) {
@@ -180,7 +180,7 @@ __device__ __forceinline__ void stage16(float2 (&z)[kPerThread], uint32_t turn, 
 
 __device__ __forceinline__ int log2_of(int power) { return 31 - __clz(power); }
 
-// ---- A transform by kPoints / 16 threads ------------------------------------------------------------------------------
+// ---- A transform by kPoints / 16 threads ----------------------------------------------------------------------------
 
 // Given: z[l] of thread t is point t + l kThreads. Result: in an order of its own, which `inverse` takes.
 template <int kPoints>

@@ -7,8 +7,8 @@ namespace {
 
 constexpr int64_t kLongest = int64_t{1} << 28;  // samples of a row
 
-// As sums; by transforms of windows of 2 `points` samples; or of whole rows of `total` points, of which stages of radix 16
-// leave `points`.
+// As sums; by transforms of windows of 2 `points` samples; or of whole rows of `total` points, of which stages of radix
+// 16 leave `points`.
 struct Way {
   bool direct;
   int points, total;
@@ -58,11 +58,13 @@ struct Call {
   int64_t per_group, group_rows;  // rows of a group
 
   explicit Call(const FFTConvParams& p_)
-      : p(p_), kernels(p_), way(choose_way(p_, kernels)), per_group(p_.channels / p_.groups), group_rows(per_group * p_.batch) {}
+      : p(p_), kernels(p_), way(choose_way(p_, kernels)), per_group(p_.channels / p_.groups),
+        group_rows(per_group * p_.batch) {}
 
   // The windows of x; of the gradient, for the transpose, whose lags are the negatives.
   Windows windows(bool reversed = false) const {
-    const int ahead = reversed ? kernels.reverse : kernels.forward, behind = reversed ? kernels.forward : kernels.reverse;
+    const int ahead = reversed ? kernels.reverse : kernels.forward;
+    const int behind = reversed ? kernels.forward : kernels.reverse;
     const int length = static_cast<int>(p.length);
     const bool whole = !way.direct && way.count == 1 && way.step == length && !p.circular;
     Windows w{way.count, whole ? 0 : ahead, way.step, 0, length, false};
@@ -183,7 +185,8 @@ struct Call {
 
 const char* convolve(const Call& call, const Rows& rows, bool reversed, int copies, float2* scratch, void* stream) {
   if (call.way.direct)
-    return direct({rows, call.windows(reversed), call.kernels, reversed, call.p.groups * call.windows_of_group()}, stream);
+    return direct({rows, call.windows(reversed), call.kernels, reversed, call.p.groups * call.windows_of_group()},
+                  stream);
   return call.way.staged() ? call.staged(rows, reversed, copies, scratch, stream)
                            : call.windowed(rows, reversed, scratch, stream);
 }
@@ -198,8 +201,8 @@ const char* kernel_gradient(const Call& call, const FFTConvBackwardParams& b, co
   const Windows windows = call.windows();
   Steps steps;
   if (call.way.direct)
-    return direct_taps({rows, dc, windows, call.kernels, p.groups, total, share, call.parts(), static_cast<float*>(memory),
-                        dk, dk_rev},
+    return direct_taps({rows, dc, windows, call.kernels, p.groups, total, share, call.parts(),
+                        static_cast<float*>(memory), dk, dk_rev},
                        stream);
   // Windows of dc lie where x's do, and hold what they own.
   Windows own = windows;
@@ -247,7 +250,7 @@ bool is_empty(const FFTConvParams& p) { return p.batch == 0 || p.channels == 0 |
 
 const char* unsupported(const FFTConvParams& p) {
   if (p.dtype == DType::kFloat64) return "the CUDA kernels compute in float32";
-  if (p.length > kLongest) return "rows have more than 2^28 samples; the triton and cpu backends have other limits";
+  if (p.length > kLongest) return "rows have more than 2^28 samples; the cpu backend has no such limit";
   return nullptr;
 }
 
@@ -279,7 +282,8 @@ int64_t fft_conv_bwd_scratch(const FFTConvBackwardParams& b) {
   const FFTConvParams& p = b.forward;
   if (fft::unsupported(p) != nullptr || fft::is_empty(p)) return 0;
   const fft::Call call(p);
-  const int64_t sums = int64_t{call.parts()} * p.groups, skip = b.dskip != nullptr ? 2 * p.channels * fft::skip_parts(p) : 0;
+  const int64_t sums = int64_t{call.parts()} * p.groups;
+  const int64_t skip = b.dskip != nullptr ? 2 * p.channels * fft::skip_parts(p) : 0;
   if (call.way.staged()) return std::max({call.staged_floats(1), b.dk != nullptr ? call.staged_floats(2) : 0, skip});
   const int64_t of_kernel = b.dk == nullptr ? 0 : sums * (call.way.direct ? call.kernels.count() : 2 * call.way.points);
   return std::max({call.way.direct ? 0 : call.spectrum_floats(), of_kernel, skip});
@@ -321,6 +325,8 @@ const char* fft_conv_bwd(const FFTConvBackwardParams& b, void* scratch, void* st
   return steps.error;
 }
 
-const char* fft_conv_kernels(int capability) { return capability >= 80 ? "sm_80 (fp32 transforms in shared memory)" : "none"; }
+const char* fft_conv_kernels(int capability) {
+  return capability >= 80 ? "sm_80 (fp32 transforms in shared memory)" : "none";
+}
 
 }  // namespace pykernels::cuda

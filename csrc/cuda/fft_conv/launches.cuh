@@ -11,15 +11,15 @@ constexpr int kLeastPoints = 256, kMostPoints = 4096;  // of a transform by one 
 // transform come through the former, after stages of radix 16 have split them into `subs` transforms.
 enum class Place { kRows, kTaps, kPoints, kSums };
 
-// Which rows and kernels a launch is about: rows from `first_row` on, with the groups from `first_group` on. One item is
-// one transform: a window of a row, one of a row's subs, or a kernel.
+// Which rows and kernels a launch is about: rows from `first_row` on, with the groups from `first_group` on. One item
+// is one transform: a window of a row, one of a row's subs, or a kernel.
 struct Range {
   int64_t first_row, first_group, items;
   int subs;
 };
 
-// From a place, through a transform (not kSums), the product with a spectrum (not from kSums nor where one is made) and the
-// inverse transform, to a place. To kSums: the spectrum itself.
+// From a place, through a transform (not kSums), the product with a spectrum (not from kSums nor where one is made) and
+// the inverse transform, to a place. To kSums: the spectrum itself.
 struct TransformParams {
   Place from, to;
   bool conj;  // the product is with the conjugate
@@ -36,8 +36,8 @@ struct TransformParams {
 };
 const char* transform(int points, const TransformParams& p, void* stream);
 
-// sums = sum over rows of the spectrum of dc times the conjugate of x's, of each group in `parts` of at most `share` items;
-// of points (first x's, then dc's) there is one part, and the sums may be there already.
+// sums = sum over rows of the spectrum of dc times the conjugate of x's, of each group in `parts` of at most `share`
+// items; of points (first x's, then dc's) there is one part, and the sums may be there already.
 struct CorrelateParams {
   Place from;  // kRows or kPoints
   bool add;
@@ -67,8 +67,8 @@ struct StageParams {
 const char* split(const StageParams& p, void* stream);
 const char* merge(const StageParams& p, void* stream);
 
-// Sums over a few taps. `before` is how many samples before an output its first one lies; `reversed` reads the taps from the
-// last lag down, for the transpose.
+// Sums over a few taps. `before` is how many samples before an output its first one lies; `reversed` reads the taps from
+// the last lag down, for the transpose.
 constexpr int kDirectTaps = 64, kDirectTile = 1024;
 struct DirectParams {
   Rows rows;
@@ -104,8 +104,8 @@ const char* skip_gradient(const SkipParams& p, void* stream);
 
 // A launch of `blocks` blocks.
 template <class... Parameters, class... Arguments>
-const char* launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, unsigned shared_bytes, void* stream,
-                          const Arguments&... arguments) {
+const char* launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, unsigned shared_bytes,
+                          void* stream, const Arguments&... arguments) {
   if (blocks > INT32_MAX) return "more transforms than a grid has blocks";
   return launch(kernel,
                 {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), shared_bytes,

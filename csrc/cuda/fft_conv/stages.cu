@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kThreads, 2) fft_conv_split_kernel(const __gri
   float2 z[kPerThread];
   if (p.place == Place::kRows) {
     const int64_t row = p.range.first_row + at.item;
-    load_window(z, p.rows.dtype, p.rows.x, p.rows.length, p.windows, 0, row % p.rows.batch, row / p.rows.batch, at.first,
-                at.step, p.total);
+    load_window(z, p.rows.dtype, p.rows.x, p.rows.length, p.windows, 0, row % p.rows.batch, row / p.rows.batch,
+                at.first, at.step, p.total);
   } else if (p.place == Place::kTaps) {
     load_taps(z, p.kernels, p.range.first_group + at.item, at.first, at.step, p.total);
   } else {
