@@ -22,8 +22,7 @@ struct FFTConvArguments {
 
   FFTConvArguments(const Tensor& u_, const Tensor& k_, const std::optional<Tensor>& k_rev_,
                    const std::optional<Tensor>& skip_, const std::optional<Tensor>& pre_gate_,
-                   const std::optional<Tensor>& post_gate_, int64_t k_rev_lag,
-            bool circular)
+                   const std::optional<Tensor>& post_gate_, int64_t k_rev_lag, bool circular)
       : u(last_contiguous(u_)),
         k(contiguous_or(k_)),
         k_rev(k_rev_ ? std::optional<Tensor>(contiguous_or(*k_rev_)) : std::nullopt),
@@ -66,7 +65,8 @@ struct FFTConvArguments {
 
 template <class Launch>
 Tensor fft_conv_fwd(Launch&& launch, const Tensor& u, const Tensor& k, std::optional<Tensor> k_rev,
-                    std::optional<Tensor> skip, std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate, int64_t k_rev_lag, bool circular) {
+                    std::optional<Tensor> skip, std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate,
+                    int64_t k_rev_lag, bool circular) {
   FFTConvArguments arguments(u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag, circular);
   FFTConvParams& p = arguments.params;
   Tensor out = empty({p.batch, p.channels, p.length}, u.scalar_type(), u);
@@ -78,8 +78,8 @@ Tensor fft_conv_fwd(Launch&& launch, const Tensor& u, const Tensor& k, std::opti
 template <class Launch>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fft_conv_bwd(
     Launch&& launch, const Tensor& dout_, const Tensor& u, const Tensor& k, std::optional<Tensor> k_rev,
-    std::optional<Tensor> skip, std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate, int64_t k_rev_lag, bool circular,
-    bool input_gradient, bool kernel_gradient) {
+    std::optional<Tensor> skip, std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate, int64_t k_rev_lag,
+    bool circular, bool input_gradient, bool kernel_gradient) {
   const FFTConvArguments arguments(u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag, circular);
   FFTConvBackwardParams b{};
   b.forward = arguments.params;

@@ -99,8 +99,8 @@ struct Result {
 };
 
 // Windows of rows: number w of a row begins `before` samples before sample w step, the first of the `step` outputs that
-// it owns. Samples outside [low, high) are zero, of windows of what they `own` those too that others do; samples outside
-// [0, L) are modulo L.
+// it owns. Samples outside [low, high) are zero, of windows of what they `own` those too that others do; samples
+// outside [0, L) are modulo L.
 struct Windows {
   int count, before, step, low, high;
   bool own;

@@ -67,8 +67,8 @@ struct StageParams {
 const char* split(const StageParams& p, void* stream);
 const char* merge(const StageParams& p, void* stream);
 
-// Sums over a few taps. `before` is how many samples before an output its first one lies; `reversed` reads the taps from
-// the last lag down, for the transpose.
+// Sums over a few taps. `before` is how many samples before an output its first one lies; `reversed` reads the taps
+// from the last lag down, for the transpose.
 constexpr int kDirectTaps = 64, kDirectTile = 1024;
 struct DirectParams {
   Rows rows;
