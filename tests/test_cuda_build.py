@@ -111,7 +111,9 @@ def test_report_lists_every_kernel_for_every_architecture():
         "flash_attention_bwd_delta_sm80_kernel", "causal_conv1d_fwd_kernel", "causal_conv1d_bwd_kernel",
         "causal_conv1d_step_kernel", "selective_scan_fwd_kernel", "selective_scan_bwd_kernel",
         "selective_scan_step_kernel", "linear_attention_walk_sm80_kernel", "linear_attention_scan_sm80_kernel",
-        "linear_attention_ddecay_sm80_kernel", "linear_attention_extra_sm80_kernel", "linear_attention_step_sm80_kernel"}
+        "linear_attention_ddecay_sm80_kernel", "linear_attention_extra_sm80_kernel", "linear_attention_step_sm80_kernel", "fft_conv_transform_kernel",
+        "fft_conv_correlate_kernel", "fft_conv_split_kernel", "fft_conv_merge_kernel", "fft_conv_direct_kernel",
+        "fft_conv_direct_taps_kernel", "fft_conv_skip_kernel"}
     assert {k.head for k in _kernels() if k.function == "linear_attention_walk_sm80_kernel"} == {"64", "128", "256"}
     heads = {k.head for k in _kernels() if k.function == "flash_attention_fwd_sm80_kernel"}
     assert heads == {"32", "64", "96", "128", "192", "256"}

@@ -36,7 +36,7 @@ def test_info():
         _library.active_isa(),
         "flash_attention, tensors on cpu",
         "-> cpu",
-        "fft_conv has no cuda backend",
+        "not cuda: the tensors are on cpu",
     ):
         assert word in done.stdout, word
 

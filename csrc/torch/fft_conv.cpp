@@ -1,102 +1,22 @@
-// torch.ops.pykernels.fft_conv_*: schemas, memory checks and the CPU implementations.
-#include "../include/pykernels/fft_conv.h"
-
-#include "common.h"
+// torch.ops.pykernels.fft_conv_*: schemas and the CPU implementations.
+#include "fft_conv.h"
 
 namespace pykernels::bindings {
 namespace {
 
-Strides2 strides2(const Tensor& x) { return {x.stride(0), x.stride(1)}; }
-
-std::optional<Tensor> readable(const std::optional<Tensor>& x) {
-  return x ? std::optional<Tensor>(last_contiguous(*x)) : std::nullopt;
-}
-
-// The arguments of a call; the tensors must outlive the launch.
-struct Arguments {
-  Tensor u, k;
-  std::optional<Tensor> k_rev, skip, pre_gate, post_gate;
-  FFTConvParams params{};
-
-  Arguments(const Tensor& u_, const Tensor& k_, const std::optional<Tensor>& k_rev_, const std::optional<Tensor>& skip_,
-            const std::optional<Tensor>& pre_gate_, const std::optional<Tensor>& post_gate_, int64_t k_rev_lag,
-            bool circular)
-      : u(last_contiguous(u_)),
-        k(contiguous_or(k_)),
-        k_rev(k_rev_ ? std::optional<Tensor>(contiguous_or(*k_rev_)) : std::nullopt),
-        skip(skip_ ? std::optional<Tensor>(contiguous_or(*skip_)) : std::nullopt),
-        pre_gate(readable(pre_gate_)),
-        post_gate(readable(post_gate_)) {
-    FFTConvParams& p = params;
-    STD_TORCH_CHECK(u.dim() == 3 && k.dim() == 2, "pykernels: u needs 3 axes and k 2");
-    p.dtype = dtype_of(u);
-    p.batch = u.size(0), p.channels = u.size(1), p.length = u.size(2), p.groups = k.size(0), p.taps = k.size(1);
-    STD_TORCH_CHECK(p.groups > 0 ? p.channels % p.groups == 0 : p.channels == 0,
-                    "pykernels: u's channels are no multiple of k's");
-    STD_TORCH_CHECK(p.taps >= 1, "pykernels: k has no taps");
-    STD_TORCH_CHECK(k_rev_lag == 0 || k_rev_lag == 1, "pykernels: k_rev_lag must be 0 or 1");
-    const ScalarType wide = accumulator_of(u);
-    check_dtype(k, wide, "k");
-    p.u = u.const_data_ptr(), p.u_stride = strides2(u), p.k = k.const_data_ptr();
-    p.k_rev_lag = k_rev_lag, p.circular = circular;
-    if (k_rev) {
-      check_dtype(*k_rev, wide, "k_rev");
-      STD_TORCH_CHECK(k_rev->dim() == 2 && k_rev->size(1) >= 1, "pykernels: k_rev needs 2 axes and a tap");
-      check_shape(*k_rev, {p.groups, k_rev->size(1)}, "k_rev");
-      p.k_rev = k_rev->const_data_ptr(), p.taps_rev = k_rev->size(1);
-    }
-    if (skip) {
-      check_dtype(*skip, wide, "D");
-      check_shape(*skip, {p.channels}, "D");
-      p.skip = skip->const_data_ptr();
-    }
-    const auto gate = [&](const std::optional<Tensor>& x, const void*& data, Strides2& stride, const char* name) {
-      if (!x) return;
-      check_same_dtype(*x, u, name);
-      check_shape(*x, {p.batch, p.channels, p.length}, name);
-      data = x->const_data_ptr(), stride = strides2(*x);
-    };
-    gate(pre_gate, p.pre_gate, p.pre_stride, "pre_gate");
-    gate(post_gate, p.post_gate, p.post_stride, "post_gate");
-  }
-};
-
 Tensor fwd_cpu(const Tensor& u, const Tensor& k, std::optional<Tensor> k_rev, std::optional<Tensor> skip,
                std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate, int64_t k_rev_lag, bool circular) {
-  Arguments arguments(u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag, circular);
-  FFTConvParams& p = arguments.params;
-  Tensor out = empty({p.batch, p.channels, p.length}, u.scalar_type(), u);
-  p.out = out.mutable_data_ptr(), p.out_stride = strides2(out);
-  cpu::fft_conv_fwd(p, torch_threads());
-  return out;
+  const auto launch = [](const FFTConvParams& p, const Tensor&) { cpu::fft_conv_fwd(p, torch_threads()); };
+  return fft_conv_fwd(launch, u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag, circular);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
-    const Tensor& dout_, const Tensor& u, const Tensor& k, std::optional<Tensor> k_rev, std::optional<Tensor> skip,
+    const Tensor& dout, const Tensor& u, const Tensor& k, std::optional<Tensor> k_rev, std::optional<Tensor> skip,
     std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate, int64_t k_rev_lag, bool circular,
     bool input_gradient, bool kernel_gradient) {
-  const Arguments arguments(u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag, circular);
-  FFTConvBackwardParams b{};
-  b.forward = arguments.params;
-  const FFTConvParams& p = b.forward;
-  const Tensor dout = last_contiguous(dout_);
-  check_same_dtype(dout, u, "dout");
-  check_shape(dout, {p.batch, p.channels, p.length}, "dout");
-  b.dout = dout.const_data_ptr(), b.dout_stride = strides2(dout);
-  const ScalarType narrow = u.scalar_type(), wide = accumulator_of(u);
-  const auto row = [&](bool wanted) { return empty({wanted ? p.batch : 0, p.channels, p.length}, narrow, u); };
-  Tensor du = row(input_gradient), dpre = row(input_gradient && pre_gate), dpost = row(post_gate.has_value());
-  Tensor dk = empty({kernel_gradient ? p.groups : 0, p.taps}, wide, u);
-  Tensor dk_rev = empty({kernel_gradient && k_rev ? p.groups : 0, k_rev ? p.taps_rev : 0}, wide, u);
-  Tensor dskip = empty({skip ? p.channels : 0}, wide, u);
-  if (input_gradient) b.du = du.mutable_data_ptr();
-  if (input_gradient && pre_gate) b.dpre_gate = dpre.mutable_data_ptr();
-  if (post_gate) b.dpost_gate = dpost.mutable_data_ptr();
-  if (kernel_gradient) b.dk = dk.mutable_data_ptr();
-  if (kernel_gradient && k_rev) b.dk_rev = dk_rev.mutable_data_ptr();
-  if (skip) b.dskip = dskip.mutable_data_ptr();
-  cpu::fft_conv_bwd(b, torch_threads());
-  return {du, dk, dk_rev, dskip, dpre, dpost};
+  const auto launch = [](const FFTConvBackwardParams& p, const Tensor&) { cpu::fft_conv_bwd(p, torch_threads()); };
+  return fft_conv_bwd(launch, dout, u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag, circular, input_gradient,
+                      kernel_gradient);
 }
 
 }  // namespace

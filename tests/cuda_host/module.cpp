@@ -17,6 +17,7 @@ namespace cuda_host {
 void bind_causal_conv1d(py::module_& m);
 void bind_selective_scan(py::module_& m);
 void bind_linear_attention(py::module_& m);
+void bind_fft_conv(py::module_& m);
 }
 
 namespace {
@@ -136,4 +137,5 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
   cuda_host::bind_causal_conv1d(m);
   cuda_host::bind_selective_scan(m);
   cuda_host::bind_linear_attention(m);
+  cuda_host::bind_fft_conv(m);
 }

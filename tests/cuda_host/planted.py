@@ -41,6 +41,7 @@ class Fault:
 _FORWARD, _BACKWARD = "flash_attention/fwd_sm90.cuh", "flash_attention/bwd_sm90.cuh"
 _DECODE, _WALK = "flash_attention/decode_sm80.cuh", "linear_attention/walk_sm80.cuh"
 _DECAY, _STEP = "linear_attention/gradients_sm80.cuh", "linear_attention/step_sm80.cuh"
+_TRANSFORM = "fft_conv/fft.cuh"
 _BOTH = "ptx::named_barrier_sync(kBoth, 256);"
 _OWN = "ptx::named_barrier_sync(kOwn + static_cast<unsigned>(consumer), 128);"
 
@@ -97,11 +98,14 @@ FAULTS = (
     Fault("step-sums-read-early", _STEP, "__syncthreads();", after="\n    for (int c = static_cast<int>(threadIdx.x); c <",
           group="step"),
     Fault("step-outputs-read-early", _STEP, "__syncthreads();", after="\n  }\n\n  const float inverse", group="step"),
+    # Long convolution.
+    Fault("transform-points-read-early", _TRANSFORM, "sync();", after="\n      forward<", group="fft"),
+    Fault("inverse-points-read-early", _TRANSFORM, "sync();", after="\n    } else {\n      inverse<", group="fft"),
 )
 
 # The units that the cases of the tests run.
 _UNITS = ("flash_attention/fwd_sm90_64.cu", "flash_attention/bwd_sm90_64.cu", "flash_attention/decode_sm80_64.cu",
-          "linear_attention/walk_sm80_64.cu", "linear_attention/linear_attention.cu")
+          "linear_attention/walk_sm80_64.cu", "linear_attention/linear_attention.cu", "fft_conv/transform.cu")
 _VARIABLE = 'extern "C" __attribute__((visibility("default"))) int pykernels_left_out'
 
 

@@ -13,7 +13,8 @@ from test_flash_attention_decode_on_host import _check as check_decode
 from test_flash_attention_on_host import _check as check_attention
 from test_flash_attention_on_host import _check_fwd as check_attention_fwd
 
-from pykernels.testing import LINEAR_ATTENTION, LINEAR_ATTENTION_STEP, Target, check
+from pykernels.testing import FFT_CONV, LINEAR_ATTENTION, LINEAR_ATTENTION_STEP, Target, check
+from pykernels.testing.fft_conv import conv_case
 from pykernels.testing.flash_attention import attention_case, decode_case
 from pykernels.testing.linear_attention import linear_case, step_case
 
@@ -86,7 +87,17 @@ def _linear_check(host, op, case, seed: int) -> None:
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
 
 
-RUNS: dict[str, Callable] = {"fwd": _forward, "bwd": _backward, "decode": _decode, "linear": _linear, "step": _step}
+def _fft(host, seed: int) -> None:
+    import fft_conv_ops
+
+    host.set_seed(seed)
+    with fft_conv_ops.on_the_host():
+        errors = check(FFT_CONV, conv_case("planted-fft", channels=1, length=1000), BF16, Target("cuda", "cpu"))
+    assert all(error.ok for error in errors), "\n".join(map(str, errors))
+
+
+RUNS: dict[str, Callable] = {"fwd": _forward, "bwd": _backward, "decode": _decode, "linear": _linear, "step": _step,
+                             "fft": _fft}
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,8 @@ struct FFTConvParams {
   bool circular;
   void* out;
   Strides2 out_stride;
+  // CUDA: rows that no block can hold go through scratch memory, in parts of about this many bytes.
+  int64_t part_bytes = int64_t{256} << 20;
 };
 
 // Gradients of everything, from that of out; those that are null are not computed.
@@ -51,5 +53,16 @@ namespace cpu {
 void fft_conv_fwd(const FFTConvParams& params, const Parallel& parallel);
 void fft_conv_bwd(const FFTConvBackwardParams& params, const Parallel& parallel);
 }  // namespace cpu
+
+namespace cuda {
+// Floats of scratch memory that a call needs.
+int64_t fft_conv_fwd_scratch(const FFTConvParams& params);
+int64_t fft_conv_bwd_scratch(const FFTConvBackwardParams& params);
+// Each returns null, or what went wrong. `scratch` is aligned to 16 bytes.
+const char* fft_conv_fwd(const FFTConvParams& params, void* scratch, void* stream);
+const char* fft_conv_bwd(const FFTConvBackwardParams& params, void* scratch, void* stream);
+// Which kernels serve a compute capability (10 major + minor), in words.
+const char* fft_conv_kernels(int capability);
+}  // namespace cuda
 
 }  // namespace pykernels

@@ -33,7 +33,19 @@ def _triton(query: Query) -> str | None:
     return None
 
 
-OP = Op("fft_conv", {"triton": _triton, "cpu": _any, "reference": _any})
+def _cuda(query: Query) -> str | None:
+    if query.dtype == torch.float64:
+        return "the CUDA kernels compute in float32"
+    if query.sizes["length"] > _LONGEST:
+        return f"the CUDA kernels take rows of up to {_LONGEST} samples, these have {query.sizes['length']}"
+    return None
+
+
+OP = Op(
+    "fft_conv",
+    {"cuda": _cuda, "triton": _triton, "cpu": _any, "reference": _any},
+    explicit_only={"cuda": "not yet measured against Triton on a GPU, so only on request"},
+)
 
 _MODES = ("causal", "circular")
 
@@ -121,7 +133,7 @@ def fft_conv(
         post_gate: factor on the result [B, D, L], or None; as pre_gate.
         mode: "causal": samples outside [0, L) are zero, and taps that reach beyond the sequence have no effect.
             "circular": positions are modulo L, and longer kernels wrap.
-        backend: "auto", "triton", "cpu" or "reference" (see pykernels.backends).
+        backend: "auto", "triton", "cpu", "cuda" or "reference" (see pykernels.backends).
 
     Returns:
         out [B, D, L] in u's dtype.
@@ -198,7 +210,7 @@ def fft_conv_init(
         batch: B, where there is no prefix (None: 1).
         channels: D, where there is no prefix (None: k's rows).
         dtype: of the samples to come, where there is no prefix (None: k's).
-        backend: "auto", "triton", "cpu" or "reference" (see pykernels.backends), here and in the steps.
+        backend: "auto", "triton", "cpu", "cuda" or "reference" (see pykernels.backends), here and in the steps.
 
     Returns:
         The state. It keeps O(B D K) numbers however many tokens follow.
