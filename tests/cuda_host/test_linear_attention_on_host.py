@@ -21,11 +21,6 @@ HALF = (BF16, FP16)
 CUDA = Target("cuda", "cpu")
 
 
-def _served(case: Case) -> bool:
-    decay = case.make(FP16, "cpu").args.get("decay")
-    return decay is None or decay.dim() < 4
-
-
 # Every instantiation, several slices of columns, inner axes of more than one walk, several segments of 512 tokens.
 SIZES = [
     linear_case("size-64", tokens=80, key_dim=64, value_dim=130, decay="token", state=True),
@@ -48,11 +43,23 @@ SIZES = [
     linear_case("segments-packed-reverse", tokens=1300, heads=2, heads_k=1, key_dim=16, decay="token", strength=0.02,
                 lengths=(1, 700, 590), reverse=True, normalize=True),
 ]
-NUMBERS = [(LINEAR_ATTENTION, case, dtype) for dtype in HALF
-           for case in (*LINEAR_ATTENTION.cases, *LINEAR_ATTENTION.extremes, *SIZES) if _served(case)]
-NUMBERS += [(RETENTION, case, dtype) for dtype in HALF for case in (*RETENTION.cases, *RETENTION.extremes)]
-NUMBERS += [(op, case, dtype) for op in (LINEAR_ATTENTION_STEP, RETENTION_STEP) for dtype in (*HALF, FP32)
-            for case in (*op.cases, *op.extremes)]
+# The same of the kernels for a decay per channel and for fp32.
+WIDE_SIZES = [
+    linear_case("wide-128", tokens=80, heads=1, key_dim=100, value_dim=128, decay="channel", bonus=True, state=True),
+    linear_case("wide-256", tokens=40, heads=1, key_dim=250, value_dim=200, decay="channel", state=True),
+    linear_case("wide-parts", tokens=40, heads=2, heads_k=1, key_dim=70, value_dim=300, decay="channel", normalize=True,
+                bonus=True, state=True),
+    linear_case("wide-segments", tokens=1100, heads=1, key_dim=20, value_dim=24, decay="channel", strength=0.02, state=True),
+    linear_case("wide-segments-bonus-reverse", batch=2, tokens=530, heads=1, key_dim=70, decay="channel", strength=0.02,
+                normalize=True, bonus=True, reverse=True, state=True),
+    linear_case("wide-segments-256", tokens=520, heads=1, key_dim=130, value_dim=140, decay="channel", strength=0.02),
+    linear_case("wide-segments-packed", tokens=1700, heads=2, heads_k=1, key_dim=16, decay="channel", strength=0.02,
+                lengths=(520, 0, 512, 1, 600), state=True),
+]
+NUMBERS = [(op, case, dtype) for op in (LINEAR_ATTENTION, RETENTION, LINEAR_ATTENTION_STEP, RETENTION_STEP)
+           for dtype in (*HALF, FP32) for case in (*op.cases, *op.extremes)]
+NUMBERS += [(LINEAR_ATTENTION, case, dtype) for dtype in HALF for case in SIZES]
+NUMBERS += [(LINEAR_ATTENTION, case, dtype) for dtype in (BF16, FP32) for case in WIDE_SIZES]
 
 
 @pytest.fixture(autouse=True)
@@ -165,18 +172,13 @@ def test_fits_the_shared_memory_of_every_gpu(host, size):
 
 def test_what_the_kernels_do_not_take(host, ops):
     q = torch.zeros(1, 4, 1, 8, dtype=FP16)
-    g = torch.zeros(1, 4, 1, 8)
-    with pytest.raises(BackendUnavailable, match="no decay per channel"):
-        linear_attention(q, q, q, decay=g, backend="cuda")
-    with pytest.raises(BackendUnavailable, match="bfloat16 and float16"):
-        linear_attention(*[q.float()] * 3, backend="cuda")
+    with pytest.raises(BackendUnavailable, match="no float64"):
+        linear_attention(*[q.double()] * 3, backend="cuda")
     with pytest.raises(BackendUnavailable, match="no float64"):
         linear_attention_step(*[q[:, 0].double()] * 3, torch.zeros(1, 1, 8, 8, dtype=torch.float64), backend="cuda")
     options = (None, None, None, 1.0, False, False, False)
-    with pytest.raises(RuntimeError, match="no decay per channel"):
-        ops.fwd(q, q, q, g, *options)
-    with pytest.raises(RuntimeError, match="bfloat16 and float16"):
-        ops.fwd(*[q.float()] * 3, None, *options)
+    with pytest.raises(RuntimeError, match="no float64"):
+        ops.fwd(*[q.double()] * 3, None, *options)
     host.set_shared_limit(16 * 1024)
     try:
         with pytest.raises(RuntimeError, match="invalid argument"):

@@ -36,11 +36,6 @@ def _triton(query: Query) -> str | None:
 def _cuda(query: Query) -> str | None:
     if query.dtype == torch.float64:
         return "the CUDA kernels take no float64"
-    if "step" not in query.options:  # a step takes every option
-        if query.dtype == torch.float32:
-            return "the CUDA kernels take bfloat16 and float16 (a step float32 too)"
-        if "channel_decay" in query.options:
-            return "the CUDA kernels take no decay per channel"
     return _sizes(query)
 
 
