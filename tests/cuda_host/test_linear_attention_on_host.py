@@ -94,6 +94,8 @@ def test_every_order_of_events(host, seed_):
 @pytest.mark.parametrize("case", (
     linear_case("repeat", batch=2, tokens=600, heads=2, heads_k=1, key_dim=20, value_dim=80, decay="token", state=True),
     linear_case("repeat-bonus", tokens=70, key_dim=20, decay="head", bonus=True, normalize=True),
+    linear_case("repeat-channel", tokens=600, heads=2, heads_k=1, key_dim=20, value_dim=80, decay="channel", bonus=True,
+                normalize=True, state=True),
 ), ids=str)
 def test_bitwise_repeatable(host, case):
     """Whatever the order of the blocks and threads."""
@@ -106,10 +108,11 @@ def test_bitwise_repeatable(host, case):
             assert torch.equal(x, other[name]), name
 
 
-def test_results_do_not_depend_on_the_batch(host):
+@pytest.mark.parametrize("decay, dtype", (("token", BF16), ("channel", BF16), ("token", FP32)), ids=str)
+def test_results_do_not_depend_on_the_batch(host, decay, dtype):
     """Not on the other sequences of a batch or of packed input, not even where their values are not finite."""
-    lengths, options = (70, 600, 100), {"decay": "token", "strength": 0.02, "state": True}
-    args = dict(linear_case("batch", tokens=sum(lengths), key_dim=20, lengths=lengths, **options).make(BF16, "cpu").args)
+    lengths, options = (70, 600, 100), {"decay": decay, "strength": 0.02, "state": True}
+    args = dict(linear_case("batch", tokens=sum(lengths), key_dim=20, lengths=lengths, **options).make(dtype, "cpu").args)
     for name in "qkv":
         args[name][:, 60:70], args[name][:, 670:] = torch.nan, torch.inf
     names = [*"qkv", "decay"]
@@ -133,11 +136,11 @@ def test_lying_offsets_stay_inside(host, ops, offsets):
     """Offsets in device memory are not checked: whatever they are, no access leaves the tensors."""
     q, k, v = (torch.randn(1, 900, 1, 16, generator=torch.Generator().manual_seed(i)).half() for i in range(3))
     cu = torch.tensor(offsets, dtype=torch.int32)
-    g = torch.full((1,), -0.01)
-    out, final, checkpoints, denominator = ops.fwd(q, k, v, g, None, None, cu, 0.25, False, False, True)
-    assert out.isfinite().all() and final.isfinite().all()
-    for x in ops.bwd(q, None, q, k, v, g, None, cu, out, checkpoints, denominator, 0.25, False, False, True):
-        assert x.isfinite().all()
+    for g, u in ((torch.full((1,), -0.01), None), (torch.full((1, 900, 1, 16), -0.01), torch.ones(1, 16))):
+        out, final, checkpoints, denominator = ops.fwd(q, k, v, g, u, None, cu, 0.25, False, False, True)
+        assert out.isfinite().all() and final.isfinite().all()
+        for x in ops.bwd(q, None, q, k, v, g, u, cu, out, checkpoints, denominator, 0.25, False, False, True):
+            assert x.isfinite().all()
 
 
 def test_a_forward_without_gradients_needs_no_states(host):
@@ -161,11 +164,12 @@ def test_steps_continue_a_prompt(host):
 
 
 @pytest.mark.parametrize("size", (64, 128, 256))
-def test_fits_the_shared_memory_of_every_gpu(host, size):
+@pytest.mark.parametrize("decay", ("token", "channel"))
+def test_fits_the_shared_memory_of_every_gpu(host, decay, size):
     """sm_86, sm_89 and sm_120 have 99 KiB for a block."""
     host.set_shared_limit(99 * 1024)
     try:
-        _check(host, LINEAR_ATTENTION, linear_case("small", tokens=3, heads=1, key_dim=size, decay="token"), FP16, 0)
+        _check(host, LINEAR_ATTENTION, linear_case("small", tokens=3, heads=1, key_dim=size, decay=decay), FP16, 0)
     finally:
         host.set_shared_limit(227 * 1024)
 
@@ -191,6 +195,7 @@ def test_what_the_kernels_do_not_take(host, ops):
 SANITIZED = ("linear_attention-tiny-float16", "linear_attention-key-33-value-70-bfloat16", "linear_attention-key-111-value-1-float16",
              "linear_attention-packed-float16", "linear_attention-packed-normalize-bfloat16", "linear_attention-bonus-token-float16",
              "linear_attention-layout-expanded-bfloat16", "linear_attention-size-128-bonus-bfloat16",
+             "linear_attention-packed-channel-float16", "linear_attention-layout-padded-bfloat16", "linear_attention-wide-parts-float32",
              "linear_attention-parts-float16", "linear_attention-segments-packed-reverse-bfloat16",
              "linear_attention_step-step-slots-float16", "linear_attention_step-step-normalize-float32",
              "linear_attention_step-layout-padded-bfloat16")

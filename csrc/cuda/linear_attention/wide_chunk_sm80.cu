@@ -7,6 +7,16 @@
 namespace pykernels::cuda::linear {
 namespace {
 
+// Whether operands of the products had large elements, in this panel or one before.
+struct Large {
+  int x, y, pairs, scaled[2];
+};
+__device__ __forceinline__ Large& take_large(SharedMemory& shared) {
+  Large* const large = shared.take<Large>(1);
+  if (threadIdx.x == 0) *large = {};
+  return *large;
+}
+
 // Of a thread's channel and half.
 struct Channel {
   int half, in_panel, index, first;  // index: of all channels; first token
@@ -22,42 +32,47 @@ struct Channel {
     exists = index < p.key_dim;
     const Call& call = p.call;
     const Strides3& stride = call.decay_stride;
-    const int64_t start = segment.batch * stride.batch + head * stride.head + (p.channels == 1 ? 0 : index);
+    const int64_t row = segment.origin + int64_t{at + first} * segment.step;
+    const float* from = call.decay + segment.batch * stride.batch + head * stride.head + row * stride.token +
+                        (p.channels == 1 ? 0 : index);
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      const int64_t row = segment.origin + int64_t{at + first + i} * segment.step;
-      log[i] = call.decay != nullptr && exists && first + i < n ? call.decay[start + row * stride.token] : 0.0f;
-    }
-    total = 0.0f;
-    if (half == 0)
-      key_factors(factor, total);
-    else
-      query_factors(factor, total, call.bonus != nullptr);
+    for (int i = 0; i < kBlock; ++i)
+      log[i] = call.decay != nullptr && exists && first + i < n ? from[i * (segment.step * stride.token)] : 0.0f;
+    const auto keep = [&](int i, float x) { factor[i] = x; };
+    total = half == 0 ? key_factors(0.0f, keep) : query_factors(0.0f, call.bonus != nullptr, keep);
   }
 
-  // From a log factor before the half on; adds the half's to it. With a bonus the state is read before it decays.
-  __device__ __forceinline__ void query_factors(float (&to)[kBlock], float& until, bool bonus) const {
+  // Uses the factor to each query, from a log factor before the half on -> that with the half's. With a bonus the state is
+  // read before it decays.
+  template <class Use>
+  __device__ __forceinline__ float query_factors(float until, bool bonus, Use use) const {
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
       const float before = until;
       until += log[i];
-      to[i] = expf(bonus ? before : until);
+      use(i, expf(bonus ? before : until));
     }
+    return until;
   }
-  // Up to a log factor after the half.
-  __device__ __forceinline__ void key_factors(float (&to)[kBlock], float& after) const {
+  // The factor from each key, up to a log factor after the half.
+  template <class Use>
+  __device__ __forceinline__ float key_factors(float after, Use use) const {
 #pragma unroll
     for (int i = kBlock - 1; i >= 0; --i) {
-      to[i] = expf(after);
+      use(i, expf(after));
       after += log[i];
     }
+    return after;
   }
 
   // The first half's keys and the second half's queries with their factors.
-  __device__ __forceinline__ void scale(const PanelTile& to, const PanelTile& q, const PanelTile& k) const {
+  __device__ __forceinline__ void scale(const PanelTile& to, const PanelTile& q, const PanelTile& k, Large& large) const {
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i)
-      *to.at(first + i, in_panel) = *(half == 0 ? k : q).at(first + i, in_panel) * factor[i];
+    for (int i = 0; i < kBlock; ++i) {
+      const float x = *(half == 0 ? k : q).at(first + i, in_panel) * factor[i];
+      *to.at(first + i, in_panel) = x;
+      if (fabsf(x) > kSmall) large.scaled[half] = 1;
+    }
   }
 };
 
@@ -72,17 +87,18 @@ __device__ __forceinline__ void load_weights(float* weights, const WideChunks& p
 template <class Tile>
 __device__ __forceinline__ void load_panel(const Tile& x_tile, const Operand& x, const Tile& y_tile, const Operand& y,
                                            DType dtype, const Segment& segment, int64_t head, const ChunkRows& rows, int at,
-                                           int n, int panel, int64_t columns) {
+                                           int n, int panel, int64_t columns, Large& large) {
   __syncthreads();  // nobody reads the last panel any more
-  load_wide(x_tile, x, dtype, segment, head, rows, at, n, panel * kPanel, static_cast<int>(columns), nullptr, 1);
-  load_wide(y_tile, y, dtype, segment, head, rows, at, n, panel * kPanel, static_cast<int>(columns), nullptr, 1);
+  const int first = panel * kPanel, last = static_cast<int>(columns);
+  if (load_wide(x_tile, x, dtype, segment, head, rows, at, n, first, last, nullptr, 1)) large.x = 1;
+  if (load_wide(y_tile, y, dtype, segment, head, rows, at, n, first, last, nullptr, 1)) large.y = 1;
   __syncthreads();
 }
 
 constexpr unsigned kScoresBytes = 4 * PanelTile::kBytes + PairTile::kBytes +
-                                  (kWarps * kBlock * kBlock + 2 * kPanel + kChunk) * sizeof(float);
+                                  (kWarps * kBlock * kBlock + 2 * kPanel + kChunk) * sizeof(float) + sizeof(Large);
 
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     linear_attention_wide_scores_sm80_kernel(const __grid_constant__ WideScores p) {
   const WideChunks& c = p.chunks;
   const Call& call = c.call;
@@ -99,6 +115,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   float* const across = shared.take<float>(kWarps * kBlock * kBlock);  // [query, key], a part of each warp
   float* const halves = shared.take<float>(2 * kPanel);                // log factors of halves
   float* const weights = shared.take<float>(kChunk);
+  Large& large = take_large(shared);
 
   const int warp = static_cast<int>(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const bool bonus = call.bonus != nullptr;
@@ -110,26 +127,23 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int panels = static_cast<int>((c.key_dim + kPanel - 1) / kPanel);
 #pragma unroll 1
   for (int panel = 0; panel < panels; ++panel) {
-    load_panel(q_tile, c.q, k_tile, c.k, c.dtype, segment, head, rows, at, n, panel, c.key_dim);
+    load_panel(q_tile, c.q, k_tile, c.k, c.dtype, segment, head, rows, at, n, panel, c.key_dim, large);
     {
       const Channel channel(c, segment, head, at, n, panel);
-      channel.scale(scaled, q_tile, k_tile);
+      channel.scale(scaled, q_tile, k_tile, large);
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) *decays.at(channel.first + i, channel.in_panel) = expf(channel.log[i]);
       halves[channel.half * kPanel + channel.in_panel] = channel.total;
       __syncthreads();
       if (channel.index < c.channels) {
         const float first = halves[channel.in_panel], second = halves[kPanel + channel.in_panel];
-        float until = channel.half == 0 ? 0.0f : first, after = channel.half == 0 ? second : 0.0f;
-        float query_factor[kBlock], key_factor[kBlock];
-        channel.query_factors(query_factor, until, bonus), channel.key_factors(key_factor, after);
-#pragma unroll
-        for (int i = 0; i < kBlock; ++i) {
-          const int token = channel.first + i;
-          if (token >= n) continue;
-          const int64_t to = rows(token) * c.channels + channel.index;
-          p.query_factors[to] = query_factor[i] * weights[token], p.key_factors[to] = key_factor[i];
-        }
+        const ChunkRows places = rows.times(c.channels, channel.first, channel.index);
+        channel.query_factors(channel.half == 0 ? 0.0f : first, bonus, [&](int i, float x) {
+          if (channel.first + i < n) p.query_factors[places(i)] = x * weights[channel.first + i];
+        });
+        channel.key_factors(channel.half == 0 ? second : 0.0f, [&](int i, float x) {
+          if (channel.first + i < n) p.key_factors[places(i)] = x;
+        });
         if (channel.half == 0) p.totals[(chunk * call.heads + head) * c.channels + channel.index] = first + second;
       }
     }
@@ -158,18 +172,19 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
 
     // The second half's queries with the first half's keys: each warp takes a quarter of the channels.
+    const float raised_k = raise(large.scaled[0]), raised_q = raise(large.scaled[1]);
     Product product[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int column = 16 * warp + 8 * i;
-      const Parts<4> a = a_by_rows(scaled, kBlock, column);
+      const Parts<4> a = a_by_rows(scaled, kBlock, column, raised_q);
 #pragma unroll
-      for (int m = 0; m < 2; ++m) product[m].add(a, b_by_rows(scaled, 8 * m, column), true, true);
+      for (int m = 0; m < 2; ++m) product[m].add_all(a, b_by_rows(scaled, 8 * m, column, raised_k));
     }
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) off[m][i] += product[m].sum(i);
+      for (int i = 0; i < 4; ++i) off[m][i] += product[m].sum(i, raised_q * raised_k);
   }
 
 #pragma unroll
@@ -196,12 +211,12 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 constexpr unsigned kGradientsBytes =
-    4 * PanelTile::kBytes + PairTile::kBytes + (4 * kPanel + kChunk) * sizeof(float);
+    4 * PanelTile::kBytes + PairTile::kBytes + (4 * kPanel + kChunk) * sizeof(float) + sizeof(Large);
 
 // Gradients of the scores [query, key] into `pairs`. A barrier is to follow.
 __device__ __forceinline__ void score_gradients(const PairTile& pairs, const WideGradients& p, const Segment& segment,
                                                 int64_t head, const ChunkRows& rows, int at, int n, const float* weights,
-                                                const PanelTile& dout_tile, const PanelTile& v_tile) {
+                                                const PanelTile& dout_tile, const PanelTile& v_tile, Large& large) {
   const int warp = static_cast<int>(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int block_x = warp / 2 * kBlock, block_y = warp % 2 * kBlock;
   const bool exact = p.chunks.dtype == DType::kFloat32;
@@ -209,21 +224,29 @@ __device__ __forceinline__ void score_gradients(const PairTile& pairs, const Wid
   const int panels = static_cast<int>((p.value_dim + kPanel - 1) / kPanel);
 #pragma unroll 1
   for (int panel = 0; panel < panels; ++panel) {
-    load_panel(dout_tile, p.dout, v_tile, p.v, p.chunks.dtype, segment, head, rows, at, n, panel, p.value_dim);
+    load_panel(dout_tile, p.dout, v_tile, p.v, p.chunks.dtype, segment, head, rows, at, n, panel, p.value_dim,
+               large);
     if (block_x < block_y) continue;
+    const float raised_dout = raise(large.x), raised_v = raise(large.y);
 #pragma unroll 1
     for (int first = 0; first < kPanel; first += 32) {
       Product product[2];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const Parts<4> a = a_by_rows(dout_tile, block_x, first + 8 * i);
+        const Parts<4> a = a_by_rows(dout_tile, block_x, first + 8 * i, raised_dout);
 #pragma unroll
-        for (int m = 0; m < 2; ++m) product[m].add(a, b_by_rows(v_tile, block_y + 8 * m, first + 8 * i), exact, exact);
+        for (int m = 0; m < 2; ++m) {
+          const Parts<2> b = b_by_rows(v_tile, block_y + 8 * m, first + 8 * i, raised_v);
+          if (exact)
+            product[m].add_all(a, b);
+          else
+            product[m].add(a, b, false, false);
+        }
       }
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[m][i] += product[m].sum(i);
+        for (int i = 0; i < 4; ++i) sums[m][i] += product[m].sum(i, raised_dout * raised_v);
     }
   }
 #pragma unroll
@@ -233,11 +256,13 @@ __device__ __forceinline__ void score_gradients(const PairTile& pairs, const Wid
       const int x = block_x + g + 8 * (i / 2), y = block_y + 8 * m + 2 * t + i % 2;
       float gradient = sums[m][i];
       if (p.extra != nullptr && x < n) gradient += p.extra[rows(x)];
-      *pairs.at(x, y) = x >= y && x < n ? gradient * weights[x] : 0.0f;
+      gradient = x >= y && x < n ? gradient * weights[x] : 0.0f;
+      *pairs.at(x, y) = gradient;
+      if (fabsf(gradient) > kSmall) large.pairs = 1;
     }
 }
 
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     linear_attention_wide_gradients_sm80_kernel(const __grid_constant__ WideGradients p) {
   const WideChunks& c = p.chunks;
   const Call& call = c.call;
@@ -256,30 +281,33 @@ __global__ void __launch_bounds__(kThreads, 3)
   float* const crossing_sums = shared.take<float>(2 * kPanel);  // of a half, for the other one
   float* const bonus_sums = shared.take<float>(2 * kPanel);
   float* const weights = shared.take<float>(kChunk);
+  Large& large = take_large(shared);
 
   const int warp = static_cast<int>(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const bool bonus = call.bonus != nullptr;
   load_weights(weights, c, rows, n);
-  score_gradients(pairs, p, segment, head, rows, at, n, weights, q_tile, k_tile);
+  score_gradients(pairs, p, segment, head, rows, at, n, weights, q_tile, k_tile, large);
 
   float ddecay = 0.0f;  // of a decay for all channels: of token threadIdx.x / 4, a quarter of the channels
   const int panels = static_cast<int>((key_dim + kPanel - 1) / kPanel);
 #pragma unroll 1
   for (int panel = 0; panel < panels; ++panel) {
-    load_panel(q_tile, c.q, k_tile, c.k, c.dtype, segment, head, rows, at, n, panel, key_dim);
+    load_panel(q_tile, c.q, k_tile, c.k, c.dtype, segment, head, rows, at, n, panel, key_dim, large);
     const Channel channel(c, segment, head, at, n, panel);
-    channel.scale(scaled, q_tile, k_tile);
+    channel.scale(scaled, q_tile, k_tile, large);
     __syncthreads();
     {
+      const float raised_pairs = raise(large.pairs), raised_k = raise(large.scaled[0]), raised_q = raise(large.scaled[1]);
       Product dk[2], dq[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const Parts<4> to_dq = a_in_order<false>(pairs, kBlock, 8 * i), to_dk = a_in_order<true>(pairs, kBlock + 8 * i, 0);
+        const Parts<4> to_dq = a_in_order<false>(pairs, kBlock, 8 * i, raised_pairs);
+        const Parts<4> to_dk = a_in_order<true>(pairs, kBlock + 8 * i, 0, raised_pairs);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           const int column = 16 * warp + 8 * m;
-          dq[m].add(to_dq, b_in_order(scaled, 8 * i, column), true, true);
-          dk[m].add(to_dk, b_in_order(scaled, kBlock + 8 * i, column), true, true);
+          dq[m].add_all(to_dq, b_in_order(scaled, 8 * i, column, raised_k));
+          dk[m].add_all(to_dk, b_in_order(scaled, kBlock + 8 * i, column, raised_q));
         }
       }
 #pragma unroll
@@ -287,7 +315,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = g + 8 * (i / 2), column = 16 * warp + 8 * m + 2 * t + i % 2;
-          *off.at(row, column) = dk[m].sum(i), *off.at(kBlock + row, column) = dq[m].sum(i);
+          *off.at(row, column) = dk[m].sum(i, raised_pairs * raised_q);
+          *off.at(kBlock + row, column) = dq[m].sum(i, raised_pairs * raised_k);
         }
     }
     __syncthreads();
@@ -295,6 +324,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int d = channel.in_panel, first = channel.first;
     const bool later = channel.half == 1;
     const float u = bonus && channel.exists ? call.bonus[head * key_dim + channel.index] : 1.0f;
+    const ChunkRows places = rows.times(key_dim, first, channel.index);  // of [B, T, H, K]
     float k[kBlock], weight[kBlock], dk[kBlock] = {}, dlog[kBlock] = {};
     float dbonus = 0.0f, sum = 0.0f;
 #pragma unroll
@@ -304,9 +334,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int i = 0; i < kBlock; ++i) {
       const int token = first + i;
       const bool exists = channel.exists && token < n;
-      const int64_t row = rows(token) * key_dim + channel.index;
       const float q = *q_tile.at(token, d), decay = expf(channel.log[i]);
-      const float of_state = exists ? p.dq_states[row] : 0.0f;
+      const float of_state = exists ? p.dq_states[places(i)] : 0.0f;
       float dq = of_state + (later ? *off.at(token, d) * channel.factor[i] : 0.0f);
       if (later) sum = fmaf(q, of_state, sum);
       *q_tile.at(token, d) = q * dq;  // for the decay's gradient
@@ -323,18 +352,17 @@ __global__ void __launch_bounds__(kThreads, 3)
       const float pair = *pairs.at(token, token);
       dq = fmaf(pair * u, k[i], dq), dk[i] = fmaf(pair * u, q, dk[i]);
       dbonus = fmaf(pair * q, k[i], dbonus);
-      if (exists) store_wide(p.dq, p.gradient_dtype, row, dq);
+      if (exists) store_wide(p.dq, p.gradient_dtype, places(i), dq);
     }
 #pragma unroll
     for (int j = 0; j < kBlock; ++j) {
       const int token = first + j;
       const bool exists = channel.exists && token < n;
-      const int64_t row = rows(token) * key_dim + channel.index;
-      const float of_state = exists ? p.dk_states[row] : 0.0f;
+      const float of_state = exists ? p.dk_states[places(j)] : 0.0f;
       const float dk_elsewhere = of_state + (later ? 0.0f : *off.at(token, d) * channel.factor[j]);
       if (!later) sum = fmaf(k[j], of_state, sum);
       k[j] *= dk_elsewhere;
-      if (exists) store_wide(p.dk, p.gradient_dtype, row, dk[j] + dk_elsewhere);
+      if (exists) store_wide(p.dk, p.gradient_dtype, places(j), dk[j] + dk_elsewhere);
     }
     crossing_sums[channel.half * kPanel + d] = sum, bonus_sums[channel.half * kPanel + d] = dbonus;
     __syncthreads();
@@ -361,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       if (c.channels == 1)
         *scaled.at(token, d) = channel.exists ? dlog[i] : 0.0f;
       else if (channel.exists && token < n)
-        p.ddecay[rows(token) * key_dim + channel.index] = dlog[i];
+        p.ddecay[places(i)] = dlog[i];
     }
     if (c.channels == 1) {
       __syncthreads();

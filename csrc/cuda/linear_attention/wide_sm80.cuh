@@ -19,9 +19,14 @@ static_assert(2 * kBlock == kChunk && 2 * kPanel == kThreads);
 
 // ---- Products of fp32 -----------------------------------------------------------------------------------------------
 
-// x = high + low / kLowScale to 22 bits. The scale keeps what high leaves of a denormal x, and overflows for no x whose
-// high part does not.
+// x = high + low / kLowScale to 22 bits. The scale keeps what high leaves of a small x, and overflows for no x whose high
+// part does not.
 constexpr float kLowScale = 4096.0f;
+
+// tf32 has fewer denormals than fp32. Operands of which no element is above kSmall are raised by kRaise, which loses
+// nothing, and their product is lowered again.
+constexpr float kRaise = 0x1p60f, kSmall = 0x1p-60f;
+__device__ __forceinline__ float raise(bool large) { return large ? 1.0f : kRaise; }
 
 // An operand's registers: 4 of a, 2 of b.
 template <int kCount>
@@ -39,13 +44,23 @@ struct Parts {
 struct Product {
   float high[4] = {}, low[4] = {};
 
-  // += a b; the parts that are not low_... are taken for nothing.
+  // += a b; a part that is not asked for is taken for nothing, as is the product of both low ones.
   __device__ __forceinline__ void add(const Parts<4>& a, const Parts<2>& b, bool low_a, bool low_b) {
     if (low_a) ptx::mma_m16n8k8_tf32(low, a.low, b.high, low);
     if (low_b) ptx::mma_m16n8k8_tf32(low, a.high, b.low, low);
     ptx::mma_m16n8k8_tf32(high, a.high, b.high, high);
   }
-  __device__ __forceinline__ float sum(int i) const { return fmaf(low[i], 1.0f / kLowScale, high[i]); }
+  // That too, for sums over few and few products.
+  __device__ __forceinline__ void add_all(const Parts<4>& a, const Parts<2>& b) {
+    uint32_t unscaled[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) unscaled[i] = __float_as_uint(__uint_as_float(b.low[i]) * (1.0f / kLowScale));
+    ptx::mma_m16n8k8_tf32(low, a.low, unscaled, low);
+    add(a, b, true, true);
+  }
+  __device__ __forceinline__ float sum(int i, float raised) const {
+    return fmaf(low[i], 1.0f / kLowScale, high[i]) * (1.0f / raised);
+  }
 };
 
 // fp32 in shared memory; with 8 columns more neither rows nor columns of a fragment meet in a bank.
@@ -63,43 +78,43 @@ using PairTile = FloatTile<kChunk, 4>;  // [query, key] or [x, y]
 // + k]). It is taken in the order in which lanes load pairs, which is that of accumulators: columns 2t and 2t + 1 stand for
 // t and t + 4.
 template <class Tile>
-__device__ __forceinline__ Parts<4> a_by_rows(const Tile& tile, int row0, int col0) {
+__device__ __forceinline__ Parts<4> a_by_rows(const Tile& tile, int row0, int col0, float raised) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   Parts<4> a;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float2 pair = *reinterpret_cast<const float2*>(tile.at(row0 + g + 8 * i, col0 + 2 * t));
-    a.set(i, pair.x), a.set(i + 2, pair.y);
+    a.set(i, pair.x * raised), a.set(i + 2, pair.y * raised);
   }
   return a;
 }
 template <class Tile>
-__device__ __forceinline__ Parts<2> b_by_rows(const Tile& tile, int row0, int col0) {
+__device__ __forceinline__ Parts<2> b_by_rows(const Tile& tile, int row0, int col0, float raised) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const float2 pair = *reinterpret_cast<const float2*>(tile.at(row0 + g, col0 + 2 * t));
   Parts<2> b;
-  b.set(0, pair.x), b.set(1, pair.y);
+  b.set(0, pair.x * raised), b.set(1, pair.y * raised);
   return b;
 }
 // In order: a[m][k] = tile[row0 + m][col0 + k], or of its transpose (a[m][k] = tile[row0 + k][col0 + m]); b[k][n] =
 // tile[row0 + k][col0 + n].
 template <bool kTransposed, class Tile>
-__device__ __forceinline__ Parts<4> a_in_order(const Tile& tile, int row0, int col0) {
+__device__ __forceinline__ Parts<4> a_in_order(const Tile& tile, int row0, int col0, float raised) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   Parts<4> a;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int m = g + 8 * (i % 2), k = t + 4 * (i / 2);
-    a.set(i, kTransposed ? *tile.at(row0 + k, col0 + m) : *tile.at(row0 + m, col0 + k));
+    a.set(i, (kTransposed ? *tile.at(row0 + k, col0 + m) : *tile.at(row0 + m, col0 + k)) * raised);
   }
   return a;
 }
 template <class Tile>
-__device__ __forceinline__ Parts<2> b_in_order(const Tile& tile, int row0, int col0) {
+__device__ __forceinline__ Parts<2> b_in_order(const Tile& tile, int row0, int col0, float raised) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   Parts<2> b;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) b.set(i, *tile.at(row0 + t + 4 * i, col0 + g));
+  for (int i = 0; i < 2; ++i) b.set(i, *tile.at(row0 + t + 4 * i, col0 + g) * raised);
   return b;
 }
 
@@ -120,6 +135,10 @@ __device__ __forceinline__ void load_four(float (&x)[4], const T* from, int left
 struct ChunkRows {
   int64_t first, step;
   __device__ __forceinline__ int64_t operator()(int token) const { return first + token * step; }
+  // A column of what has `columns` of them, from a token on.
+  __device__ __forceinline__ ChunkRows times(int64_t columns, int token, int column) const {
+    return {(*this)(token)*columns + column, step * columns};
+  }
 };
 __device__ __forceinline__ ChunkRows rows_of_chunk(const Call& call, const Segment& segment, int64_t head, int at) {
   const int64_t token = segment.batch * call.tokens + segment.origin + int64_t{at} * segment.step;
@@ -127,14 +146,15 @@ __device__ __forceinline__ ChunkRows rows_of_chunk(const Call& call, const Segme
 }
 
 // Columns [column0, columns) of the n tokens from time `at` on, times their factors [B, T, H, channels] (null: 1; one
-// channel stands for all columns); the rest of the tile becomes zero.
+// channel stands for all columns); the rest of the tile becomes zero. -> whether this thread saw a large one.
 template <class Tile>
-__device__ __forceinline__ void load_wide(const Tile& tile, const Operand& operand, DType dtype, const Segment& segment,
+__device__ __forceinline__ bool load_wide(const Tile& tile, const Operand& operand, DType dtype, const Segment& segment,
                                           int64_t head, const ChunkRows& rows, int at, int n, int column0, int columns,
                                           const float* factors, int64_t channels) {
   constexpr int kFours = Tile::kCols / 4;
   const int64_t stride = operand.stride.token * segment.step;
-#pragma unroll 2
+  bool large = false;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kChunk * kFours; i += kThreads) {
     const int row = i / kFours, column = 4 * (i % kFours), left = row < n ? columns - column0 - column : 0;
     float x[4] = {};
@@ -158,7 +178,10 @@ __device__ __forceinline__ void load_wide(const Tile& tile, const Operand& opera
       }
     }
     *reinterpret_cast<float4*>(tile.at(row, column)) = make_float4(x[0], x[1], x[2], x[3]);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) large |= fabsf(x[e]) > kSmall;
   }
+  return large;
 }
 
 __device__ __forceinline__ void store_wide(void* to, DType dtype, int64_t at, float x) {
@@ -180,7 +203,7 @@ struct WideConfig {
   using ColumnTile = FloatTile<kColumns>;
   static constexpr int kBlocks = kInner <= 64 ? 3 : 2;
   static constexpr unsigned kSharedBytes =
-      2 * InnerTile::kBytes + ColumnTile::kBytes + PairTile::kBytes + kInner * sizeof(float);
+      2 * InnerTile::kBytes + ColumnTile::kBytes + PairTile::kBytes + kInner * sizeof(float) + 4 * sizeof(int);
 };
 
 // See walk_sm80.cuh. One stage of shared memory: a and b [kChunk, inner] and c [kChunk, kColumns], a and b (transposed: c)
@@ -203,6 +226,8 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   const auto c_tile = take_tile<typename Config::ColumnTile>(shared);
   const auto score_tile = take_tile<PairTile>(shared);
   float* const chunk_factors = shared.take<float>(kInner);  // of the inner axis, transposed: of the block's columns
+  int* const large = shared.take<int>(4);  // whether a, b, c, scores had large elements, in this chunk or one before
+  if (threadIdx.x < 4) large[threadIdx.x] = !kExact;
 
   const int warp = static_cast<int>(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int inner = static_cast<int>(w.inner), columns = static_cast<int>(w.columns);
@@ -221,19 +246,22 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
     const int64_t chunk = (slot * kChunksPerSegment + index) * call.heads + head;
     const ChunkRows rows = rows_of_chunk(call, segment, head, at);
     __syncthreads();
-    if (with_result)
-      load_wide(a_tile, w.a, w.dtype, segment, head, rows, at, n_tokens, 0, inner, w.transposed ? nullptr : w.x_factors,
-                channels);
-    load_wide(b_tile, w.b, w.dtype, segment, head, rows, at, n_tokens, 0, inner, w.transposed ? nullptr : w.y_factors,
-              channels);
-    load_wide(c_tile, w.c, w.dtype, segment, head, rows, at, n_tokens, slice, columns, w.transposed ? w.y_factors : nullptr,
-              channels);
+    if (with_result && load_wide(a_tile, w.a, w.dtype, segment, head, rows, at, n_tokens, 0, inner,
+                                 w.transposed ? nullptr : w.x_factors, channels))
+      large[0] = 1;
+    if (load_wide(b_tile, w.b, w.dtype, segment, head, rows, at, n_tokens, 0, inner, w.transposed ? nullptr : w.y_factors,
+                  channels))
+      large[1] = 1;
+    if (load_wide(c_tile, w.c, w.dtype, segment, head, rows, at, n_tokens, slice, columns,
+                  w.transposed ? w.y_factors : nullptr, channels))
+      large[2] = 1;
     if (w.scores != nullptr) {
 #pragma unroll 2
       for (int i = static_cast<int>(threadIdx.x); i < kChunk * kChunk; i += kThreads) {
         const int query = i / kChunk, key = i % kChunk;
         const float score = query < n_tokens ? w.scores[rows(query) * kChunk + key] : 0.0f;
         *(w.descending ? score_tile.at(key, query) : score_tile.at(query, key)) = score;
+        if (fabsf(score) > kSmall) large[3] = 1;
       }
     }
 #pragma unroll 1
@@ -243,8 +271,19 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
     }
     __syncthreads();
     if (!active) continue;
+    const float raised_b = kExact ? raise(large[1]) : 1.0f, raised_c = kExact ? raise(large[2]) : 1.0f;
 
     if (with_result) {
+      float raised_a = 1.0f, raised_state = 1.0f, raised_scores = 1.0f;
+      if constexpr (kExact) {
+        float largest = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kInner / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(state[n][i]));
+        raised_a = raise(large[0]), raised_scores = raise(large[3]);
+        raised_state = raise(__any_sync(~0u, largest > kSmall));
+      }
       float out[2][2][4] = {};  // 16-row blocks, 8-column blocks
 #pragma unroll
       for (int d = 0; d < kInner / 32; ++d)
@@ -254,11 +293,11 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int n = 4 * d + i;
-            const Parts<4> a = a_by_rows(a_tile, 16 * m, 8 * n);
+            const Parts<4> a = a_by_rows(a_tile, 16 * m, 8 * n, raised_a);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               Parts<2> b;
-              b.set(0, state[n][2 * half]), b.set(1, state[n][2 * half + 1]);
+              b.set(0, state[n][2 * half] * raised_state), b.set(1, state[n][2 * half + 1] * raised_state);
               // Gradients of the decay sum over all of the state.
               product[half].add(a, b, kExact, kExact || w.transposed);
             }
@@ -266,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) out[m][half][i] += product[half].sum(i);
+            for (int i = 0; i < 4; ++i) out[m][half][i] += product[half].sum(i, raised_a * raised_state);
         }
       if (w.transposed) {
 #pragma unroll
@@ -287,15 +326,15 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
 #pragma unroll
           for (int y = 0; y < kChunk / 8; ++y) {
             if (w.descending ? y / 2 < m : y / 2 > m) continue;
-            const Parts<4> a = a_in_order<false>(score_tile, 16 * m, 8 * y);
+            const Parts<4> a = a_in_order<false>(score_tile, 16 * m, 8 * y, raised_scores);
 #pragma unroll
             for (int n = 0; n < 2; ++n)
-              product[n].add(a, b_in_order(c_tile, 8 * y, 16 * warp + 8 * n), kExact, kExact);
+              product[n].add(a, b_in_order(c_tile, 8 * y, 16 * warp + 8 * n, raised_c), kExact, kExact);
           }
 #pragma unroll
           for (int n = 0; n < 2; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) out[m][n][i] += product[n].sum(i);
+            for (int i = 0; i < 4; ++i) out[m][n][i] += product[n].sum(i, raised_scores * raised_c);
         }
       }
       if (w.chunk_states != nullptr) {
@@ -343,19 +382,19 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
     // The state after the chunk: c^T with b. Of 16-bit operands the one without factors has no low part.
     Parts<4> c[kChunk / 8];
 #pragma unroll
-    for (int y = 0; y < kChunk / 8; ++y) c[y] = a_in_order<true>(c_tile, 8 * y, 16 * warp);
+    for (int y = 0; y < kChunk / 8; ++y) c[y] = a_in_order<true>(c_tile, 8 * y, 16 * warp, raised_c);
 #pragma unroll
     for (int n = 0; n < kInner / 8; ++n) {
       Product product;
 #pragma unroll
       for (int y = 0; y < kChunk / 8; ++y)
-        product.add(c[y], b_in_order(b_tile, 8 * y, 8 * n), kExact || w.transposed, kExact || !w.transposed);
+        product.add(c[y], b_in_order(b_tile, 8 * y, 8 * n, raised_b), kExact || w.transposed, kExact || !w.transposed);
       const float2 by_inner = *reinterpret_cast<const float2*>(chunk_factors + 8 * n + 2 * t);
       const float by_column[2] = {chunk_factors[16 * warp + g], chunk_factors[16 * warp + g + 8]};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float factor = w.transposed ? by_column[i / 2] : i % 2 == 0 ? by_inner.x : by_inner.y;
-        state[n][i] = fmaf(state[n][i], factor, product.sum(i));
+        state[n][i] = fmaf(state[n][i], factor, product.sum(i, raised_b * raised_c));
       }
     }
   }

@@ -181,8 +181,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = 
         initial_state = _wide("initial_state", initial_state, q)
     tensors = (q, k, v, decay, bonus, initial_state)
     grad = followed(*tensors)
-    query = _query(q, v, grad, varlen=cu_seqlens is not None, bonus=bonus is not None, normalize=normalize, reverse=reverse,
-                   channel_decay=decay is not None and decay.dim() == 4)
+    query = _query(q, v, grad, varlen=cu_seqlens is not None, bonus=bonus is not None, normalize=normalize, reverse=reverse)
     chosen = resolve(OP, query, backend)
     options = scale, normalize, reverse
     if chosen == "reference":
