@@ -98,7 +98,7 @@ FAULTS = (
     Fault("wide-stage-refilled-early", _WIDE, "__syncthreads();", after="\n    if (with_result && load_wide", group="wide"),
     Fault("wide-stage-read-early", _WIDE, "__syncthreads();", after="\n    if (!active) continue;", group="wide"),
     Fault("wide-panel-refilled-early", _CHUNK, "__syncthreads();", after="  // nobody reads the last panel", group="wide"),
-    Fault("wide-panel-read-early", _CHUNK, "__syncthreads();", before="columns, large)) large.y = 1;\n  ", group="wide"),
+    Fault("wide-panel-read-early", _CHUNK, "__syncthreads();", before="large.y = 1;\n  ", group="wide"),
     Fault("wide-factors-read-early", _CHUNK, "__syncthreads();", after="\n      if (channel.index < c.channels) {", group="wide"),
     Fault("wide-pairs-read-early", _CHUNK, "__syncthreads();", after="\n  for (int i = static_cast<int>(threadIdx.x); i < kChunk *",
           group="wide"),

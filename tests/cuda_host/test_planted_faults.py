@@ -73,7 +73,7 @@ def _linear(host, seed: int) -> None:
 
 
 def _wide(host, seed: int) -> None:
-    sizes = dict(tokens=70, heads=1, key_dim=70, value_dim=70, state=True)
+    sizes = dict(tokens=70, heads=1, key_dim=70, value_dim=40, state=True)  # several panels, the walks of one unit
     _linear_check(host, LINEAR_ATTENTION, linear_case("planted-wide", decay="channel", bonus=True, **sizes), seed)
     _linear_check(host, LINEAR_ATTENTION, linear_case("planted-float", decay="token", **sizes), seed, torch.float32)
 

@@ -1,7 +1,7 @@
 // The pairs inside of chunks, for a decay per channel and for fp32: see wide_sm80.cuh.
 //
-// A block owns a chunk of a head and takes its channels in panels. Thread (channel, half) owns a channel of a panel for the
-// tokens of half a chunk.
+// A block owns a chunk of a head and takes its channels in panels. Thread (channel, half) owns a channel of a panel for
+// the tokens of half a chunk.
 #include "wide_sm80.cuh"
 
 namespace pykernels::cuda::linear {
@@ -26,7 +26,8 @@ struct Channel {
   float factor[kBlock];
   float total;  // the half's log factor
 
-  __device__ __forceinline__ Channel(const WideChunks& p, const Segment& segment, int64_t head, int at, int n, int panel) {
+  __device__ __forceinline__ Channel(const WideChunks& p, const Segment& segment, int64_t head, int at, int n,
+                                     int panel) {
     half = static_cast<int>(threadIdx.x) / kPanel, in_panel = threadIdx.x % kPanel;
     index = panel * kPanel + in_panel, first = half * kBlock;
     exists = index < p.key_dim;
@@ -42,8 +43,8 @@ struct Channel {
     total = half == 0 ? key_factors(0.0f, keep) : query_factors(0.0f, call.bonus != nullptr, keep);
   }
 
-  // Uses the factor to each query, from a log factor before the half on -> that with the half's. With a bonus the state is
-  // read before it decays.
+  // Uses the factor to each query, from a log factor before the half on -> that with the half's. With a bonus the state
+  // is read before it decays.
   template <class Use>
   __device__ __forceinline__ float query_factors(float until, bool bonus, Use use) const {
 #pragma unroll
@@ -66,7 +67,8 @@ struct Channel {
   }
 
   // The first half's keys and the second half's queries with their factors.
-  __device__ __forceinline__ void scale(const PanelTile& to, const PanelTile& q, const PanelTile& k, Large& large) const {
+  __device__ __forceinline__ void scale(const PanelTile& to, const PanelTile& q, const PanelTile& k,
+                                        Large& large) const {
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
       const float x = *(half == 0 ? k : q).at(first + i, in_panel) * factor[i];
@@ -86,8 +88,8 @@ __device__ __forceinline__ void load_weights(float* weights, const WideChunks& p
 
 template <class Tile>
 __device__ __forceinline__ void load_panel(const Tile& x_tile, const Operand& x, const Tile& y_tile, const Operand& y,
-                                           DType dtype, const Segment& segment, int64_t head, const ChunkRows& rows, int at,
-                                           int n, int panel, int64_t columns, Large& large) {
+                                           DType dtype, const Segment& segment, int64_t head, const ChunkRows& rows,
+                                           int at, int n, int panel, int64_t columns, Large& large) {
   __syncthreads();  // nobody reads the last panel any more
   const int first = panel * kPanel, last = static_cast<int>(columns);
   if (load_wide(x_tile, x, dtype, segment, head, rows, at, n, first, last, nullptr, 1)) large.x = 1;
@@ -215,8 +217,9 @@ constexpr unsigned kGradientsBytes =
 
 // Gradients of the scores [query, key] into `pairs`. A barrier is to follow.
 __device__ __forceinline__ void score_gradients(const PairTile& pairs, const WideGradients& p, const Segment& segment,
-                                                int64_t head, const ChunkRows& rows, int at, int n, const float* weights,
-                                                const PanelTile& dout_tile, const PanelTile& v_tile, Large& large) {
+                                                int64_t head, const ChunkRows& rows, int at, int n,
+                                                const float* weights, const PanelTile& dout_tile,
+                                                const PanelTile& v_tile, Large& large) {
   const int warp = static_cast<int>(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int block_x = warp / 2 * kBlock, block_y = warp % 2 * kBlock;
   const bool exact = p.chunks.dtype == DType::kFloat32;
@@ -297,7 +300,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     channel.scale(scaled, q_tile, k_tile, large);
     __syncthreads();
     {
-      const float raised_pairs = raise(large.pairs), raised_k = raise(large.scaled[0]), raised_q = raise(large.scaled[1]);
+      const float raised_pairs = raise(large.pairs);
+      const float raised_k = raise(large.scaled[0]), raised_q = raise(large.scaled[1]);
       Product dk[2], dq[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -403,7 +407,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // A thread owns a channel of a segment of a head: adds up the bonus's gradient over its chunks.
-__global__ void __launch_bounds__(kThreads) linear_attention_dbonus_sm80_kernel(const __grid_constant__ WideGradients p) {
+__global__ void __launch_bounds__(kThreads)
+    linear_attention_dbonus_sm80_kernel(const __grid_constant__ WideGradients p) {
   const Call& call = p.chunks.call;
   const int64_t head = blockIdx.x % call.heads, slot = blockIdx.x / call.heads, key_dim = p.chunks.key_dim;
   Segment segment;

@@ -1,10 +1,10 @@
-// Linear attention of a decay per channel, and of fp32: the same walks over tiles of fp32 in shared memory, with products
-// on tf32 matrix units, and what happens inside of a chunk in kernels of its own. For sm_80 and newer.
+// Linear attention of a decay per channel, and of fp32: the same walks over tiles of fp32 in shared memory, with
+// products on tf32 matrix units, and what happens inside of a chunk in kernels of its own. For sm_80 and newer.
 //
 // A decay per channel is part of the products: queries carry the factors from the chunk's start, keys those to its end.
 // Inside of a chunk, for keys of its first block of 16 tokens and queries of its second, both sides are taken from the
-// second block's start, so that they are matrix products too; pairs inside of a block are summed one by one. A decay that
-// is no one per channel is the same on every channel here. No log factor is a difference of sums.
+// second block's start, so that they are matrix products too; pairs inside of a block are summed one by one. A decay
+// that is no one per channel is the same on every channel here. No log factor is a difference of sums.
 #pragma once
 
 #include "../common/elements.cuh"
@@ -19,8 +19,7 @@ static_assert(2 * kBlock == kChunk && 2 * kPanel == kThreads);
 
 // ---- Products of fp32 -----------------------------------------------------------------------------------------------
 
-// x = high + low / kLowScale to 22 bits. The scale keeps what high leaves of a small x, and overflows for no x whose high
-// part does not.
+// x = high + low / kLowScale to 22 bits. The scale keeps what high leaves of a small x.
 constexpr float kLowScale = 4096.0f;
 
 // tf32 has fewer denormals than fp32. Operands of which no element is above kSmall are raised by kRaise, which loses
@@ -74,9 +73,9 @@ struct FloatTile {
 using PanelTile = FloatTile<kPanel>;
 using PairTile = FloatTile<kChunk, 4>;  // [query, key] or [x, y]
 
-// Operands whose inner axis lies along rows of the tile (a[m][k] = tile[row0 + m][col0 + k]; b[k][n] = tile[row0 + n][col0
-// + k]). It is taken in the order in which lanes load pairs, which is that of accumulators: columns 2t and 2t + 1 stand for
-// t and t + 4.
+// Operands whose inner axis lies along rows of the tile: a[m][k] = tile[row0 + m][col0 + k], b[k][n] = tile[row0 + n]
+// [col0 + k], `raised` times. It is taken in the order in which lanes load pairs, which is that of accumulators: columns
+// 2t and 2t + 1 stand for t and t + 4.
 template <class Tile>
 __device__ __forceinline__ Parts<4> a_by_rows(const Tile& tile, int row0, int col0, float raised) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -137,7 +136,7 @@ struct ChunkRows {
   __device__ __forceinline__ int64_t operator()(int token) const { return first + token * step; }
   // A column of what has `columns` of them, from a token on.
   __device__ __forceinline__ ChunkRows times(int64_t columns, int token, int column) const {
-    return {(*this)(token)*columns + column, step * columns};
+    return {(*this)(token) * columns + column, step * columns};
   }
 };
 __device__ __forceinline__ ChunkRows rows_of_chunk(const Call& call, const Segment& segment, int64_t head, int at) {
@@ -206,8 +205,9 @@ struct WideConfig {
       2 * InnerTile::kBytes + ColumnTile::kBytes + PairTile::kBytes + kInner * sizeof(float) + 4 * sizeof(int);
 };
 
-// See walk_sm80.cuh. One stage of shared memory: a and b [kChunk, inner] and c [kChunk, kColumns], a and b (transposed: c)
-// with their factors; the scores; factors of the chunk for the state. Barriers: the stage is no longer read; it is there.
+// See walk.cuh. One stage of shared memory: a and b [kChunk, inner] and c [kChunk, kColumns], a and b (transposed: c)
+// with their factors; the scores; factors of the chunk for the state. Barriers: the stage is no longer read; it is
+// there.
 template <class Config>
 __global__ void __launch_bounds__(kThreads, Config::kBlocks)
     linear_attention_wide_walk_sm80_kernel(const __grid_constant__ Walk w) {
@@ -222,7 +222,8 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   if (!with_result && span.final) return;
 
   SharedMemory shared;
-  const auto a_tile = take_tile<typename Config::InnerTile>(shared), b_tile = take_tile<typename Config::InnerTile>(shared);
+  const auto a_tile = take_tile<typename Config::InnerTile>(shared);
+  const auto b_tile = take_tile<typename Config::InnerTile>(shared);
   const auto c_tile = take_tile<typename Config::ColumnTile>(shared);
   const auto score_tile = take_tile<PairTile>(shared);
   float* const chunk_factors = shared.take<float>(kInner);  // of the inner axis, transposed: of the block's columns
@@ -249,8 +250,8 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
     if (with_result && load_wide(a_tile, w.a, w.dtype, segment, head, rows, at, n_tokens, 0, inner,
                                  w.transposed ? nullptr : w.x_factors, channels))
       large[0] = 1;
-    if (load_wide(b_tile, w.b, w.dtype, segment, head, rows, at, n_tokens, 0, inner, w.transposed ? nullptr : w.y_factors,
-                  channels))
+    if (load_wide(b_tile, w.b, w.dtype, segment, head, rows, at, n_tokens, 0, inner,
+                  w.transposed ? nullptr : w.y_factors, channels))
       large[1] = 1;
     if (load_wide(c_tile, w.c, w.dtype, segment, head, rows, at, n_tokens, slice, columns,
                   w.transposed ? w.y_factors : nullptr, channels))
