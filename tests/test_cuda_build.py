@@ -37,8 +37,9 @@ LOCAL_MEMORY = {
            "an address or two, stored before the loop over chunks or once in it and loaded once per chunk, for some 70 to 150 "
            "matrix products" for head, arch in (("64", "sm_80"), ("128", "sm_80"), ("128", "sm_90a"), ("128", "sm_100"))},
     **{("linear_attention_wide_walk_sm80_kernel", head, arch):
-           "addresses and parameters, loaded once or twice per chunk (196 bytes at most), for some 100 to 700 matrix products, all of "
-           "the chunk's code being straight" for head in ("64", "128", "256") for arch in ("sm_80", "sm_90a", "sm_100")},
+           "addresses and parameters, loaded once or twice per chunk (196 bytes at most), for some 200 to 700 matrix products, all of "
+           "the chunk's code being straight" for head, arch in (("128", "sm_80"), ("128", "sm_90a"), ("256", "sm_80"), ("256", "sm_90a"),
+                                                               ("256", "sm_100"))},
 }
 
 

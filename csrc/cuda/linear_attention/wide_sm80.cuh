@@ -74,8 +74,8 @@ using PanelTile = FloatTile<kPanel>;
 using PairTile = FloatTile<kChunk, 4>;  // [query, key] or [x, y]
 
 // Operands whose inner axis lies along rows of the tile: a[m][k] = tile[row0 + m][col0 + k], b[k][n] = tile[row0 + n]
-// [col0 + k], `raised` times. It is taken in the order in which lanes load pairs, which is that of accumulators: columns
-// 2t and 2t + 1 stand for t and t + 4.
+// [col0 + k], `raised` times. It is taken in the order in which lanes load pairs, that of accumulators: columns 2t and
+// 2t + 1 stand for t and t + 4.
 template <class Tile>
 __device__ __forceinline__ Parts<4> a_by_rows(const Tile& tile, int row0, int col0, float raised) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -200,7 +200,7 @@ struct WideConfig {
   static constexpr bool kExact = kExact_;  // fp32; else 16-bit operands, for which the high parts are enough
   using InnerTile = FloatTile<kInner>;
   using ColumnTile = FloatTile<kColumns>;
-  static constexpr int kBlocks = kInner <= 64 ? 3 : 2;
+  static constexpr int kBlocks = 2;  // of a multiprocessor, as many as their registers allow
   static constexpr unsigned kSharedBytes =
       2 * InnerTile::kBytes + ColumnTile::kBytes + PairTile::kBytes + kInner * sizeof(float) + 4 * sizeof(int);
 };
