@@ -36,6 +36,10 @@ LOCAL_MEMORY = {
     **{("linear_attention_walk_sm80_kernel", head, arch):
            "an address or two, stored before the loop over chunks or once in it and loaded once per chunk, for some 70 to 150 "
            "matrix products" for head, arch in (("64", "sm_80"), ("128", "sm_80"), ("128", "sm_90a"), ("128", "sm_100"))},
+    **{("linear_attention_wide_walk_sm80_kernel", head, arch):
+           "addresses and parameters, loaded once or twice per chunk (196 bytes at most), for some 200 to 700 matrix products, all of "
+           "the chunk's code being straight" for head, arch in (("128", "sm_80"), ("128", "sm_90a"), ("256", "sm_80"), ("256", "sm_90a"),
+                                                               ("256", "sm_100"))},
 }
 
 
@@ -74,7 +78,7 @@ class Kernel:
 
     @property
     def head(self) -> str | None:
-        found = re.search(r"(?:Config|Tiles)\w*?INS_?\d*\w*?Li(\d+)E", self.name)
+        found = re.search(r"(?:Config|Tiles)\w*?I(?:NS_?\d*\w*?)?Li(\d+)E", self.name)
         return found.group(1) if found else None
 
     def __str__(self) -> str:
@@ -111,10 +115,13 @@ def test_report_lists_every_kernel_for_every_architecture():
         "flash_attention_bwd_delta_sm80_kernel", "causal_conv1d_fwd_kernel", "causal_conv1d_bwd_kernel",
         "causal_conv1d_step_kernel", "selective_scan_fwd_kernel", "selective_scan_bwd_kernel",
         "selective_scan_step_kernel", "linear_attention_walk_sm80_kernel", "linear_attention_scan_sm80_kernel",
-        "linear_attention_ddecay_sm80_kernel", "linear_attention_extra_sm80_kernel", "linear_attention_step_sm80_kernel", "fft_conv_transform_kernel",
+        "linear_attention_ddecay_sm80_kernel", "linear_attention_extra_sm80_kernel", "linear_attention_step_sm80_kernel",
+        "linear_attention_wide_walk_sm80_kernel", "linear_attention_wide_scores_sm80_kernel",
+        "linear_attention_wide_gradients_sm80_kernel", "linear_attention_dbonus_sm80_kernel", "fft_conv_transform_kernel",
         "fft_conv_correlate_kernel", "fft_conv_split_kernel", "fft_conv_merge_kernel", "fft_conv_direct_kernel",
         "fft_conv_direct_taps_kernel", "fft_conv_skip_kernel"}
-    assert {k.head for k in _kernels() if k.function == "linear_attention_walk_sm80_kernel"} == {"64", "128", "256"}
+    for walk in ("linear_attention_walk_sm80_kernel", "linear_attention_wide_walk_sm80_kernel"):
+        assert {k.head for k in _kernels() if k.function == walk} == {"64", "128", "256"}
     heads = {k.head for k in _kernels() if k.function == "flash_attention_fwd_sm80_kernel"}
     assert heads == {"32", "64", "96", "128", "192", "256"}
     for kernel in sorted(_kernels(), key=lambda k: (k.arch, str(k))):

@@ -42,6 +42,7 @@ _FORWARD, _BACKWARD = "flash_attention/fwd_sm90.cuh", "flash_attention/bwd_sm90.
 _DECODE, _WALK = "flash_attention/decode_sm80.cuh", "linear_attention/walk_sm80.cuh"
 _DECAY, _STEP = "linear_attention/gradients_sm80.cuh", "linear_attention/step_sm80.cuh"
 _TRANSFORM = "fft_conv/fft.cuh"
+_WIDE, _CHUNK = "linear_attention/wide_sm80.cuh", "linear_attention/wide_chunk_sm80.cu"
 _BOTH = "ptx::named_barrier_sync(kBoth, 256);"
 _OWN = "ptx::named_barrier_sync(kOwn + static_cast<unsigned>(consumer), 128);"
 
@@ -94,6 +95,18 @@ FAULTS = (
     Fault("ddecay-next-products-loaded-early", _DECAY, "__syncthreads();", after="\n}\n\n// A block owns the tokens", group="linear"),
     Fault("ddecay-pairs-read-early", _DECAY, "__syncthreads();", after="\n  if (warp > 0) return;", group="linear"),
     Fault("ddecay-sums-read-early", _DECAY, "__syncwarp();", group="linear"),
+    # Linear attention of a decay per channel, and of fp32.
+    Fault("wide-stage-refilled-early", _WIDE, "__syncthreads();", after="\n    if (with_result && load_wide", group="wide"),
+    Fault("wide-stage-read-early", _WIDE, "__syncthreads();", after="\n    if (!active) continue;", group="wide"),
+    Fault("wide-panel-refilled-early", _CHUNK, "__syncthreads();", after="  // nobody reads the last panel", group="wide"),
+    Fault("wide-panel-read-early", _CHUNK, "__syncthreads();", before="large.y = 1;\n  ", group="wide"),
+    Fault("wide-factors-read-early", _CHUNK, "__syncthreads();", after="\n      if (channel.index < c.channels) {", group="wide"),
+    Fault("wide-pairs-read-early", _CHUNK, "__syncthreads();", after="\n  for (int i = static_cast<int>(threadIdx.x); i < kChunk *",
+          group="wide"),
+    Fault("wide-keys-read-early", _CHUNK, "__syncthreads();", after="\n    {\n      const float raised_pairs", group="wide"),
+    Fault("wide-products-read-early", _CHUNK, "__syncthreads();", after="\n\n    const int d = channel.in_panel", group="wide"),
+    Fault("wide-halves-read-early", _CHUNK, "__syncthreads();", after="\n\n    if (bonus && !later", group="wide"),
+    Fault("wide-channels-read-early", _CHUNK, "__syncthreads();", after="\n      for (int column = t; column < kPanel", group="wide"),
     Fault("step-operands-read-early", _STEP, "__syncthreads();", before="[head * key_dim + i] : 1.0f;\n  }\n  ", group="step"),
     Fault("step-sums-read-early", _STEP, "__syncthreads();", after="\n    for (int c = static_cast<int>(threadIdx.x); c <",
           group="step"),
@@ -105,7 +118,8 @@ FAULTS = (
 
 # The units that the cases of the tests run.
 _UNITS = ("flash_attention/fwd_sm90_64.cu", "flash_attention/bwd_sm90_64.cu", "flash_attention/decode_sm80_64.cu",
-          "linear_attention/walk_sm80_64.cu", "linear_attention/linear_attention.cu", "fft_conv/transform.cu")
+          "linear_attention/walk_sm80_64.cu", "linear_attention/wide_sm80_64.cu", "linear_attention/wide_chunk_sm80.cu",
+          "linear_attention/linear_attention.cu", "fft_conv/transform.cu")
 _VARIABLE = 'extern "C" __attribute__((visibility("default"))) int pykernels_left_out'
 
 

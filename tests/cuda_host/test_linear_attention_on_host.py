@@ -21,11 +21,6 @@ HALF = (BF16, FP16)
 CUDA = Target("cuda", "cpu")
 
 
-def _served(case: Case) -> bool:
-    decay = case.make(FP16, "cpu").args.get("decay")
-    return decay is None or decay.dim() < 4
-
-
 # Every instantiation, several slices of columns, inner axes of more than one walk, several segments of 512 tokens.
 SIZES = [
     linear_case("size-64", tokens=80, key_dim=64, value_dim=130, decay="token", state=True),
@@ -48,11 +43,23 @@ SIZES = [
     linear_case("segments-packed-reverse", tokens=1300, heads=2, heads_k=1, key_dim=16, decay="token", strength=0.02,
                 lengths=(1, 700, 590), reverse=True, normalize=True),
 ]
-NUMBERS = [(LINEAR_ATTENTION, case, dtype) for dtype in HALF
-           for case in (*LINEAR_ATTENTION.cases, *LINEAR_ATTENTION.extremes, *SIZES) if _served(case)]
-NUMBERS += [(RETENTION, case, dtype) for dtype in HALF for case in (*RETENTION.cases, *RETENTION.extremes)]
-NUMBERS += [(op, case, dtype) for op in (LINEAR_ATTENTION_STEP, RETENTION_STEP) for dtype in (*HALF, FP32)
-            for case in (*op.cases, *op.extremes)]
+# The same of the kernels for a decay per channel and for fp32.
+WIDE_SIZES = [
+    linear_case("wide-128", tokens=80, heads=1, key_dim=100, value_dim=128, decay="channel", bonus=True, state=True),
+    linear_case("wide-256", tokens=40, heads=1, key_dim=250, value_dim=200, decay="channel", state=True),
+    linear_case("wide-parts", tokens=40, heads=2, heads_k=1, key_dim=70, value_dim=300, decay="channel", normalize=True,
+                bonus=True, state=True),
+    linear_case("wide-segments", tokens=1100, heads=1, key_dim=20, value_dim=24, decay="channel", strength=0.02, state=True),
+    linear_case("wide-segments-bonus-reverse", batch=2, tokens=530, heads=1, key_dim=70, decay="channel", strength=0.02,
+                normalize=True, bonus=True, reverse=True, state=True),
+    linear_case("wide-segments-256", tokens=520, heads=1, key_dim=130, value_dim=140, decay="channel", strength=0.02),
+    linear_case("wide-segments-packed", tokens=1700, heads=2, heads_k=1, key_dim=16, decay="channel", strength=0.02,
+                lengths=(520, 0, 512, 1, 600), state=True),
+]
+NUMBERS = [(op, case, dtype) for op in (LINEAR_ATTENTION, RETENTION, LINEAR_ATTENTION_STEP, RETENTION_STEP)
+           for dtype in (*HALF, FP32) for case in (*op.cases, *op.extremes)]
+NUMBERS += [(LINEAR_ATTENTION, case, dtype) for dtype in HALF for case in SIZES]
+NUMBERS += [(LINEAR_ATTENTION, case, dtype) for dtype in (BF16, FP32) for case in WIDE_SIZES]
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +94,8 @@ def test_every_order_of_events(host, seed_):
 @pytest.mark.parametrize("case", (
     linear_case("repeat", batch=2, tokens=600, heads=2, heads_k=1, key_dim=20, value_dim=80, decay="token", state=True),
     linear_case("repeat-bonus", tokens=70, key_dim=20, decay="head", bonus=True, normalize=True),
+    linear_case("repeat-channel", tokens=600, heads=2, heads_k=1, key_dim=20, value_dim=80, decay="channel", bonus=True,
+                normalize=True, state=True),
 ), ids=str)
 def test_bitwise_repeatable(host, case):
     """Whatever the order of the blocks and threads."""
@@ -99,10 +108,11 @@ def test_bitwise_repeatable(host, case):
             assert torch.equal(x, other[name]), name
 
 
-def test_results_do_not_depend_on_the_batch(host):
+@pytest.mark.parametrize("decay, dtype", (("token", BF16), ("channel", BF16), ("token", FP32)), ids=str)
+def test_results_do_not_depend_on_the_batch(host, decay, dtype):
     """Not on the other sequences of a batch or of packed input, not even where their values are not finite."""
-    lengths, options = (70, 600, 100), {"decay": "token", "strength": 0.02, "state": True}
-    args = dict(linear_case("batch", tokens=sum(lengths), key_dim=20, lengths=lengths, **options).make(BF16, "cpu").args)
+    lengths, options = (70, 600, 100), {"decay": decay, "strength": 0.02, "state": True}
+    args = dict(linear_case("batch", tokens=sum(lengths), key_dim=20, lengths=lengths, **options).make(dtype, "cpu").args)
     for name in "qkv":
         args[name][:, 60:70], args[name][:, 670:] = torch.nan, torch.inf
     names = [*"qkv", "decay"]
@@ -126,11 +136,11 @@ def test_lying_offsets_stay_inside(host, ops, offsets):
     """Offsets in device memory are not checked: whatever they are, no access leaves the tensors."""
     q, k, v = (torch.randn(1, 900, 1, 16, generator=torch.Generator().manual_seed(i)).half() for i in range(3))
     cu = torch.tensor(offsets, dtype=torch.int32)
-    g = torch.full((1,), -0.01)
-    out, final, checkpoints, denominator = ops.fwd(q, k, v, g, None, None, cu, 0.25, False, False, True)
-    assert out.isfinite().all() and final.isfinite().all()
-    for x in ops.bwd(q, None, q, k, v, g, None, cu, out, checkpoints, denominator, 0.25, False, False, True):
-        assert x.isfinite().all()
+    for g, u in ((torch.full((1,), -0.01), None), (torch.full((1, 900, 1, 16), -0.01), torch.ones(1, 16))):
+        out, final, checkpoints, denominator = ops.fwd(q, k, v, g, u, None, cu, 0.25, False, False, True)
+        assert out.isfinite().all() and final.isfinite().all()
+        for x in ops.bwd(q, None, q, k, v, g, u, cu, out, checkpoints, denominator, 0.25, False, False, True):
+            assert x.isfinite().all()
 
 
 def test_a_forward_without_gradients_needs_no_states(host):
@@ -154,29 +164,25 @@ def test_steps_continue_a_prompt(host):
 
 
 @pytest.mark.parametrize("size", (64, 128, 256))
-def test_fits_the_shared_memory_of_every_gpu(host, size):
+@pytest.mark.parametrize("decay", ("token", "channel"))
+def test_fits_the_shared_memory_of_every_gpu(host, decay, size):
     """sm_86, sm_89 and sm_120 have 99 KiB for a block."""
     host.set_shared_limit(99 * 1024)
     try:
-        _check(host, LINEAR_ATTENTION, linear_case("small", tokens=3, heads=1, key_dim=size, decay="token"), FP16, 0)
+        _check(host, LINEAR_ATTENTION, linear_case("small", tokens=3, heads=1, key_dim=size, decay=decay), FP16, 0)
     finally:
         host.set_shared_limit(227 * 1024)
 
 
 def test_what_the_kernels_do_not_take(host, ops):
     q = torch.zeros(1, 4, 1, 8, dtype=FP16)
-    g = torch.zeros(1, 4, 1, 8)
-    with pytest.raises(BackendUnavailable, match="no decay per channel"):
-        linear_attention(q, q, q, decay=g, backend="cuda")
-    with pytest.raises(BackendUnavailable, match="bfloat16 and float16"):
-        linear_attention(*[q.float()] * 3, backend="cuda")
+    with pytest.raises(BackendUnavailable, match="no float64"):
+        linear_attention(*[q.double()] * 3, backend="cuda")
     with pytest.raises(BackendUnavailable, match="no float64"):
         linear_attention_step(*[q[:, 0].double()] * 3, torch.zeros(1, 1, 8, 8, dtype=torch.float64), backend="cuda")
     options = (None, None, None, 1.0, False, False, False)
-    with pytest.raises(RuntimeError, match="no decay per channel"):
-        ops.fwd(q, q, q, g, *options)
-    with pytest.raises(RuntimeError, match="bfloat16 and float16"):
-        ops.fwd(*[q.float()] * 3, None, *options)
+    with pytest.raises(RuntimeError, match="no float64"):
+        ops.fwd(*[q.double()] * 3, None, *options)
     host.set_shared_limit(16 * 1024)
     try:
         with pytest.raises(RuntimeError, match="invalid argument"):
@@ -189,6 +195,7 @@ def test_what_the_kernels_do_not_take(host, ops):
 SANITIZED = ("linear_attention-tiny-float16", "linear_attention-key-33-value-70-bfloat16", "linear_attention-key-111-value-1-float16",
              "linear_attention-packed-float16", "linear_attention-packed-normalize-bfloat16", "linear_attention-bonus-token-float16",
              "linear_attention-layout-expanded-bfloat16", "linear_attention-size-128-bonus-bfloat16",
+             "linear_attention-packed-channel-float16", "linear_attention-layout-padded-bfloat16", "linear_attention-wide-parts-float32",
              "linear_attention-parts-float16", "linear_attention-segments-packed-reverse-bfloat16",
              "linear_attention_step-step-slots-float16", "linear_attention_step-step-normalize-float32",
              "linear_attention_step-layout-padded-bfloat16")

@@ -73,17 +73,23 @@ def _linear(host, seed: int) -> None:
                                                       decay="token", state=True), seed)
 
 
+def _wide(host, seed: int) -> None:
+    sizes = dict(tokens=70, heads=1, key_dim=70, value_dim=40, state=True)  # several panels, the walks of one unit
+    _linear_check(host, LINEAR_ATTENTION, linear_case("planted-wide", decay="channel", bonus=True, **sizes), seed)
+    _linear_check(host, LINEAR_ATTENTION, linear_case("planted-float", decay="token", **sizes), seed, torch.float32)
+
+
 def _step(host, seed: int) -> None:
     _linear_check(host, LINEAR_ATTENTION_STEP, step_case("planted-step", key_dim=40, value_dim=200, decay="channel",
                                                          normalize=True), seed)
 
 
-def _linear_check(host, op, case, seed: int) -> None:
+def _linear_check(host, op, case, seed: int, dtype: torch.dtype = BF16) -> None:
     import linear_ops
 
     host.set_seed(seed)
     with linear_ops.on_the_host():
-        errors = check(op, case, BF16, Target("cuda", "cpu"))
+        errors = check(op, case, dtype, Target("cuda", "cpu"))
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
 
 
@@ -96,8 +102,8 @@ def _fft(host, seed: int) -> None:
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
 
 
-RUNS: dict[str, Callable] = {"fwd": _forward, "bwd": _backward, "decode": _decode, "linear": _linear, "step": _step,
-                             "fft": _fft}
+RUNS: dict[str, Callable] = {"fwd": _forward, "bwd": _backward, "decode": _decode, "linear": _linear, "wide": _wide,
+                             "step": _step, "fft": _fft}
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 // What linear attention does beside the walks, for sm_80 and newer: the states between segments, the decay's gradient.
 #pragma once
 
+#include "../common/elements.cuh"
 #include "sm80.cuh"
 
 namespace pykernels::cuda::linear {
@@ -10,10 +11,11 @@ namespace pykernels::cuda::linear {
 struct Scan {
   Call call;
   float* states;         // [segments, H, size]: what segments add, in place the states between them
-  const float* factors;  // [segments, H]
+  const float* factors;  // [segments, H, channels]
   const float* edge;     // [sequences, H, size], the state before (descending: after) all of them; null: zero
   int64_t size;
   bool descending;
+  int64_t channels, channel_size;  // a channel has so many neighbouring elements of a state
 };
 
 // A block owns kThreads elements of the state of a sequence's head.
@@ -27,13 +29,13 @@ __global__ void __launch_bounds__(kThreads) linear_attention_scan_sm80_kernel(co
   }
   const int64_t element = blockIdx.y * int64_t{kThreads} + threadIdx.x;
   if (element >= s.size) return;
-  const int64_t count = (length + kSegment - 1) / kSegment;
+  const int64_t count = (length + kSegment - 1) / kSegment, channel = element / s.channel_size;
   float state = s.edge != nullptr ? s.edge[(sequence * s.call.heads + head) * s.size + element] : 0.0f;
 #pragma unroll 4
   for (int64_t i = 1; i < count; ++i) {
     const int64_t index = (slot + (s.descending ? count - 1 - i : i)) * s.call.heads + head;
     float* const to = s.states + index * s.size + element;
-    state = fmaf(state, s.factors[index], *to);
+    state = fmaf(state, s.factors[index * s.channels + channel], *to);
     *to = state;
   }
 }
@@ -105,10 +107,8 @@ __global__ void __launch_bounds__(kThreads)
   const Call& call = p.call;
   const int64_t head = blockIdx.x % call.heads, chunk = blockIdx.x / call.heads;
   Segment segment;
-  if (!locate(call, chunk / kChunksPerSegment, segment)) return;
-  const int64_t first = segment.index * int64_t{kSegment} + chunk % kChunksPerSegment * kChunk;
-  if (first >= segment.length) return;
-  const int at = static_cast<int>(first), n_tokens = min(kChunk, segment.length - at);
+  int at, n_tokens;
+  if (!locate_chunk(call, chunk, segment, at, n_tokens)) return;
 
   SharedMemory shared;
   const auto x_even = take_tile<typename Config::Tile>(shared), x_odd = take_tile<typename Config::Tile>(shared);
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads) linear_attention_extra_sm80_kernel(c
   const T* const dout = start(p.dout, p.dout_stride);
   float sum = 0.0f;
   for (int64_t i = threadIdx.x % 32; i < p.value_dim; i += 32)
-    sum = fmaf(-ptx::to_float(out[i]), ptx::to_float(dout[i]), sum);
+    sum = fmaf(-widen(out[i]), widen(dout[i]), sum);
   sum = warp_reduce(sum, Sum());
   if (threadIdx.x % 32 == 0) p.extra[row] = sum;
 }

@@ -73,6 +73,15 @@ __device__ __forceinline__ bool locate(const Call& call, int64_t slot, Segment& 
   return segment.index == 0 || segment.index * int64_t{kSegment} < segment.length;
 }
 
+// Where chunk `index` of all segments' lies: tokens [at, at + n) of its sequence; false for one without tokens.
+__device__ __forceinline__ bool locate_chunk(const Call& call, int64_t index, Segment& segment, int& at, int& n) {
+  if (!locate(call, index / kChunksPerSegment, segment)) return false;
+  const int64_t first = segment.index * int64_t{kSegment} + index % kChunksPerSegment * kChunk;
+  if (first >= segment.length) return false;
+  at = static_cast<int>(first), n = min(kChunk, segment.length - at);
+  return true;
+}
+
 // A matrix [B, T, heads, columns] that tiles are loaded from. kOnes: one column of ones; kColumn: one column, fp32,
 // [B, T, H].
 enum class Source : int32_t { kRows, kOnes, kColumn };

@@ -1,6 +1,7 @@
 // One token of linear attention: reads and writes each state once. Bound by memory, 8 K V bytes per head.
 #pragma once
 
+#include "../common/elements.cuh"
 #include "sm80.cuh"
 
 namespace pykernels::cuda::linear {
@@ -8,14 +9,6 @@ namespace pykernels::cuda::linear {
 constexpr int kStepWarps = 8, kStepThreads = 32 * kStepWarps;
 constexpr int kStepColumns = 128;  // of a block at a time, each lane 4
 constexpr int kStepRows = 4;       // of a warp at a time: loads in flight
-
-template <class T>
-__device__ __forceinline__ float widen(T value) {
-  if constexpr (std::is_same_v<T, float>)
-    return value;
-  else
-    return ptx::to_float(value);
-}
 
 inline unsigned step_shared_bytes(const LinearAttentionStepParams& s) {
   const LinearAttentionParams& p = s.forward;
@@ -108,10 +101,7 @@ __global__ void __launch_bounds__(kStepThreads)
     const int column = slice * kStepColumns + static_cast<int>(threadIdx.x);
     if (static_cast<int>(threadIdx.x) >= kStepColumns || column >= value_dim) continue;
     const float result = exists ? out[column] * inverse : 0.0f;
-    if constexpr (std::is_same_v<T, float>)
-      to[column] = result;
-    else
-      to[column] = T{static_cast<uint16_t>(ptx::pack<T>(result, 0.0f))};
+    to[column] = narrow<T>(result);
   }
 }
 

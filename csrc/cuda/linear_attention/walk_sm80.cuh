@@ -1,65 +1,13 @@
-// The walk: linear attention over the chunks of a segment, for sm_80 and newer (mma.sync, cp.async).
-//
-// Every result of forward and backward is a linear attention of its own. With rows x and y of a chunk,
-//   result_x = sum over y of w_xy (a_x . b_y) c_y + f_x a_x state
-//   state <- total state + sum over y of f_y b_y c_y^T
-//
-//   result   a   b   c    time         state            inner axis
-//   out      q   k   v    ascending    S                K
-//   dq       dO  v   k    ascending    S^T              V
-//   dk       v   dO  q    descending   gradient of S^T  V
-//   dv       k   q   dO   descending   gradient of S    K
-//
-// where f is the factor from the chunk's start to a query (with the scale), or from a key to its end, and w what lies
-// between a key and a later query. A block owns kColumns columns of the result for one segment of a head, each warp 16
-// of them. A warp holds its part of the state transposed, [16, inner], as accumulators: those are, as they stand, the
-// second operand of a state, and what the update adds to. So the state never leaves the registers.
+// The walk for 16-bit elements and no decay, or one per head or token, for sm_80 and newer (mma.sync, cp.async).
 //
 // Shared memory: a, b [2][kChunk, inner], c [2][kChunk, kColumns], the weighted scores [kChunk, kChunk], decays [2].
 // Two barriers per chunk: behind the first the present stage has arrived and the other one is no longer read, behind
 // the second the scores are there.
 #pragma once
 
-#include "sm80.cuh"
+#include "walk.cuh"
 
 namespace pykernels::cuda::linear {
-
-struct Walk {
-  Call call;
-  Operand a, b, c;
-  Operand d;  // q for dq, k for dk, where the gradients of decay or bonus want them; else its data is null
-  int64_t inner, columns;
-  bool descending;
-
-  // The result [B, T, H, columns]; null: the walk leaves a segment's own state in the next segment's slot, and its
-  // factor in `factors`.
-  void* result;
-  bool wide;             // fp32, else the dtype
-  const float* addend;   // [B, T, H, columns] is added first; or null
-  const float* divisor;  // [B, T, H] divides it; or null
-  float epsilon;         // is added to it
-  const float* denominator;  // [B, T, H] divides queries; or null
-
-  // A state's element (i, column) lies at i * state_inner + column * state_column. The first segment in walking order
-  // starts from `edge` (null: zero), the others from `states`, as do all with edge_kept; keep_edge writes the first
-  // one's there. The last one leaves its state in `last`.
-  int64_t state_inner, state_column, state_size;
-  float* states;       // [segments, H, state_size]
-  const float* edge;   // [sequences, H, state_size]
-  float* last;         // [sequences, H, state_size]
-  float* factors;      // [segments, H]
-  bool edge_kept, keep_edge;
-
-  // For the decay's gradient: the states before chunks, in the order of registers, which an ascending walk leaves and
-  // the descending one takes; of 16 columns each, rows [B, T, H] of d . f_x a_x state and, descending, per chunk
-  // <state of the other walk, state>.
-  bool scores_of_state;  // the bonus applies to a product of inner axes K (out, dv), else to the columns (dq, dk)
-  float4* chunk_states;
-  float* row_dots;
-  float* chunk_dots;
-  float* dbonus;  // [segments, H, columns]; added to with dbonus_added
-  bool dbonus_added;
-};
 
 // What a walk is compiled for: states alone, a result, or all that gradients of decay and bonus, and the bonus, add.
 enum class Mode { kStates, kResult, kGeneral };
@@ -136,11 +84,9 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   const int64_t head = blockIdx.x % call.heads, slot = blockIdx.x / call.heads;
   Segment segment;
   if (!locate(call, slot, segment)) return;
-  const int begin = segment.index * kSegment, left = segment.length - begin;
-  const int chunks = left <= 0 ? 0 : (min(left, kSegment) + kChunk - 1) / kChunk;
-  const bool first = w.descending ? left <= kSegment : segment.index == 0;
-  const bool final = w.descending ? segment.index == 0 : left <= kSegment;
-  if (!kResult && final) return;
+  const Span span(w, segment);
+  const int begin = span.begin, chunks = span.chunks;
+  if (!kResult && span.final) return;
 
   SharedMemory shared;
   const auto a_even = take_tile<typename Config::InnerTile>(shared),
@@ -160,36 +106,9 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   const bool active = warp_column < columns;  // the warp has columns
   const bool bonus = kGeneral && call.bonus != nullptr;
 
-  // The state, transposed: rows are 16 columns of the result, block n of 8 columns lies along the inner axis.
   float state[kInner / 8][4];
-  const int state_inner = static_cast<int>(w.state_inner), state_column = static_cast<int>(w.state_column);
-  const int state_lane = 2 * t * state_inner + (warp_column + g) * state_column;
-  const auto state_at = [&](int n, int i) {
-    return state_lane + (8 * n + i % 2) * state_inner + 8 * (i / 2) * state_column;
-  };
-  const auto state_exists = [&](int n, int i) {
-    return 8 * n + 2 * t + i % 2 < inner && warp_column + g + 8 * (i / 2) < columns;
-  };
-  const auto state_store = [&](float* to) {
-#pragma unroll
-    for (int n = 0; n < kInner / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (state_exists(n, i)) to[state_at(n, i)] = state[n][i];
-  };
-  {
-    const float* from = nullptr;
-    const int64_t slot_state = (slot * call.heads + head) * w.state_size;
-    if (kResult && (!first || (w.edge_kept && chunks > 0)))
-      from = w.states + slot_state;
-    else if (kResult && w.edge != nullptr)
-      from = w.edge + (segment.sequence * call.heads + head) * w.state_size;
-#pragma unroll
-    for (int n = 0; n < kInner / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) state[n][i] = from != nullptr && state_exists(n, i) ? from[state_at(n, i)] : 0.0f;
-    if (kResult && w.keep_edge && first && chunks > 0) state_store(w.states + slot_state);
-  }
+  const StatePlace place(w, warp_column);
+  begin_state<kInner>(state, place, w, segment, span, slot, head, kResult);
 
   // Chunk `step` in walking order.
   const auto chunk_first = [&](int step) { return begin + (w.descending ? chunks - 1 - step : step) * kChunk; };
@@ -332,8 +251,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
               w.row_dots[warp_column / 16 * (call.batch * call.tokens * call.heads) + row_index(at + row)] = sum;
           }
         const int64_t chunk = slot * kChunksPerSegment + (at - begin) / kChunk;
-        const int64_t part = (chunk * call.heads + head) * kWarps * gridDim.y + warp_column / 16;
-        float4* const kept = w.chunk_states + part * (kInner / 8) * 32 + lane;
+        float4* const kept = chunk_state<kInner>(w, chunk * call.heads + head, warp_column);
         if (w.descending) {
           float sum = 0.0f;
 #pragma unroll
@@ -346,9 +264,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
           if (lane == 0)
             w.chunk_dots[(warp_column / 16 * call.segments() * kChunksPerSegment + chunk) * call.heads + head] = sum;
         } else {
-#pragma unroll
-          for (int n = 0; n < kInner / 8; ++n)
-            kept[32 * n] = make_float4(state[n][0], state[n][1], state[n][2], state[n][3]);
+          keep_chunk_state<kInner>(kept, state);
         }
       }
 
@@ -447,13 +363,9 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   }
 
   if (!active) return;
-  if (kResult && final && w.last != nullptr)
-    state_store(w.last + (segment.sequence * call.heads + head) * w.state_size);
-  if (!kResult) {
-    const int64_t next = ((slot + (w.descending ? -1 : 1)) * call.heads + head);
-    state_store(w.states + next * w.state_size);
-    if (threadIdx.x == 0 && blockIdx.y == 0) w.factors[next] = expf(log_factor);
-  }
+  end_state<kInner>(state, place, w, segment, span, slot, head, kResult);
+  if (!kResult && threadIdx.x == 0 && blockIdx.y == 0)
+    w.factors[(slot + (w.descending ? -1 : 1)) * call.heads + head] = expf(log_factor);
   if (kGeneral && w.dbonus != nullptr && chunks > 0) {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -471,13 +383,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
 
 template <class Config>
 const char* launch_walk_sm80(const Walk& w, cudaStream_t stream) {
-  const int64_t blocks = w.call.segments() * w.call.heads;
-  if (blocks == 0) return nullptr;
-  if (blocks > INT32_MAX) return "more segments of heads than a grid has blocks";
-  return launch(linear_attention_walk_sm80_kernel<Config>,
-                {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>((w.columns + kColumns - 1) / kColumns)),
-                 dim3(kThreads), Config::kSharedBytes, stream},
-                w);
+  return launch_walk(linear_attention_walk_sm80_kernel<Config>, w, Config::kSharedBytes, stream);
 }
 
 template <class T, int kInner>
@@ -489,16 +395,16 @@ const char* choose_walk_sm80(const Walk& w, cudaStream_t stream) {
 }
 
 // Each defined in a file of its own, so that they compile side by side.
-const char* walk_sm80_64(const Walk& w, DType dtype, cudaStream_t stream);
-const char* walk_sm80_128(const Walk& w, DType dtype, cudaStream_t stream);
-const char* walk_sm80_256(const Walk& w, DType dtype, cudaStream_t stream);
+const char* walk_sm80_64(const Walk& w, cudaStream_t stream);
+const char* walk_sm80_128(const Walk& w, cudaStream_t stream);
+const char* walk_sm80_256(const Walk& w, cudaStream_t stream);
 
-#define PYKERNELS_DEFINE_WALK_SM80(inner)                                               \
-  namespace pykernels::cuda::linear {                                                   \
-  const char* walk_sm80_##inner(const Walk& w, DType dtype, cudaStream_t stream) {      \
-    return dtype == DType::kBFloat16 ? choose_walk_sm80<BFloat16, inner>(w, stream)     \
-                                     : choose_walk_sm80<Float16, inner>(w, stream);     \
-  }                                                                                     \
+#define PYKERNELS_DEFINE_WALK_SM80(inner)                                             \
+  namespace pykernels::cuda::linear {                                                 \
+  const char* walk_sm80_##inner(const Walk& w, cudaStream_t stream) {                 \
+    return w.dtype == DType::kBFloat16 ? choose_walk_sm80<BFloat16, inner>(w, stream) \
+                                       : choose_walk_sm80<Float16, inner>(w, stream); \
+  }                                                                                   \
   }
 
 }  // namespace pykernels::cuda::linear

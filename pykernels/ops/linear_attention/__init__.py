@@ -36,11 +36,6 @@ def _triton(query: Query) -> str | None:
 def _cuda(query: Query) -> str | None:
     if query.dtype == torch.float64:
         return "the CUDA kernels take no float64"
-    if "step" not in query.options:  # a step takes every option
-        if query.dtype == torch.float32:
-            return "the CUDA kernels take bfloat16 and float16 (a step float32 too)"
-        if "channel_decay" in query.options:
-            return "the CUDA kernels take no decay per channel"
     return _sizes(query)
 
 
@@ -186,8 +181,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = 
         initial_state = _wide("initial_state", initial_state, q)
     tensors = (q, k, v, decay, bonus, initial_state)
     grad = followed(*tensors)
-    query = _query(q, v, grad, varlen=cu_seqlens is not None, bonus=bonus is not None, normalize=normalize, reverse=reverse,
-                   channel_decay=decay is not None and decay.dim() == 4)
+    query = _query(q, v, grad, varlen=cu_seqlens is not None, bonus=bonus is not None, normalize=normalize, reverse=reverse)
     chosen = resolve(OP, query, backend)
     options = scale, normalize, reverse
     if chosen == "reference":

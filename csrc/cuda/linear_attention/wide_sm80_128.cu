@@ -1,0 +1,5 @@
+#include "wide_sm80.cuh"
+
+namespace pykernels::cuda::linear {
+const char* wide_walk_sm80_128(const Walk& w, cudaStream_t stream) { return choose_wide_walk_sm80<128>(w, stream); }
+}  // namespace pykernels::cuda::linear
