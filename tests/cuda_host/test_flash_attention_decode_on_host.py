@@ -8,18 +8,13 @@ import pytest
 import torch
 
 from pykernels.testing import FLASH_ATTENTION_DECODE, Case, compare, expected
-from pykernels.testing.flash_attention import _heads_first, _options, _padded, decode_case
+from pykernels.testing.flash_attention import _extras, _heads_first, _options, _padded, decode_case
 from pykernels.testing.kit import seed
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _fits(case: Case) -> bool:
-    args = case.make(torch.float16, "cpu").args
-    return max(args["q"].shape[3], args["v_cache"].shape[3]) <= 256 and not case.needs
-
-
-CASES = [case for case in (*FLASH_ATTENTION_DECODE.cases, *FLASH_ATTENTION_DECODE.extremes) if _fits(case)]
+CASES = [*FLASH_ATTENTION_DECODE.cases, *FLASH_ATTENTION_DECODE.extremes]
 # Every instantiation, with few rows and many, and more splits than some entries have tiles.
 SPLIT = [
     decode_case("splits-64", lengths=(700, 20), capacity=1000, new_tokens=1, heads_q=4, heads_k=1),
@@ -44,12 +39,13 @@ def host_ops(host):
 def _run(host, host_ops, case: Case, dtype: torch.dtype, seed_: int) -> dict[str, torch.Tensor]:
     sample = case.make(dtype, "cpu")
     args, new_tokens = sample.args, 0
+    table, (slopes, _, sinks, _, _) = args.get("block_table"), _extras(sample)
     host.set_seed(seed_)
     if "k" in args:
         new_tokens = args["k"].shape[1]
-        host_ops.append(args["k_cache"], args["v_cache"], args["k"], args["v"], args["cache_seqlens"])
+        host_ops.append(args["k_cache"], args["v_cache"], args["k"], args["v"], args["cache_seqlens"], table)
     out, lse = host_ops.decode(args["q"], args["k_cache"], args["v_cache"], args["cache_seqlens"], new_tokens,
-                               *_options(sample, causal=True))
+                               *_options(sample, causal=True), table, slopes, sinks)
     return {"out": out, "lse": lse, "k_cache": args["k_cache"], "v_cache": args["v_cache"]}
 
 
