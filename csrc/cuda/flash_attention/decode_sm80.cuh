@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   // The keys that any of the rows sees, and this split's part of their tiles.
   const int64_t length64 = p.cache_seqlens[batch] + p.new_tokens;
   const int length = static_cast<int>(length64 < 0 ? 0 : length64 > f.seqlen_k ? f.seqlen_k : length64);
-  const Sequence sequence{batch, batch, 0, 0, tq, length};
+  const Sequence sequence{static_cast<int>(batch), static_cast<int>(batch), 0, 0, tq, length};
   const Band band(f, sequence);
   const int keys_begin = max(0, row0 / group + band.below);
   const int keys_end = min(length, (row0 + rows - 1) / group + 1 + band.above);

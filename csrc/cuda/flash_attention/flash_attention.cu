@@ -61,13 +61,16 @@ bool bwd_needs_delta(const FlashAttentionBackwardParams& p, int64_t other) { ret
 
 }  // namespace
 
+#define PYKERNELS_LEFT_TO_TRITON "; bias, dropout and head sizes above 256 (but for decoding): Triton's kernels alone"
+
 const char* flash_attention_kernels(int capability) {
 #ifdef PYKERNELS_SM90A
   if (capability == 90)
     return "sm_90a (TMA, wgmma) for tensors at multiples of 16 bytes: forward with head sizes 33 to 256, backward with "
-           "33 to 128 without softcap and where it need not be bitwise repeatable; else sm_80 (mma.sync)";
+           "33 to 128 without softcap and ALiBi and where it need not be bitwise repeatable; else, and for decoding, "
+           "sm_80 (mma.sync)" PYKERNELS_LEFT_TO_TRITON;
 #endif
-  return capability >= 80 ? "sm_80 (mma.sync)" : "none";
+  return capability >= 80 ? "sm_80 (mma.sync)" PYKERNELS_LEFT_TO_TRITON : "none";
 }
 
 const char* flash_attention_fwd(const FlashAttentionParams& p, void* stream_) {

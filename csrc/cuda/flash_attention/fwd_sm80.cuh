@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int warp_row = static_cast<int>(threadIdx.x / 32) * 16 * kMTiles, lane = threadIdx.x % 32, g = lane / 4,
             t = lane % 4;
   const Scores scores(p);
-  const float slope = scores.slope(p, sequence, head);
+  const float slope = steps_begin < steps_end ? scores.slope(p, sequence, head) : 0.0f;
   float o[kMTiles][kHead / 8][4] = {};
   float row_max[kMTiles][2], row_sum[kMTiles][2];
 #pragma unroll

@@ -22,9 +22,9 @@ struct Alignment {
 
 // One sequence of a batch or of packed input.
 struct Sequence {
-  int64_t index;             // of the sequence; what follows the last offset is one more
-  int64_t batch;             // entry of the tensors
-  int64_t q_first, k_first;  // token offsets
+  int index;             // of the sequence; what follows the last offset is one more
+  int batch;             // entry of the tensors
+  int q_first, k_first;  // token offsets
   int tq, tk;
 
   // Whether these are the tokens of no sequence.
@@ -51,7 +51,8 @@ __device__ __forceinline__ bool locate(const FlashAttentionParams& p, int64_t ti
   if (p.cu_seqlens_q == nullptr) {
     const int64_t tiles = (tokens + kRows - 1) / kRows;
     row0 = static_cast<int>(tile % tiles) * kRows;
-    sequence = {tile / tiles, tile / tiles, 0, 0, static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k)};
+    const int batch = static_cast<int>(tile / tiles);
+    sequence = {batch, batch, 0, 0, static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k)};
     return true;
   }
   const int32_t* offsets = kByKey ? p.cu_seqlens_k : p.cu_seqlens_q;
@@ -68,7 +69,7 @@ __device__ __forceinline__ bool locate(const FlashAttentionParams& p, int64_t ti
   const int q0 = clamp_offset(p.cu_seqlens_q[low], p.seqlen_q), k0 = clamp_offset(p.cu_seqlens_k[low], p.seqlen_k);
   const int q1 = rest ? static_cast<int>(p.seqlen_q) : clamp_offset(p.cu_seqlens_q[low + 1], p.seqlen_q);
   const int k1 = rest ? static_cast<int>(p.seqlen_k) : clamp_offset(p.cu_seqlens_k[low + 1], p.seqlen_k);
-  sequence = {low, 0, q0, k0, q1 > q0 ? q1 - q0 : 0, k1 > k0 ? k1 - k0 : 0};
+  sequence = {static_cast<int>(low), 0, q0, k0, q1 > q0 ? q1 - q0 : 0, k1 > k0 ? k1 - k0 : 0};
   row0 = static_cast<int>(tile - slot(low)) * kRows;
   const int length = kByKey ? sequence.tk : sequence.tq;
   // Queries and keys of the rest see nothing of each other.
@@ -142,9 +143,9 @@ struct Scores {
   __device__ __forceinline__ float transform(float s) const {
     return softcap > 0.0f ? softcap * tanh(s * (scale / softcap)) : s * scale;
   }
-  // What a head's scores lose for each token of distance; 0 without ALiBi.
+  // What a head's scores lose for each token of distance; 0 without ALiBi. Of a sequence that has keys.
   __device__ __forceinline__ float slope(const FlashAttentionParams& p, const Sequence& sequence, int64_t head) const {
-    if (p.alibi_slopes == nullptr || sequence.rest(p)) return 0.0f;
+    if (p.alibi_slopes == nullptr) return 0.0f;
     const float slope = static_cast<const float*>(p.alibi_slopes)[sequence.index * p.alibi_stride + head];
     return plain() ? slope / scale : slope;
   }
