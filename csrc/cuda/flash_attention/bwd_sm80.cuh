@@ -11,7 +11,7 @@
 //   by query: R1 = Q, R2 = dO, C1 = K, C2 = V, first = dQ
 //   by key:   R1 = K, R2 = V, C1 = Q, C2 = dO, first = dK, second = dV
 // Shared memory: R1, later the first output [kR, kHead]; R2, later the second; C1, C2 [2][kC, kHead]; by key lse
-// and delta of the columns [2][2][kC]. One barrier per step, as in the forward kernel.
+// and delta of the columns [2][2][kC], and the slope of their head [2]. One barrier per step, as in the forward kernel.
 #pragma once
 
 #include <type_traits>
@@ -33,7 +33,7 @@ struct BackwardConfig {
   using RTile = SharedTile<T, kR, kHead>;
   using CTile = SharedTile<T, kC, kHead>;
   static constexpr unsigned kSharedBytes =
-      (kFirst ? 2 : 1) * RTile::kBytes + 4 * CTile::kBytes + 4 * kC * sizeof(float);
+      (kFirst ? 2 : 1) * RTile::kBytes + 4 * CTile::kBytes + (4 * kC + 2) * sizeof(float);
 };
 
 // delta [B, Hq, Tq] = rowsum(dout * out) - dlse; one warp per row. Rows that see nothing get 0: they have no gradient.
@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   const auto c1_even = take_tile<typename Config::CTile>(shared), c1_odd = take_tile<typename Config::CTile>(shared);
   const auto c2_even = take_tile<typename Config::CTile>(shared), c2_odd = take_tile<typename Config::CTile>(shared);
   float* statistics = shared.take<float>(4 * kC);  // [stage][lse, delta][kC]
+  float* slopes = shared.take<float>(2);           // [stage]
 
   const int head_dim = static_cast<int>(f.head_dim), value_dim = static_cast<int>(f.value_dim);
   // Row 0 of the sequence, for a head of q or of k.
@@ -130,6 +131,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int c_tiles = c_end <= 0 ? 0 : max(0, (c_end + kC - 1) / kC - c_begin);
   const int steps = c_tiles * (kByKey ? static_cast<int>(group) : 1);
 
+  const Scores scores(f);
   const auto load_stage = [&](int step) {
     if (step < steps) {
       const int col0 = (c_begin + step % c_tiles) * kC;
@@ -141,6 +143,7 @@ __global__ void __launch_bounds__(Config::kThreads)
         load_tile<kThreads>(c2, q_rows(p.dout, p.dout_stride, h) + col0 * p.dout_stride.token, p.dout_stride.token,
                             length_c - col0, value_dim, aligned.dout);
         const int i = threadIdx.x;
+        if (i == 0) slopes[step % 2] = scores.slope(f, sequence, h);
         if (i < kC) {
           const bool inside = col0 + i < length_c;
           float* to = statistics + step % 2 * 2 * kC + i;
@@ -188,7 +191,6 @@ __global__ void __launch_bounds__(Config::kThreads)
     load_stage(0);
   }
 
-  const Scores scores(f);
   float first[Config::kFirst ? kRTiles : 1][kHead / 8][4] = {};
   float second[Config::kSecond ? kRTiles : 1][kHead / 8][4] = {};
 #pragma unroll 1
@@ -225,13 +227,13 @@ __global__ void __launch_bounds__(Config::kThreads)
       }
     }
 
-    const float alibi = scores.slope(f, sequence, kByKey ? head * group + step / c_tiles : head);
     const int row_last = row0 + kR - 1, col_last = col0 + kC - 1;
     const bool masked =
         row_last >= length_r || col_last >= length_c ||
         !(kByKey ? band.whole(col0, col_last, row0, row_last) : band.whole(row0, row_last, col0, col_last));
     // The scores become weights, dP becomes dS. `plain`: without a transformation or ALiBi.
     const auto weigh = [&](auto plain) {
+      const float alibi = plain.value ? 0.0f : kByKey ? slopes[step % 2] : scores.slope(f, sequence, head);
       const int shift = sequence.tk - sequence.tq;
       const auto distance =
           static_cast<float>(col0 + 2 * t - (row0 + warp_row + g) + (kByKey ? shift : -shift));
@@ -264,7 +266,7 @@ __global__ void __launch_bounds__(Config::kThreads)
             }
           }
     };
-    if (scores.plain() && alibi == 0.0f)
+    if (scores.plain() && f.alibi_slopes == nullptr)
       weigh(std::true_type());
     else
       weigh(std::false_type());

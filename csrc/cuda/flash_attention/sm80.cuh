@@ -27,9 +27,9 @@ struct Sequence {
   int q_first, k_first;  // token offsets
   int tq, tk;
 
-  // Whether these are the tokens of no sequence.
+  // Whether these are queries of no sequence. Told from the offsets: a kernel that asks at its end need not keep `index`.
   __device__ __forceinline__ bool rest(const FlashAttentionParams& p) const {
-    return p.cu_seqlens_q != nullptr && index == p.sequences;
+    return p.cu_seqlens_q != nullptr && q_first >= clamp_offset(p.cu_seqlens_q[p.sequences], p.seqlen_q);
   }
 };
 
@@ -156,7 +156,7 @@ __device__ __forceinline__ float sink_log2(const FlashAttentionParams& p, int64_
   return p.sinks == nullptr ? -INFINITY : static_cast<const float*>(p.sinks)[head] * kLog2e;
 }
 __device__ __forceinline__ float sink_log2(const FlashAttentionParams& p, const Sequence& sequence, int64_t head) {
-  return sequence.rest(p) ? -INFINITY : sink_log2(p, head);
+  return p.sinks == nullptr || sequence.rest(p) ? -INFINITY : sink_log2(p, head);
 }
 
 // A row when its keys are all summed: `sum` of 2^(score - largest), scores and sink in log2 units.
