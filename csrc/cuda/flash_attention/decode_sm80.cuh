@@ -103,8 +103,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int splits = static_cast<int>(p.splits), split = static_cast<int>(blockIdx.x) % splits;
   const int64_t rest = blockIdx.x / p.splits;
   const int row0 = static_cast<int>(rest % row_tiles) * kM;
-  const int head_k = static_cast<int>(rest / row_tiles % f.heads_k),
-            batch = static_cast<int>(rest / row_tiles / f.heads_k);
+  const int64_t head_k = rest / row_tiles % f.heads_k, batch = rest / row_tiles / f.heads_k;
   const int group = static_cast<int>(f.heads_q / f.heads_k), tq = static_cast<int>(f.seqlen_q);
   const int rows = min(kM, tq * group - row0);
 
@@ -120,7 +119,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   // The keys that any of the rows sees, and this split's part of their tiles.
   const int64_t length64 = p.cache_seqlens[batch] + p.new_tokens;
   const int length = static_cast<int>(length64 < 0 ? 0 : length64 > f.seqlen_k ? f.seqlen_k : length64);
-  const Sequence sequence{batch, batch, 0, 0, tq, length};
+  const Sequence sequence{static_cast<int>(batch), static_cast<int>(batch), 0, 0, tq, length};
   const Band band(f, sequence);
   const int keys_begin = max(0, row0 / group + band.below);
   const int keys_end = min(length, (row0 + rows - 1) / group + 1 + band.above);
@@ -198,7 +197,7 @@ __global__ void __launch_bounds__(Config::kThreads)
     ptx::cp_async_wait<0>();
     __syncthreads();
     load_stage(step + 1);
-    const bool finds_next = finds && step + 2 < steps_end;
+    const bool finds_next = f.block_table != nullptr && threadIdx.x < kN && step + 2 < steps_end;
     const int next_page = finds_next ? page_of(step + 2) : 0;  // arrives while the scores are computed
     const KTile k_now = stage(step, k_even, k_odd);
     const VTile v_now = stage(step, v_even, v_odd);
