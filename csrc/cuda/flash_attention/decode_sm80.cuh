@@ -328,7 +328,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   }
 }
 
-// out = sum over splits of e^(lse_s - lse) out_s, lse that of all of them and the sink; one warp for each query and head, always in the order of the splits.
+// out = sum over splits of e^(lse_s - lse) out_s, lse that of all of them and the sink; one warp for each query and
+// head, always in the order of the splits.
 template <class T>
 __global__ void __launch_bounds__(128)
     flash_attention_decode_combine_sm80_kernel(const __grid_constant__ FlashAttentionDecodeParams p) {

@@ -34,12 +34,12 @@ bool fwd_by_sm90(const FlashAttentionParams& p) {
          attention::tma_readable(p.v, p.v_stride, p.batch, p.seqlen_k, p.heads_k);
 }
 
-// The same of the backward pass; what must be bitwise repeatable, soft caps, scales that are not positive and ALiBi stay
-// with sm_80's too.
+// The same of the backward pass; what must be bitwise repeatable, soft caps, scales that are not positive and ALiBi
+// stay with sm_80's too.
 bool bwd_by_sm90(const FlashAttentionBackwardParams& p) {
   const FlashAttentionParams& f = p.forward;
-  return !p.deterministic && f.softcap <= 0.0 && f.scale > 0.0 && f.alibi_slopes == nullptr && std::max(f.head_dim, f.value_dim) <= 128 &&
-         fwd_by_sm90(f) && attention::tma_readable(p.dout, p.dout_stride, f.batch, f.seqlen_q, f.heads_q);
+  return !p.deterministic && f.softcap <= 0.0 && f.scale > 0.0 && f.alibi_slopes == nullptr &&
+         std::max(f.head_dim, f.value_dim) <= 128 && fwd_by_sm90(f) && attention::tma_readable(p.dout, p.dout_stride, f.batch, f.seqlen_q, f.heads_q);
 }
 #endif
 
