@@ -39,7 +39,8 @@ bool fwd_by_sm90(const FlashAttentionParams& p) {
 bool bwd_by_sm90(const FlashAttentionBackwardParams& p) {
   const FlashAttentionParams& f = p.forward;
   return !p.deterministic && f.softcap <= 0.0 && f.scale > 0.0 && f.alibi_slopes == nullptr &&
-         std::max(f.head_dim, f.value_dim) <= 128 && fwd_by_sm90(f) && attention::tma_readable(p.dout, p.dout_stride, f.batch, f.seqlen_q, f.heads_q);
+         std::max(f.head_dim, f.value_dim) <= 128 && fwd_by_sm90(f) &&
+         attention::tma_readable(p.dout, p.dout_stride, f.batch, f.seqlen_q, f.heads_q);
 }
 #endif
 
