@@ -28,8 +28,9 @@ LOCAL_MEMORY = {
     ("flash_attention_fwd_sm80_kernel", "128", "sm_90a"):
         "three addresses of the next stage's copies: stored before the loop, loaded once per tile of keys; on sm_90a "
         "this kernel serves only tensors that TMA can't read",
-    ("flash_attention_decode_sm80_kernel", "64", "sm_100"):
-        "two addresses: stored before the loop over tiles of keys, one of them loaded once per tile, none in the loops inside",
+    ("flash_attention_fwd_sm90_kernel", "256", "sm_90a"):
+        "what finds the next tile of queries, and ALiBi's slope: stored and loaded once per tile of queries, never in the loop over "
+        "keys",
     **{("linear_attention_walk_sm80_kernel", "256", arch):
            "the state takes 128 registers: addresses, stored before the loop over chunks or once in it and loaded once per chunk, "
            "so 60 bytes at most for some 400 matrix products" for arch in ("sm_80", "sm_90a", "sm_100")},
@@ -195,7 +196,7 @@ def test_forward_softmax_overlaps_the_matrix_products():
 
 
 def test_info_names_the_kernels_of_each_capability():
-    assert _library.cuda_kernels("flash_attention", (8, 0)) == "sm_80 (mma.sync)"
+    assert _library.cuda_kernels("flash_attention", (8, 0)).startswith("sm_80 (mma.sync); bias, dropout and head sizes above 256")
     assert ("sm_90a" in _library.cuda_kernels("flash_attention", (9, 0))) == ("sm_90a" in _library.cuda_build())
     assert "sm_90a" not in _library.cuda_kernels("flash_attention", (10, 0))
     assert "sm_80 (mma.sync)" in _library.cuda_kernels("linear_attention", (9, 0))

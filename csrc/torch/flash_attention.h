@@ -98,10 +98,9 @@ struct Extras {
     }
   }
 
-  // For kernels that have none of them.
-  void reject(const char* kernels) const {
-    STD_TORCH_CHECK(!alibi_slopes && !bias && !sinks && !seed, "pykernels: the ", kernels,
-                    " kernels of flash attention have no ALiBi, bias, sinks or dropout");
+  // For kernels that have neither.
+  void reject_bias_and_dropout(const char* kernels) const {
+    STD_TORCH_CHECK(!bias && !seed, "pykernels: the ", kernels, " kernels of flash attention have no bias and no dropout");
   }
 
  private:

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor> fwd_cuda(const Tensor& q, const Tensor& k, const Tens
                                     std::optional<Tensor> alibi_slopes, std::optional<Tensor> bias,
                                     std::optional<Tensor> sinks, std::optional<Tensor> seed, double dropout_p) {
   const Extras extras{alibi_slopes, bias, sinks, seed, dropout_p};
-  extras.reject("CUDA");
+  extras.reject_bias_and_dropout("CUDA");
   const auto launch = [](const FlashAttentionParams& p, const Tensor& q) {
     const CudaScope scope(q);
     check_launch(cuda::flash_attention_fwd(p, scope.stream()), "flash_attention_fwd");
@@ -26,7 +26,7 @@ Gradients bwd_cuda(const Tensor& dout, std::optional<Tensor> dlse, const Tensor&
                    bool deterministic, std::optional<Tensor> alibi_slopes, std::optional<Tensor> bias,
                    std::optional<Tensor> sinks, std::optional<Tensor> seed, double dropout_p, bool bias_gradient) {
   const Extras extras{alibi_slopes, bias, sinks, seed, dropout_p};
-  extras.reject("CUDA");
+  extras.reject_bias_and_dropout("CUDA");
   const auto launch = [](FlashAttentionBackwardParams& p, const Tensor& q) {
     const CudaScope scope(q);
     Tensor scratch = empty({cuda::flash_attention_bwd_scratch(p)}, ScalarType::Float, q);
@@ -43,8 +43,6 @@ std::tuple<Tensor, Tensor> decode_cuda(const Tensor& q, const Tensor& k_cache, c
                                        std::optional<Tensor> block_table, std::optional<Tensor> alibi_slopes,
                                        std::optional<Tensor> sinks) {
   const Extras extras{alibi_slopes, std::nullopt, sinks, std::nullopt, 0};
-  extras.reject("CUDA");
-  STD_TORCH_CHECK(!block_table, "pykernels: the CUDA kernels of flash attention have no paged cache");
   const auto launch = [](FlashAttentionDecodeParams& p, const Tensor& q) {
     const CudaScope scope(q);
     p.splits = cuda::flash_attention_decode_splits(p);
@@ -58,7 +56,6 @@ std::tuple<Tensor, Tensor> decode_cuda(const Tensor& q, const Tensor& k_cache, c
 
 void append_cuda(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& cache_seqlens,
                  std::optional<Tensor> block_table) {
-  STD_TORCH_CHECK(!block_table, "pykernels: the CUDA kernels of flash attention have no paged cache");
   const auto launch = [](const FlashAttentionAppendParams& p, const Tensor& k_cache) {
     const CudaScope scope(k_cache);
     check_launch(cuda::flash_attention_append(p, scope.stream()), "flash_attention_append");

@@ -30,6 +30,14 @@ pykernels::Strides3 strides(const py::dict& fields, const char* name) {
   return {std::get<0>(stride), std::get<1>(stride), std::get<2>(stride)};
 }
 
+template <class Params>
+void set_pages(const py::dict& f, Params& p) {
+  p.block_table = pointer<int32_t>(f, "block_table");
+  if (p.block_table == nullptr) return;
+  p.block_table_stride = cuda_host::number(f, "block_table_stride"), p.page_size = cuda_host::number(f, "page_size");
+  p.pages = cuda_host::number(f, "pages");
+}
+
 pykernels::FlashAttentionParams attention_params(const py::dict& f) {
   pykernels::FlashAttentionParams p{};
   p.dtype = static_cast<pykernels::DType>(f["dtype"].cast<int>());
@@ -44,6 +52,9 @@ pykernels::FlashAttentionParams attention_params(const py::dict& f) {
   p.sequences = number("sequences");
   p.scale = f["scale"].cast<double>(), p.softcap = f["softcap"].cast<double>();
   p.window_left = number("window_left"), p.window_right = number("window_right");
+  p.alibi_slopes = pointer<void>(f, "alibi_slopes"), p.sinks = pointer<void>(f, "sinks");
+  p.alibi_stride = p.alibi_slopes == nullptr ? 0 : number("alibi_stride");
+  set_pages(f, p);
   return p;
 }
 
@@ -54,6 +65,7 @@ pykernels::FlashAttentionBackwardParams backward_params(const py::dict& f) {
   p.dq = pointer<void>(f, "dq"), p.dk = pointer<void>(f, "dk"), p.dv = pointer<void>(f, "dv");
   p.dq_stride = strides(f, "dq_stride"), p.dk_stride = strides(f, "dk_stride"),
   p.dv_stride = strides(f, "dv_stride");
+  p.dsinks = pointer<void>(f, "dsinks");
   p.deterministic = f["deterministic"].cast<bool>(), p.scratch = pointer<void>(f, "scratch");
   return p;
 }
@@ -131,6 +143,7 @@ PYBIND11_MODULE(pykernels_cuda_host, m) {
         p.k_cache = pointer<void>(f, "k_cache"), p.v_cache = pointer<void>(f, "v_cache");
         p.k_cache_stride = strides(f, "k_cache_stride"), p.v_cache_stride = strides(f, "v_cache_stride");
         p.cache_seqlens = pointer<int32_t>(f, "cache_seqlens");
+        set_pages(f, p);
         check(pykernels::cuda::flash_attention_append(p, nullptr));
       },
       "pykernels::cuda::flash_attention_append, likewise.");

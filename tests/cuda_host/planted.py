@@ -86,6 +86,7 @@ FAULTS = (
     Fault("decode-stage-refilled-early", _DECODE, "__syncthreads();", after="\n    load_stage(step + 1);", group="decode"),
     Fault("decode-pieces-read-early", _DECODE, "__syncthreads();", after="  // and nobody reads K or V any more", group="decode"),
     Fault("decode-outputs-read-early", _DECODE, "__syncthreads();", after="\n  // A split without keys", group="decode"),
+    Fault("decode-pages-read-early", _DECODE, "__syncthreads();", after="\n    }\n    load_stage(steps_begin);", group="paged"),
     # Linear attention.
     Fault("walk-stage-read-early", _WALK, "ptx::cp_async_wait<0>();", group="linear"),
     Fault("walk-stage-refilled-early", _WALK, "__syncthreads();", after="\n    load_stage(step + 1);", group="linear"),

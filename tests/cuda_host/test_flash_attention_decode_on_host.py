@@ -7,19 +7,15 @@ import dataclasses
 import pytest
 import torch
 
+from pykernels.ops.flash_attention import reference
 from pykernels.testing import FLASH_ATTENTION_DECODE, Case, compare, expected
-from pykernels.testing.flash_attention import _heads_first, _options, _padded, decode_case
+from pykernels.testing.flash_attention import _extras, _heads_first, _options, _padded, decode_case
 from pykernels.testing.kit import seed
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _fits(case: Case) -> bool:
-    args = case.make(torch.float16, "cpu").args
-    return max(args["q"].shape[3], args["v_cache"].shape[3]) <= 256 and not case.needs
-
-
-CASES = [case for case in (*FLASH_ATTENTION_DECODE.cases, *FLASH_ATTENTION_DECODE.extremes) if _fits(case)]
+CASES = [*FLASH_ATTENTION_DECODE.cases, *FLASH_ATTENTION_DECODE.extremes]
 # Every instantiation, with few rows and many, and more splits than some entries have tiles.
 SPLIT = [
     decode_case("splits-64", lengths=(700, 20), capacity=1000, new_tokens=1, heads_q=4, heads_k=1),
@@ -29,6 +25,8 @@ SPLIT = [
     decode_case("splits-blind", lengths=(3,), capacity=900, new_tokens=1, tq=6, heads_q=1, heads_k=1),
     *(decode_case(f"many-{head_dim}", lengths=(200, 90), capacity=300, tq=40, new_tokens=40, head_dim=head_dim)
       for head_dim in (64, 128, 256)),
+    decode_case("splits-576", lengths=(300, 130), capacity=320, new_tokens=2, tq=2, heads_q=10, heads_k=1, head_dim=576,
+                value_dim=512, page_size=13, sinks=0.0, alibi=(2, 10), softcap=3.0),
     decode_case("splits-padded", lengths=(300,), capacity=400, new_tokens=3, tq=3, head_dim=40, layout=_padded),
     decode_case("splits-heads-first", lengths=(300, 111), capacity=400, new_tokens=1, layout=_heads_first),
 ]
@@ -44,12 +42,13 @@ def host_ops(host):
 def _run(host, host_ops, case: Case, dtype: torch.dtype, seed_: int) -> dict[str, torch.Tensor]:
     sample = case.make(dtype, "cpu")
     args, new_tokens = sample.args, 0
+    table, (slopes, _, sinks, _, _) = args.get("block_table"), _extras(sample)
     host.set_seed(seed_)
     if "k" in args:
         new_tokens = args["k"].shape[1]
-        host_ops.append(args["k_cache"], args["v_cache"], args["k"], args["v"], args["cache_seqlens"])
+        host_ops.append(args["k_cache"], args["v_cache"], args["k"], args["v"], args["cache_seqlens"], table)
     out, lse = host_ops.decode(args["q"], args["k_cache"], args["v_cache"], args["cache_seqlens"], new_tokens,
-                               *_options(sample, causal=True))
+                               *_options(sample, causal=True), table, slopes, sinks)
     return {"out": out, "lse": lse, "k_cache": args["k_cache"], "v_cache": args["v_cache"]}
 
 
@@ -67,7 +66,10 @@ def test_numbers(host, host_ops, case, dtype):
     _check(host, host_ops, case, dtype, seed(case.name + str(dtype)))
 
 
-@pytest.mark.parametrize("case", SPLIT[:3], ids=str)
+PAGED = decode_case("splits-paged", lengths=(700, 20), capacity=1000, new_tokens=1, heads_k=1, page_size=5, sinks=1.0)
+
+
+@pytest.mark.parametrize("case", (*SPLIT[:3], PAGED), ids=str)
 def test_every_order_of_events(host, host_ops, case):
     """And bitwise the same in each."""
     _check(host, host_ops, case, torch.bfloat16, 0)
@@ -111,6 +113,31 @@ def test_keys_beyond_the_window_are_not_read(host, host_ops):
 
     dirty = _run(host, host_ops, Case("far-nan", make), torch.bfloat16, 2)
     assert torch.equal(clean["out"], dirty["out"]) and clean["out"].isfinite().all()
+
+
+@pytest.mark.parametrize("size", (dict(head_dim=256), dict(head_dim=576, value_dim=512)), ids=("256", "576"))
+@pytest.mark.parametrize("tq", (1, 20))
+def test_fits_the_shared_memory_of_every_gpu(host, host_ops, size, tq):
+    """sm_86, sm_89 and sm_120 have 99 KiB for a block."""
+    host.set_shared_limit(99 * 1024)
+    try:
+        _check(host, host_ops, decode_case("small", lengths=(3,), capacity=8, tq=tq, page_size=4, **size), torch.float16, 0)
+    finally:
+        host.set_shared_limit(227 * 1024)
+
+
+def test_pages_that_do_not_exist(host, host_ops):
+    """Are not written; and read as the nearest that exists, as the reference reads them."""
+    q, pages = torch.randn(2, 1, 2, 16).half(), torch.randn(3, 4, 1, 16).half()
+    table, lengths = torch.tensor([[0, 7], [2, -5]], dtype=torch.int32), torch.tensor([7, 5], dtype=torch.int32)
+    k_cache, v_cache = pages.clone(), pages.flip(0)
+    new = torch.ones(2, 1, 1, 16).half()
+    host_ops.append(k_cache, v_cache, new, new, lengths, table)
+    assert torch.equal(k_cache, pages) and torch.equal(v_cache, pages.flip(0))
+    out, lse = host_ops.decode(q, k_cache, v_cache, lengths, 0, 0.25, 0.0, -1, 0, table)
+    expected_out, expected_lse = reference.flash_attention_decode(*(x.double() for x in (q, k_cache, v_cache)), lengths, 0, 0.25,
+                                                                  0.0, -1, 0, table)
+    assert torch.allclose(out.double(), expected_out, atol=2e-3) and torch.allclose(lse.double(), expected_lse, atol=1e-3)
 
 
 def test_append_drops_what_does_not_fit(host, host_ops):

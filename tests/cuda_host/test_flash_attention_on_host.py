@@ -12,10 +12,11 @@ import torch
 
 from pykernels.ops.flash_attention import registration
 from pykernels.testing import FLASH_ATTENTION, Case, compare, cotangents, expected
-from pykernels.testing.flash_attention import _heads_first, _options, attention_case
+from pykernels.testing.flash_attention import _extras, _heads_first, _options, attention_case
 from pykernels.testing.kit import seed
 
 DTYPES = (torch.bfloat16, torch.float16)
+OPTIONS = {"alibi_slopes", "sinks"}  # that the kernels have
 
 
 def _fits(case: Case) -> bool:
@@ -23,7 +24,7 @@ def _fits(case: Case) -> bool:
     args = case.make(torch.float16, "cpu").args
     q, v = args["q"], args["v"]
     work = q.shape[0] * q.shape[1] * q.shape[2] * v.shape[1] * (q.shape[3] + v.shape[3])
-    return max(q.shape[3], v.shape[3]) <= 256 and work < 6e7 and not case.needs
+    return max(q.shape[3], v.shape[3]) <= 256 and work < 6e7 and case.needs <= OPTIONS
 
 
 CASES = [case for case in (*FLASH_ATTENTION.cases, *FLASH_ATTENTION.extremes) if _fits(case)]
@@ -43,6 +44,8 @@ PIPELINED = [
                    causal=True),
     attention_case("heads-first", batch=2, tq=150, tk=170, heads_q=4, heads_k=2, head_dim=64, layout=_heads_first),
     attention_case("softcap-128", tq=200, head_dim=128, softcap=5.0, causal=True),
+    attention_case("alibi-sinks-128", batch=2, tq=150, tk=280, heads_q=4, heads_k=2, head_dim=128, alibi=(2, 4), sinks=0.5,
+                   causal=True),
 ]
 
 
@@ -52,12 +55,15 @@ def _run(host, case: Case, dtype: torch.dtype, seed_: int, deterministic: bool =
     args = sample.args
     cu_q = args.get("cu_seqlens_q")
     host.set_seed(seed_)
-    inputs = [args[name].detach().requires_grad_() for name in "qkv"]
-    out, lse = registration.FlashAttention.apply(*inputs, None, None, cu_q, args.get("cu_seqlens_k", cu_q), None, None,
+    inputs = {name: args[name].detach().requires_grad_() for name in sample.differentiable}
+    slopes = _extras(sample)[0]
+    sinks = inputs["sinks"].float() if "sinks" in inputs else None
+    out, lse = registration.FlashAttention.apply(*(inputs[name] for name in "qkv"), None, sinks, cu_q,
+                                                 args.get("cu_seqlens_k", cu_q), slopes, None,
                                                  _options(sample, causal=False), 0.0, deterministic, "cuda_host")
     given = cotangents({"out": out, "lse": lse})
-    gradients = torch.autograd.grad((out, lse), inputs, (given["out"], given["lse"]))
-    return {"out": out.detach(), "lse": lse.detach()} | dict(zip(("dq", "dk", "dv"), gradients))
+    gradients = torch.autograd.grad((out, lse), tuple(inputs.values()), (given["out"], given["lse"]))
+    return {"out": out.detach(), "lse": lse.detach()} | dict(zip(("d" + name for name in inputs), gradients))
 
 
 def _check(host, case: Case, dtype: torch.dtype, seed_: int) -> None:
@@ -72,7 +78,7 @@ def _check_fwd(host, host_ops, case: Case, dtype: torch.dtype, seed_: int) -> No
     host.set_seed(seed_)
     cu_q = sample.args.get("cu_seqlens_q")
     out, lse = host_ops.fwd(*(sample.args[name] for name in "qkv"), cu_q, sample.args.get("cu_seqlens_k", cu_q),
-                            *_options(sample, causal=False))
+                            *_options(sample, causal=False), *_extras(sample))
     reference, yardstick = expected(FLASH_ATTENTION, case, dtype)
     errors = [compare(name, x, reference[name], yardstick[name]) for name, x in (("out", out), ("lse", lse))]
     assert all(error.ok for error in errors), [str(error) for error in errors]

@@ -68,6 +68,12 @@ def _decode(host, seed: int) -> None:
     check_decode(host, host_ops, decode_case("planted-decode", lengths=(300, 200), capacity=320, new_tokens=2), BF16, seed)
 
 
+def _paged(host, seed: int) -> None:
+    import host_ops
+
+    check_decode(host, host_ops, decode_case("planted-paged", lengths=(300, 200), capacity=320, page_size=16), BF16, seed)
+
+
 def _linear(host, seed: int) -> None:
     _linear_check(host, LINEAR_ATTENTION, linear_case("planted", tokens=140, heads=1, key_dim=40, value_dim=130,
                                                       decay="token", state=True), seed)
@@ -102,8 +108,8 @@ def _fft(host, seed: int) -> None:
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
 
 
-RUNS: dict[str, Callable] = {"fwd": _forward, "bwd": _backward, "decode": _decode, "linear": _linear, "wide": _wide,
-                             "step": _step, "fft": _fft}
+RUNS: dict[str, Callable] = {"fwd": _forward, "bwd": _backward, "decode": _decode, "paged": _paged, "linear": _linear,
+                             "wide": _wide, "step": _step, "fft": _fft}
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pykernels import flash_attention, flash_attention_decode
+from pykernels import backends, flash_attention, flash_attention_decode
 from pykernels.ops.flash_attention import reference
 from pykernels.testing import FLASH_ATTENTION as OP
 from pykernels.testing import FLASH_ATTENTION_DECODE as DECODE
@@ -507,3 +507,22 @@ def test_pages_that_do_not_exist_are_clamped_where_they_are_not_checked(target):
     assert torch.equal(out, wanted[0]) and torch.equal(lse, wanted[1])
     before[0][0, 3], before[1][0, 3] = new[0][0, 0], new[1][0, 0]
     assert all(torch.equal(x, y) for x, y in zip(pools, before))
+
+
+def test_what_the_cuda_kernels_serve():
+    """A pure function of the call; what they leave to Triton says why."""
+    gpu = backends.Environment(cpu=None, cuda=None, triton=None, triton_interpret=False, capability=(9, 0))
+
+    def choose(op: backends.Op, requested: str, dtype: torch.dtype, key_dim: int, *options: str) -> backends.Choice:
+        query = backends.Query("cuda", dtype, {"head_dim": key_dim, "value_dim": 128}, frozenset(options), grad=op is OP.op)
+        return backends.choose(op, query, requested, gpu)
+
+    for dtype in (torch.bfloat16, torch.float16):
+        assert choose(OP.op, "cuda", dtype, 256, "alibi_slopes", "sinks", "varlen", "softcap", "window").backend == "cuda"
+        assert choose(DECODE.op, "cuda", dtype, 576, "alibi_slopes", "sinks", "block_table").backend == "cuda"
+        assert choose(OP.op, "cuda", dtype, 64, "bias", "dropout_p").reason == "the CUDA kernels have no bias and no dropout_p"
+        assert "up to 256" in choose(OP.op, "cuda", dtype, 257).reason
+        assert choose(OP.op, "auto", dtype, 64, "alibi_slopes").backend == "triton"  # not measured yet
+    assert choose(OP.op, "auto", torch.bfloat16, 64, "bias").backend == "triton"
+    for op in (OP.op, DECODE.op):
+        assert "bfloat16 and float16" in choose(op, "cuda", torch.float32, 64).reason

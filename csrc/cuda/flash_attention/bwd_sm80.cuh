@@ -11,8 +11,10 @@
 //   by query: R1 = Q, R2 = dO, C1 = K, C2 = V, first = dQ
 //   by key:   R1 = K, R2 = V, C1 = Q, C2 = dO, first = dK, second = dV
 // Shared memory: R1, later the first output [kR, kHead]; R2, later the second; C1, C2 [2][kC, kHead]; by key lse
-// and delta of the columns [2][2][kC]. One barrier per step, as in the forward kernel.
+// and delta of the columns [2][2][kC], and the slope of their head [2]. One barrier per step, as in the forward kernel.
 #pragma once
+
+#include <type_traits>
 
 #include "sm80.cuh"
 
@@ -31,13 +33,13 @@ struct BackwardConfig {
   using RTile = SharedTile<T, kR, kHead>;
   using CTile = SharedTile<T, kC, kHead>;
   static constexpr unsigned kSharedBytes =
-      (kFirst ? 2 : 1) * RTile::kBytes + 4 * CTile::kBytes + 4 * kC * sizeof(float);
+      (kFirst ? 2 : 1) * RTile::kBytes + 4 * CTile::kBytes + (4 * kC + 2) * sizeof(float);
 };
 
-// delta = rowsum(dout * out) - dlse; one warp per row. Rows that see nothing get 0: they have no gradient.
+// delta [B, Hq, Tq] = rowsum(dout * out) - dlse; one warp per row. Rows that see nothing get 0: they have no gradient.
 template <class T>
 __global__ void __launch_bounds__(256)
-    flash_attention_bwd_delta_sm80_kernel(const __grid_constant__ FlashAttentionBackwardParams p) {
+    flash_attention_bwd_delta_sm80_kernel(const __grid_constant__ FlashAttentionBackwardParams p, float* const delta) {
   const FlashAttentionParams& f = p.forward;
   const int64_t row = int64_t{blockIdx.x} * 8 + threadIdx.x / 32;
   if (row >= f.batch * f.seqlen_q * f.heads_q) return;
@@ -53,8 +55,30 @@ __global__ void __launch_bounds__(256)
   if (threadIdx.x % 32 == 0) {
     const bool blind = static_cast<const float*>(f.lse)[statistic] == -INFINITY;
     const float dlse = p.dlse == nullptr ? 0.0f : static_cast<const float*>(p.dlse)[statistic];
-    static_cast<float*>(p.scratch)[statistic] = blind ? 0.0f : sum - dlse;
+    delta[statistic] = blind ? 0.0f : sum - dlse;
   }
+}
+
+// A sink is a key whose value is zero: its gradient is -sum exp(sink - lse) delta over the rows of its head. One block
+// for each head, always in the same order.
+template <int kWarps>
+__global__ void __launch_bounds__(32 * kWarps)
+    flash_attention_bwd_dsinks_sm80_kernel(const __grid_constant__ FlashAttentionBackwardParams p,
+                                           const float* const delta) {
+  const FlashAttentionParams& f = p.forward;
+  const int64_t head = blockIdx.x;
+  const float sink = sink_log2(f, head);
+  const auto* lse = static_cast<const float*>(f.lse);
+  float sum = 0.0f;
+  for (int64_t batch = 0; batch < f.batch; ++batch)
+    for (int64_t token = threadIdx.x; token < f.seqlen_q; token += 32 * kWarps) {
+      const int64_t statistic = (batch * f.heads_q + head) * f.seqlen_q + token;
+      // Tokens of no sequence have neither a sink nor an lse.
+      if (lse[statistic] > -INFINITY) sum -= ptx::exp2(fmaf(lse[statistic], -kLog2e, sink)) * delta[statistic];
+    }
+  SharedMemory shared;
+  sum = block_reduce<kWarps>(sum, shared.take<float>(kWarps), Sum());
+  if (threadIdx.x == 0) static_cast<float*>(p.dsinks)[head] = sum;
 }
 
 // lse in log2 units; infinite for rows that see nothing, whose weights then are 0.
@@ -82,6 +106,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   const auto c1_even = take_tile<typename Config::CTile>(shared), c1_odd = take_tile<typename Config::CTile>(shared);
   const auto c2_even = take_tile<typename Config::CTile>(shared), c2_odd = take_tile<typename Config::CTile>(shared);
   float* statistics = shared.take<float>(4 * kC);  // [stage][lse, delta][kC]
+  float* slopes = shared.take<float>(2);           // [stage]
 
   const int head_dim = static_cast<int>(f.head_dim), value_dim = static_cast<int>(f.value_dim);
   // Row 0 of the sequence, for a head of q or of k.
@@ -95,7 +120,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   };
   const auto statistic = [&](int64_t h) { return (sequence.batch * f.heads_q + h) * f.seqlen_q + sequence.q_first; };
   const auto* lse = static_cast<const float*>(f.lse);
-  const auto* delta = static_cast<const float*>(p.scratch);
+  const auto* delta = static_cast<const float*>(p.scratch);  // [B, Hq, Tq]
 
   // The columns that any of the rows meets, tile by tile; by key once for each query head of the group.
   const Band band(f, sequence);
@@ -106,6 +131,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int c_tiles = c_end <= 0 ? 0 : max(0, (c_end + kC - 1) / kC - c_begin);
   const int steps = c_tiles * (kByKey ? static_cast<int>(group) : 1);
 
+  const Scores scores(f);
   const auto load_stage = [&](int step) {
     if (step < steps) {
       const int col0 = (c_begin + step % c_tiles) * kC;
@@ -117,6 +143,7 @@ __global__ void __launch_bounds__(Config::kThreads)
         load_tile<kThreads>(c2, q_rows(p.dout, p.dout_stride, h) + col0 * p.dout_stride.token, p.dout_stride.token,
                             length_c - col0, value_dim, aligned.dout);
         const int i = threadIdx.x;
+        if (i == 0) slopes[step % 2] = scores.slope(f, sequence, h);
         if (i < kC) {
           const bool inside = col0 + i < length_c;
           float* to = statistics + step % 2 * 2 * kC + i;
@@ -164,7 +191,6 @@ __global__ void __launch_bounds__(Config::kThreads)
     load_stage(0);
   }
 
-  const Scores scores(f);
   float first[Config::kFirst ? kRTiles : 1][kHead / 8][4] = {};
   float second[Config::kSecond ? kRTiles : 1][kHead / 8][4] = {};
 #pragma unroll 1
@@ -205,33 +231,45 @@ __global__ void __launch_bounds__(Config::kThreads)
     const bool masked =
         row_last >= length_r || col_last >= length_c ||
         !(kByKey ? band.whole(col0, col_last, row0, row_last) : band.whole(row0, row_last, col0, col_last));
+    // The scores become weights, dP becomes dS. `plain`: without a transformation or ALiBi.
+    const auto weigh = [&](auto plain) {
+      const float alibi = plain.value ? 0.0f : kByKey ? slopes[step % 2] : scores.slope(f, sequence, head);
+      const int shift = sequence.tk - sequence.tq;
+      const auto distance =
+          static_cast<float>(col0 + 2 * t - (row0 + warp_row + g) + (kByKey ? shift : -shift));
 #pragma unroll
-    for (int m = 0; m < kRTiles; ++m)
+      for (int m = 0; m < kRTiles; ++m)
 #pragma unroll
-      for (int n = 0; n < kC / 8; ++n)
+        for (int n = 0; n < kC / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = 8 * n + 2 * t + i % 2;
-          const float* column_statistics = statistics + step % 2 * 2 * kC + column;
-          const float row_or_column_lse = kByKey ? column_statistics[0] : row_lse[m][i / 2];
-          float score = x[m][n][i], slope = 1.0f;  // of the score, by scale * q.k
-          if (!scores.plain()) {
-            score = scores.transform(score);
-            if (scores.softcap > 0.0f) slope = 1.0f - (score / scores.softcap) * (score / scores.softcap);
+          for (int i = 0; i < 4; ++i) {
+            const int column = 8 * n + 2 * t + i % 2;
+            const float* column_statistics = statistics + step % 2 * 2 * kC + column;
+            const float row_or_column_lse = kByKey ? column_statistics[0] : row_lse[m][i / 2];
+            float score = x[m][n][i], derivative = 1.0f;  // of the score, by scale * q.k
+            if constexpr (!plain.value) {
+              if (!scores.plain()) score = scores.transform(score);
+              if (scores.softcap > 0.0f) derivative = 1.0f - (score / scores.softcap) * (score / scores.softcap);
+              score -= alibi * fabsf(distance + static_cast<float>(8 * n + i % 2 - 16 * m - i / 2 * 8));
+            }
+            float weight = ptx::exp2(fmaf(score, scores.factor, -row_or_column_lse));
+            if (masked) {
+              const int row = row0 + warp_row + 16 * m + g + 8 * (i / 2), col = col0 + column;
+              const int query = kByKey ? col : row, key = kByKey ? row : col;
+              if (key < query + band.below || key > query + band.above || row >= length_r || col >= length_c)
+                weight = 0.0f;
+            }
+            x[m][n][i] = weight;
+            if constexpr (Config::kFirst) {
+              const float row_or_column_delta = kByKey ? column_statistics[kC] : row_delta[m][i / 2];
+              y[m][n][i] = weight * (y[m][n][i] - row_or_column_delta) * derivative;
+            }
           }
-          float weight = ptx::exp2(fmaf(score, scores.factor, -row_or_column_lse));
-          if (masked) {
-            const int row = row0 + warp_row + 16 * m + g + 8 * (i / 2), col = col0 + column;
-            const int query = kByKey ? col : row, key = kByKey ? row : col;
-            if (key < query + band.below || key > query + band.above || row >= length_r || col >= length_c)
-              weight = 0.0f;
-          }
-          x[m][n][i] = weight;
-          if constexpr (Config::kFirst) {
-            const float row_or_column_delta = kByKey ? column_statistics[kC] : row_delta[m][i / 2];
-            y[m][n][i] = weight * (y[m][n][i] - row_or_column_delta) * slope;
-          }
-        }
+    };
+    if (scores.plain() && f.alibi_slopes == nullptr)
+      weigh(std::true_type());
+    else
+      weigh(std::false_type());
 
 #pragma unroll
     for (int n = 0; n < kC / 16; ++n) {
@@ -285,6 +323,23 @@ __global__ void __launch_bounds__(Config::kThreads)
   if constexpr (Config::kSecond) store(r2, p.dv, p.dv_stride, value_dim, aligned.dv);
 }
 
+// Of the rows: delta, and from it the gradient of the sinks.
+template <class T>
+const char* launch_bwd_rows_sm80(const FlashAttentionBackwardParams& p, float* delta, cudaStream_t stream) {
+  const FlashAttentionParams& f = p.forward;
+  const int64_t rows = f.batch * f.seqlen_q * f.heads_q;
+  if ((rows + 7) / 8 > INT32_MAX) return "more queries than a grid has blocks";
+  if (rows > 0) {
+    const dim3 grid(static_cast<unsigned>((rows + 7) / 8));
+    if (const char* error = launch(flash_attention_bwd_delta_sm80_kernel<T>, {grid, dim3(256), 0, stream}, p, delta))
+      return error;
+  }
+  if (p.dsinks == nullptr || f.heads_q == 0) return nullptr;
+  constexpr int kWarps = 16;
+  return launch(flash_attention_bwd_dsinks_sm80_kernel<kWarps>,
+                {dim3(static_cast<unsigned>(f.heads_q)), dim3(32 * kWarps), kWarps * sizeof(float), stream}, p, delta);
+}
+
 template <class Config>
 const char* launch_bwd_sm80_walk(const FlashAttentionBackwardParams& p, const Alignment& aligned,
                                  cudaStream_t stream) {
@@ -298,7 +353,7 @@ const char* launch_bwd_sm80_walk(const FlashAttentionBackwardParams& p, const Al
                 aligned, tiles);
 }
 
-// Null, or what went wrong.
+// Null, or what went wrong. Delta is in p.scratch.
 template <class T, int kHead>
 const char* launch_bwd_sm80(const FlashAttentionBackwardParams& p, cudaStream_t stream) {
   const FlashAttentionParams& f = p.forward;
@@ -306,13 +361,6 @@ const char* launch_bwd_sm80(const FlashAttentionBackwardParams& p, cudaStream_t 
   a.q = aligned(f.q, f.q_stride), a.k = aligned(f.k, f.k_stride), a.v = aligned(f.v, f.v_stride),
   a.dout = aligned(p.dout, p.dout_stride);
   a.dq = aligned(p.dq, p.dq_stride), a.dk = aligned(p.dk, p.dk_stride), a.dv = aligned(p.dv, p.dv_stride);
-  const int64_t rows = f.batch * f.seqlen_q * f.heads_q;
-  if ((rows + 7) / 8 > INT32_MAX) return "more queries than a grid has blocks";
-  if (rows > 0) {
-    const dim3 grid(static_cast<unsigned>((rows + 7) / 8));
-    if (const char* error = launch(flash_attention_bwd_delta_sm80_kernel<T>, {grid, dim3(256), 0, stream}, p))
-      return error;
-  }
   if (const char* error = launch_bwd_sm80_walk<BackwardConfig<T, kHead, false, true, false>>(p, a, stream))
     return error;
   if constexpr (kHead <= 128) {

@@ -13,9 +13,12 @@ namespace pykernels::cuda {
 namespace {
 
 // What no kernel here takes; the Python side does not send it.
-const char* unsupported(const FlashAttentionParams& p) {
+const char* unsupported(const FlashAttentionParams& p, int64_t max_key_dim = 256, int64_t max_value_dim = 256) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the CUDA kernels take bfloat16 and float16";
-  if (std::max(p.head_dim, p.value_dim) > 256) return "the CUDA kernels take head sizes up to 256";
+  if (p.head_dim > max_key_dim || p.value_dim > max_value_dim)
+    return "the CUDA kernels take head sizes up to 256, decoding keys up to 576 and values up to 512";
+  if (p.bias != nullptr || p.dropout_seed != nullptr)
+    return "the CUDA kernels have no bias and no dropout: the Triton kernels have";
   if (std::max(p.seqlen_q, p.seqlen_k) >= attention::kUnbounded / 4)
     return "the CUDA kernels take fewer than 2^28 tokens";
   return nullptr;
@@ -31,24 +34,44 @@ bool fwd_by_sm90(const FlashAttentionParams& p) {
          attention::tma_readable(p.v, p.v_stride, p.batch, p.seqlen_k, p.heads_k);
 }
 
-// The same of the backward pass; what must be bitwise repeatable, soft caps and scales that are not positive stay with
-// sm_80's too.
+// The same of the backward pass; what must be bitwise repeatable, soft caps, scales that are not positive and ALiBi
+// stay with sm_80's too.
 bool bwd_by_sm90(const FlashAttentionBackwardParams& p) {
   const FlashAttentionParams& f = p.forward;
-  return !p.deterministic && f.softcap <= 0.0 && f.scale > 0.0 && std::max(f.head_dim, f.value_dim) <= 128 &&
-         fwd_by_sm90(f) && attention::tma_readable(p.dout, p.dout_stride, f.batch, f.seqlen_q, f.heads_q);
+  return !p.deterministic && f.softcap <= 0.0 && f.scale > 0.0 && f.alibi_slopes == nullptr &&
+         std::max(f.head_dim, f.value_dim) <= 128 && fwd_by_sm90(f) &&
+         attention::tma_readable(p.dout, p.dout_stride, f.batch, f.seqlen_q, f.heads_q);
 }
 #endif
 
+// Floats of scratch that the kernels for sm_90a take; 0: those for sm_80 serve, which read delta alone.
+int64_t bwd_scratch_sm90(const FlashAttentionBackwardParams& p) {
+#ifdef PYKERNELS_SM90A
+  using attention::BackwardConfigSm90;
+  const FlashAttentionParams& f = p.forward;
+  if (bwd_by_sm90(p))
+    return std::max(f.head_dim, f.value_dim) <= 64
+               ? attention::bwd_scratch_floats<BackwardConfigSm90<BFloat16, 64>>(f)
+               : attention::bwd_scratch_floats<BackwardConfigSm90<BFloat16, 128>>(f);
+#endif
+  return 0;
+}
+
+// Whether delta [B, Hq, Tq] is computed, behind other scratch: the kernels for sm_90a have their own form of it.
+bool bwd_needs_delta(const FlashAttentionBackwardParams& p, int64_t other) { return other == 0 || p.dsinks != nullptr; }
+
 }  // namespace
+
+#define PYKERNELS_LEFT_TO_TRITON "; bias, dropout and head sizes above 256 (but for decoding): Triton's kernels alone"
 
 const char* flash_attention_kernels(int capability) {
 #ifdef PYKERNELS_SM90A
   if (capability == 90)
     return "sm_90a (TMA, wgmma) for tensors at multiples of 16 bytes: forward with head sizes 33 to 256, backward with "
-           "33 to 128 without softcap and where it need not be bitwise repeatable; else sm_80 (mma.sync)";
+           "33 to 128 without softcap and ALiBi and where it need not be bitwise repeatable; else, and for decoding, "
+           "sm_80 (mma.sync)" PYKERNELS_LEFT_TO_TRITON;
 #endif
-  return capability >= 80 ? "sm_80 (mma.sync)" : "none";
+  return capability >= 80 ? "sm_80 (mma.sync)" PYKERNELS_LEFT_TO_TRITON : "none";
 }
 
 const char* flash_attention_fwd(const FlashAttentionParams& p, void* stream_) {
@@ -74,20 +97,21 @@ const char* flash_attention_fwd(const FlashAttentionParams& p, void* stream_) {
 
 int64_t flash_attention_bwd_scratch(const FlashAttentionBackwardParams& p) {
   const FlashAttentionParams& f = p.forward;
-#ifdef PYKERNELS_SM90A
-  using attention::BackwardConfigSm90;
-  if (bwd_by_sm90(p))
-    return std::max(f.head_dim, f.value_dim) <= 64
-               ? attention::bwd_scratch_floats<BackwardConfigSm90<BFloat16, 64>>(f)
-               : attention::bwd_scratch_floats<BackwardConfigSm90<BFloat16, 128>>(f);
-#endif
-  return f.batch * f.heads_q * f.seqlen_q;
+  const int64_t other = bwd_scratch_sm90(p);
+  return other + (bwd_needs_delta(p, other) ? f.batch * f.heads_q * f.seqlen_q : 0);
 }
 
 const char* flash_attention_bwd(const FlashAttentionBackwardParams& p, void* stream_) {
   if (const char* reason = unsupported(p.forward)) return reason;
   auto* stream = static_cast<cudaStream_t>(stream_);
   const int64_t size = std::max(p.forward.head_dim, p.forward.value_dim);
+  if (const int64_t other = bwd_scratch_sm90(p); bwd_needs_delta(p, other)) {
+    float* const delta = static_cast<float*>(p.scratch) + other;
+    const char* error = p.forward.dtype == DType::kBFloat16
+                            ? attention::launch_bwd_rows_sm80<BFloat16>(p, delta, stream)
+                            : attention::launch_bwd_rows_sm80<Float16>(p, delta, stream);
+    if (error != nullptr) return error;
+  }
 #ifdef PYKERNELS_SM90A
   if (bwd_by_sm90(p)) return size <= 64 ? attention::bwd_sm90_64(p, stream) : attention::bwd_sm90_128(p, stream);
 #endif
@@ -106,8 +130,9 @@ int64_t flash_attention_decode_scratch(const FlashAttentionDecodeParams& p) {
 }
 
 const char* flash_attention_decode(const FlashAttentionDecodeParams& p, void* stream_) {
-  if (const char* reason = unsupported(p.forward)) return reason;
+  if (const char* reason = unsupported(p.forward, 576, 512)) return reason;
   auto* stream = static_cast<cudaStream_t>(stream_);
+  if (attention::decode_large(p)) return attention::decode_sm80_576(p, stream);
   const int64_t size = std::max(p.forward.head_dim, p.forward.value_dim);
   if (size <= 64) return attention::decode_sm80_64(p, stream);
   if (size <= 128) return attention::decode_sm80_128(p, stream);

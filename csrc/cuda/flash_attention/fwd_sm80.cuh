@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int warp_row = static_cast<int>(threadIdx.x / 32) * 16 * kMTiles, lane = threadIdx.x % 32, g = lane / 4,
             t = lane % 4;
   const Scores scores(p);
+  const float slope = steps_begin < steps_end ? scores.slope(p, sequence, head) : 0.0f;
   float o[kMTiles][kHead / 8][4] = {};
   float row_max[kMTiles][2], row_sum[kMTiles][2];
 #pragma unroll
@@ -116,6 +117,17 @@ __global__ void __launch_bounds__(Config::kThreads)
         for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) s[m][n][i] = scores.transform(s[m][n][i]);
+    }
+    if (slope != 0.0f) {
+      // From row g's position to this lane's first key.
+      const auto distance = static_cast<float>(n0 + 2 * t - (m0 + warp_row + g + sequence.tk - sequence.tq));
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            s[m][n][i] -= slope * fabsf(distance + static_cast<float>(8 * n + i % 2 - 16 * m - i / 2 * 8));
     }
     if (n0 + kN > sequence.tk || !band.whole(m0, m0 + kM - 1, n0, n0 + kN - 1)) {
 #pragma unroll
@@ -179,17 +191,16 @@ __global__ void __launch_bounds__(Config::kThreads)
   // A warp's rows of Q are read by it alone, so it may put its output there.
   __syncwarp();
   auto* lse = static_cast<float*>(p.lse) + (sequence.batch * p.heads_q + head) * p.seqlen_q + sequence.q_first + m0;
+  const float sink = sink_log2(p, sequence, head);
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = warp_reduce<4>(row_sum[m][half], Sum());
-      inverse[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const RowEnd end(row_max[m][half] * scores.factor, warp_reduce<4>(row_sum[m][half], Sum()), sink);
+      inverse[half] = end.inverse;
       const int row = warp_row + 16 * m + g + 8 * half;
-      if (t == 0 && row < rows)
-        lse[row] =
-            row_max[m][half] == -INFINITY ? -INFINITY : (row_max[m][half] * scores.factor + ptx::log2(sum)) * kLn2;
+      if (t == 0 && row < rows) lse[row] = end.lse;
     }
     accumulators_to_tile<T, kHead / 16>(o[m], inverse[0], inverse[1], q_tile, warp_row + 16 * m);
   }

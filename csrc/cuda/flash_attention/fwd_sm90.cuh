@@ -133,6 +133,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (!work.find<kM, kN>(p, schedule, taken_head, taken_tile)) continue;
     const Band band(p, work.sequence);
     const int m0 = work.m0, tk = work.sequence.tk;
+    const float slope = work.steps_begin < work.steps_end ? scores.slope(p, work.sequence, work.head) : 0.0f;
     float o[kHead / 2] = {}, s[kN / 2];
     uint32_t weights[kN / 16][4];
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.0f, 0.0f}, rescale[2];
@@ -159,6 +160,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (!scores.plain()) {
 #pragma unroll
         for (int i = 0; i < kN / 2; ++i) s[i] = scores.transform(s[i]);
+      }
+      if (slope != 0.0f) {
+        // From row g's position to this lane's first key.
+        const auto distance = static_cast<float>(n0 + 2 * t - (m0 + row + tk - work.sequence.tq));
+#pragma unroll
+        for (int i = 0; i < kN / 2; ++i)
+          s[i] -= slope * fabsf(distance + static_cast<float>(i / 4 * 8 + i % 2 - i / 2 % 2 * 8));
       }
       if (n0 + kN > tk || !band.whole(first, first + 63, n0, n0 + kN - 1)) {
         // The keys that rows g and g + 8 see, counted from this lane's first.
@@ -261,15 +269,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     auto* lse = static_cast<float*>(p.lse) + (work.sequence.batch * p.heads_q + work.head) * p.seqlen_q + token;
     auto* out = static_cast<T*>(p.out) + work.sequence.batch * p.out_stride.batch + token * p.out_stride.token +
                 work.head * p.out_stride.head;
+    const float sink = sink_log2(p, work.sequence, work.head);
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = warp_reduce<4>(row_sum[half], Sum());
-      inverse[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
-      if (t == 0 && row + 8 * half < work.rows)
-        lse[row + 8 * half] = row_max[half] == -INFINITY
-                                  ? -INFINITY
-                                  : (row_max[half] * scores.factor + ptx::log2(sum)) * kLn2;
+      const RowEnd end(row_max[half] * scores.factor, warp_reduce<4>(row_sum[half], Sum()), sink);
+      inverse[half] = end.inverse;
+      if (t == 0 && row + 8 * half < work.rows) lse[row + 8 * half] = end.lse;
     }
     store_accumulators(o, inverse, row < work.rows ? out + row * p.out_stride.token : nullptr,
                        row + 8 < work.rows ? out + (row + 8) * p.out_stride.token : nullptr,

@@ -22,10 +22,16 @@ struct Alignment {
 
 // One sequence of a batch or of packed input.
 struct Sequence {
-  int64_t index;             // of the sequence; what follows the last offset is one more
-  int64_t batch;             // entry of the tensors
-  int64_t q_first, k_first;  // token offsets
+  int index;             // of the sequence; what follows the last offset is one more
+  int batch;             // entry of the tensors
+  int q_first, k_first;  // token offsets
   int tq, tk;
+
+  // Whether these are queries of no sequence. Told from the offsets, so that a kernel that asks at its end need not keep
+  // `index`.
+  __device__ __forceinline__ bool rest(const FlashAttentionParams& p) const {
+    return p.cu_seqlens_q != nullptr && q_first >= clamp_offset(p.cu_seqlens_q[p.sequences], p.seqlen_q);
+  }
 };
 
 // Packed sequences are cut into tiles of kRows tokens. Without knowing the lengths on the host, sequence s gets the
@@ -46,7 +52,8 @@ __device__ __forceinline__ bool locate(const FlashAttentionParams& p, int64_t ti
   if (p.cu_seqlens_q == nullptr) {
     const int64_t tiles = (tokens + kRows - 1) / kRows;
     row0 = static_cast<int>(tile % tiles) * kRows;
-    sequence = {tile / tiles, tile / tiles, 0, 0, static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k)};
+    const int batch = static_cast<int>(tile / tiles);
+    sequence = {batch, batch, 0, 0, static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k)};
     return true;
   }
   const int32_t* offsets = kByKey ? p.cu_seqlens_k : p.cu_seqlens_q;
@@ -63,7 +70,7 @@ __device__ __forceinline__ bool locate(const FlashAttentionParams& p, int64_t ti
   const int q0 = clamp_offset(p.cu_seqlens_q[low], p.seqlen_q), k0 = clamp_offset(p.cu_seqlens_k[low], p.seqlen_k);
   const int q1 = rest ? static_cast<int>(p.seqlen_q) : clamp_offset(p.cu_seqlens_q[low + 1], p.seqlen_q);
   const int k1 = rest ? static_cast<int>(p.seqlen_k) : clamp_offset(p.cu_seqlens_k[low + 1], p.seqlen_k);
-  sequence = {low, 0, q0, k0, q1 > q0 ? q1 - q0 : 0, k1 > k0 ? k1 - k0 : 0};
+  sequence = {static_cast<int>(low), 0, q0, k0, q1 > q0 ? q1 - q0 : 0, k1 > k0 ? k1 - k0 : 0};
   row0 = static_cast<int>(tile - slot(low)) * kRows;
   const int length = kByKey ? sequence.tk : sequence.tq;
   // Queries and keys of the rest see nothing of each other.
@@ -118,14 +125,15 @@ __device__ __forceinline__ void accumulators_to_tile(const float (&x)[2 * kTiles
 }
 
 // What comes from q k^T before the exponential, so that the weight of a key is 2^(factor * score - ...): with a
-// soft cap, and for scales that are not positive, the scores are transformed first.
+// soft cap, and for scales that are not positive (or next to nothing), the scores are transformed first. ALiBi is
+// subtracted from either, in units of the score.
 struct Scores {
   float scale, softcap, factor;
   __device__ __forceinline__ explicit Scores(const FlashAttentionParams& p)
       : scale(static_cast<float>(p.scale)),
         softcap(static_cast<float>(p.softcap)),
         factor(plain() ? scale * kLog2e : kLog2e) {}
-  __device__ __forceinline__ bool plain() const { return softcap <= 0.0f && scale > 0.0f; }
+  __device__ __forceinline__ bool plain() const { return softcap <= 0.0f && scale >= 1e-10f; }
   // Within 1e-6 of the value's own size, without branches: a series where the quotient would cancel.
   static __device__ __forceinline__ float tanh(float x) {
     const float x2 = x * x, e = ptx::exp2(2.0f * kLog2e * fminf(fabsf(x), 20.0f));
@@ -135,6 +143,33 @@ struct Scores {
   // Not for plain() scores.
   __device__ __forceinline__ float transform(float s) const {
     return softcap > 0.0f ? softcap * tanh(s * (scale / softcap)) : s * scale;
+  }
+  // What a head's scores lose for each token of distance; 0 without ALiBi. Of a sequence that has keys.
+  __device__ __forceinline__ float slope(const FlashAttentionParams& p, const Sequence& sequence, int64_t head) const {
+    if (p.alibi_slopes == nullptr) return 0.0f;
+    const float slope = static_cast<const float*>(p.alibi_slopes)[sequence.index * p.alibi_stride + head];
+    return plain() ? slope / scale : slope;
+  }
+};
+
+// A head's sink in log2 units: a score with a value of zero. -infinity: none.
+__device__ __forceinline__ float sink_log2(const FlashAttentionParams& p, int64_t head) {
+  return p.sinks == nullptr ? -INFINITY : static_cast<const float*>(p.sinks)[head] * kLog2e;
+}
+__device__ __forceinline__ float sink_log2(const FlashAttentionParams& p, const Sequence& sequence, int64_t head) {
+  return p.sinks == nullptr || sequence.rest(p) ? -INFINITY : sink_log2(p, head);
+}
+
+// A row when its keys are all summed: `sum` of 2^(score - largest), scores and sink in log2 units.
+struct RowEnd {
+  float lse;      // natural log
+  float inverse;  // what its output is multiplied with
+  __device__ __forceinline__ RowEnd(float largest, float sum, float sink) {
+    const float shift = fmaxf(largest, sink), kept = ptx::exp2(largest - shift);
+    const float total = fmaf(sum, kept, ptx::exp2(sink - shift));
+    const bool blind = shift == -INFINITY;  // neither a key nor a sink
+    lse = blind ? -INFINITY : (shift + ptx::log2(total)) * kLn2;
+    inverse = blind ? 0.0f : kept / total;
   }
 };
 

@@ -120,7 +120,8 @@ void flash_attention_bwd(const FlashAttentionBackwardParams& params, const Paral
 void flash_attention_decode(const FlashAttentionDecodeParams& params, const Parallel& parallel);
 }  // namespace cpu
 
-// On `stream` (a cudaStream_t) of the current device; bf16 and fp16, head sizes up to 256. Return null, or what went wrong.
+// On `stream` of the current device; bf16 and fp16; heads up to 256, decoding keys to 576 and values to 512; neither bias nor
+// dropout. Return null, or what went wrong.
 namespace cuda {
 // In words: which kernels serve which calls on a device of that compute capability (10 major + minor).
 const char* flash_attention_kernels(int capability);

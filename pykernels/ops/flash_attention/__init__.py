@@ -35,12 +35,18 @@ def _triton(query: Query) -> str | None:
     return None
 
 
-def _cuda(query: Query) -> str | None:
+def _cuda_decode(query: Query) -> str | None:
     if query.dtype not in (torch.bfloat16, torch.float16):
         return "the CUDA kernels take bfloat16 and float16"
+    return None
+
+
+def _cuda(query: Query) -> str | None:
+    if (reason := _cuda_decode(query)) is not None:
+        return reason
     if max(query.sizes["head_dim"], query.sizes["value_dim"]) > 256:
         return "the CUDA kernels take head sizes up to 256"
-    return _lacks(query, "CUDA", ("alibi_slopes", "bias", "sinks", "dropout_p", "block_table"))
+    return _lacks(query, "CUDA", ("bias", "dropout_p"))
 
 
 def _reference(query: Query) -> str | None:
@@ -50,7 +56,7 @@ def _reference(query: Query) -> str | None:
 _BACKENDS = {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "reference": _reference}
 _UNMEASURED = {"cuda": "not yet measured against Triton on a GPU, so only on request"}
 OP = Op("flash_attention", _BACKENDS, explicit_only=_UNMEASURED)
-DECODE_OP = Op("flash_attention_decode", _BACKENDS, explicit_only=_UNMEASURED)
+DECODE_OP = Op("flash_attention_decode", _BACKENDS | {"cuda": _cuda_decode}, explicit_only=_UNMEASURED)
 
 
 def _check_qkv(q: object, k: object, v: object, k_name: str, v_name: str, largest: int, paged: bool = False) -> None:
