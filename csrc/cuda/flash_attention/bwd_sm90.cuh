@@ -1,6 +1,6 @@
 // Flash attention, backward, for sm_90a (TMA, wgmma, warp specialisation): one walk over the scores, dQ added up in
-// global memory, in the order in which blocks come to it unless it must be bitwise repeatable. Here the head sizes up to
-// 128, and what those above (bwd_sm90_wide.cuh) share with them.
+// global memory, in the order in which blocks come to it unless it must be bitwise repeatable. Here the head sizes up
+// to 128, and what those above (bwd_sm90_wide.cuh) share with them.
 //
 // A block owns kN = 128 keys of one key head, 64 for each of its two consumer warp groups, and walks the tiles of kM
 // queries (of all query heads of its key head) that see them. With P, dP, dS and delta as in bwd_sm80.cuh, a consumer
@@ -47,8 +47,8 @@ __device__ __forceinline__ int first_query_tile(const FlashAttentionParams& f, c
                                                     : s.q_first / kM + s.index);
 }
 
-// The scratch memory, for each query head and tile of queries: the statistics [2][kM], lse in log2 units and delta; then
-// for all of them the accumulator of dQ, [kParts][8][128 threads][4]; then the turns, how many tiles of keys each
+// The scratch memory, for each query head and tile of queries: the statistics [2][kM], lse in log2 units and delta;
+// then for all of them the accumulator of dQ, [kParts][8][128 threads][4]; then the turns, how many tiles of keys each
 // consumer has added; last the number of the next tile of keys to take.
 template <class Config>
 inline int64_t bwd_scratch_floats(const FlashAttentionParams& f) {
@@ -218,8 +218,8 @@ __device__ __forceinline__ void load_backward(const FlashAttentionBackwardParams
     }
 }
 
-// Which of a lane's elements of S^T belong to queries that see their keys, `key` and key + 8; none sees a key that is not
-// there.
+// Which of a lane's elements of S^T belong to queries that see their keys, `key` and key + 8; none sees a key that is
+// not there.
 struct Visible {
   int from, to0, to1;  // queries, counted from this lane's first
   __device__ __forceinline__ Visible(const Band& band, const Sequence& sequence, int key, int col0) {
@@ -445,7 +445,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     // Of this lane's two queries in every eight.
     const auto* const lse = reinterpret_cast<const float2*>(statistics + stage * 2 * kM + 2 * t);
     const auto* const delta = lse + kM / 2;
-    weigh<T, kM, kHead != 64>(s, weights, weighing, band, sequence, work.row0 + 64 * consumer, work.row0 + row, col0, lse);
+    weigh<T, kM, kHead != 64>(s, weights, weighing, band, sequence, work.row0 + 64 * consumer, work.row0 + row,
+                              col0, lse);
     ptx::wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kM / 16; ++n)

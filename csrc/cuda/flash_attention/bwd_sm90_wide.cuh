@@ -5,8 +5,8 @@
 //   consumer 0:  S^T = K Q^T, P;      dV += P^T dO;   the first 128 columns of dQ += dS K
 //   consumer 1:  dP^T = V dO^T, dS;   dK += dS^T Q;   the columns of dQ from 128 on
 // Each hands the other a tile through shared memory: P^T in T (times the slope of the soft cap), in the order of the
-// registers, and dS^T as an operand of wgmma, which consumer 1 reads itself too. One buffer of each is enough: consumer 0
-// waits for dS before it writes the next P, and has waited for its part of dQ by then. The softmax of one consumer
+// registers, and dS^T as an operand of wgmma, which consumer 1 reads itself too. One buffer of each is enough: consumer
+// 0 waits for dS before it writes the next P, and has waited for its part of dQ by then. The softmax of one consumer
 // meets products of the other. dQ goes from registers to the accumulator in global memory.
 // Shared memory: K, V [kN, kHead]; Q, dO two stages each [kM, kHead]; dS^T [kN, kM]; P^T [4][128 threads] of 16 bytes;
 // statistics [2][2][kM]; the mbarriers.
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::named_barrier_sync(kBoth, 256);
     }
   }
-  // Waits for a tile of queries; false for none left.
+  // Zeros for the queries of the next sequence, which a weight of 0 does not keep out either.
   const auto clear_queries = [&](int col0) {
     if (packed && col0 + kM > sequence.tq) {
       q_ring.wait(q_state), dout_ring.wait(dout_state);
@@ -164,8 +164,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                    reinterpret_cast<const float2*>(statistics + q_state.stage * 2 * kM + 2 * t));
 #pragma unroll
       for (int n = 0; n < kM / 16; ++n)
-        handed[n * 128 + thread] = make_uint4(ptx::pack<T>(s[8 * n], s[8 * n + 1]), ptx::pack<T>(s[8 * n + 2], s[8 * n + 3]),
-                                              ptx::pack<T>(s[8 * n + 4], s[8 * n + 5]), ptx::pack<T>(s[8 * n + 6], s[8 * n + 7]));
+        handed[n * 128 + thread] =
+            make_uint4(ptx::pack<T>(s[8 * n], s[8 * n + 1]), ptx::pack<T>(s[8 * n + 2], s[8 * n + 3]),
+                       ptx::pack<T>(s[8 * n + 4], s[8 * n + 5]), ptx::pack<T>(s[8 * n + 6], s[8 * n + 7]));
       ptx::named_barrier_arrive(kWeights, 256);
 
       dout_ring.wait(dout_state);
