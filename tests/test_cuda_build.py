@@ -174,8 +174,9 @@ def test_sm90a_kernels_use_what_they_are_for():
     heads = {k.head for k in _kernels() if k.function == "flash_attention_fwd_sm90_kernel"}
     assert heads == {"64", "96", "128", "192", "256"}
     assert {k.head for k in _kernels() if k.function == "flash_attention_bwd_sm90_kernel"} == {"64", "128"}
-    main = {name: code for name, code in kernels.items() if "fwd_sm90" in name or "bwd_sm90" in name}
-    assert len(main) == 2 * (5 + 2)
+    assert {k.head for k in _kernels() if k.function == "flash_attention_bwd_wide_sm90_kernel"} == {"192", "256"}
+    main = {name: code for name, code in kernels.items() if any(word in name for word in ("fwd_sm90", "bwd_sm90", "bwd_wide_sm90"))}
+    assert len(main) == 2 * (5 + 4)
     for name, code in main.items():
         for instruction in ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS"):
             assert any(line.startswith(instruction) for line in code), (name, instruction)

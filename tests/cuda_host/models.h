@@ -596,6 +596,25 @@ void bulk_wait_read() {
   cuda_host::maybe_yield();
 }
 
+// ---- Sums and turns in global memory ------------------------------------------------------------------------------
+
+inline void reduce_add(float4* global, float4 value) {
+  if (reinterpret_cast<std::uintptr_t>(global) % 16 != 0)
+    cuda_host::fail("reduction: the address is not aligned to 16 bytes");
+  global->x += value.x, global->y += value.y, global->z += value.z, global->w += value.w;
+}
+
+inline void semaphore_add(unsigned* global, unsigned count) {
+  *global += count;
+  cuda_host::semaphore_changed(global);
+  cuda_host::maybe_yield();
+}
+
+inline void semaphore_wait(const unsigned* global, unsigned count, Where where = Where::current()) {
+  cuda_host::maybe_yield();
+  while (*global < count) cuda_host::wait_for_semaphore(global, where);
+}
+
 // ---- Matrix products of a warpgroup -------------------------------------------------------------------------------
 
 namespace model {

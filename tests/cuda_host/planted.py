@@ -44,7 +44,6 @@ _DECAY, _STEP = "linear_attention/gradients_sm80.cuh", "linear_attention/step_sm
 _TRANSFORM = "fft_conv/fft.cuh"
 _WIDE, _CHUNK = "linear_attention/wide_sm80.cuh", "linear_attention/wide_chunk_sm80.cu"
 _BOTH = "ptx::named_barrier_sync(kBoth, 256);"
-_OWN = "ptx::named_barrier_sync(kOwn + static_cast<unsigned>(consumer), 128);"
 
 FAULTS = (
     # Forward for sm_90a.
@@ -67,20 +66,21 @@ FAULTS = (
     # Backward for sm_90a.
     Fault("bwd-barriers-initialised-without-a-fence", _BACKWARD, "ptx::fence_mbarrier_init();", group="bwd"),
     Fault("bwd-keys-read-early", _BACKWARD, "ptx::mbarrier_wait(kv_full, 0);", group="bwd"),
-    Fault("bwd-queries-read-early", _BACKWARD, "q_ring.wait(q_state);", group="bwd"),
-    Fault("bwd-dout-read-early", _BACKWARD, "dout_ring.wait(dout_state);", after="\n    ptx::wgmma_fence();", group="bwd"),
+    Fault("bwd-queries-read-early", _BACKWARD, "q_ring.wait(state);", group="bwd"),
+    Fault("bwd-dout-read-early", _BACKWARD, "dout_ring.wait(state);", after="\n    ptx::wgmma_fence();", group="bwd"),
     Fault("bwd-scores-read-early", _BACKWARD, "ptx::wgmma_wait<1>();", after="\n    ptx::wgmma_hold(s);", group="bwd"),
     Fault("bwd-dp-read-early", _BACKWARD, "ptx::wgmma_wait<1>();", after="\n    ptx::wgmma_hold(dp);", group="bwd"),
     Fault("bwd-ds-without-a-proxy-fence", _BACKWARD, "ptx::fence_proxy_async();", after="\n    // Both consumers' dS", group="bwd"),
     Fault("bwd-ds-without-a-barrier", _BACKWARD, _BOTH, after="\n\n    float dq[32] = {};", group="bwd"),
     Fault("bwd-dq-read-early", _BACKWARD, "ptx::wgmma_wait<1>();", after="  // dV and dQ", group="bwd"),
-    Fault("bwd-part-overwritten-early", _BACKWARD, "if (thread == 0) ptx::bulk_wait_read<0>();", group="bwd"),
-    Fault("bwd-part-overwritten-without-a-barrier", _BACKWARD, _OWN, before="ptx::bulk_wait_read<0>();\n    ", group="bwd"),
-    Fault("bwd-part-without-a-proxy-fence", _BACKWARD, "ptx::fence_proxy_async();", after="\n    ptx::named_barrier_sync(kOwn",
+    Fault("bwd-part-overwritten-early", _BACKWARD, "ptx::bulk_wait_read<0>();", group="bwd"),
+    Fault("bwd-part-overwritten-without-a-barrier", _BACKWARD,
+          "ptx::named_barrier_sync(kPartFree + static_cast<unsigned>(consumer), kPartThreads);", group="bwd"),
+    Fault("bwd-part-without-a-proxy-fence", _BACKWARD, "ptx::fence_proxy_async();", after="\n    ptx::named_barrier_arrive(kPartFull",
           group="bwd"),
-    Fault("bwd-part-without-a-barrier", _BACKWARD, _OWN, after="\n    if (thread == 0) {", group="bwd"),
+    Fault("bwd-part-without-a-barrier", _BACKWARD,
+          "ptx::named_barrier_arrive(kPartFull + static_cast<unsigned>(consumer), kPartThreads);", group="bwd"),
     Fault("bwd-dk-read-early", _BACKWARD, "ptx::wgmma_wait<0>();", after="\n    ptx::wgmma_hold(dk);", group="bwd"),
-    Fault("bwd-ends-before-dq-is-read", _BACKWARD, "if (thread == 0) ptx::bulk_wait<0>();", group="bwd"),
     # Decoding.
     Fault("decode-cache-read-early", _DECODE, "ptx::cp_async_wait<0>();", group="decode"),
     Fault("decode-stage-refilled-early", _DECODE, "__syncthreads();", after="\n    load_stage(step + 1);", group="decode"),

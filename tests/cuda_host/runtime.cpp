@@ -42,6 +42,7 @@ struct Executor {
   std::vector<Block*> resident;
   std::vector<Warp*> ready;  // warps with ready threads
   Warp* last;                // the one picked before
+  std::unordered_map<const unsigned*, std::vector<Thread*>> semaphores;  // who waits for a counter in global memory
   const std::function<void()>* body;
   std::string error;
 
@@ -314,6 +315,16 @@ void barrier_arrive(unsigned id, unsigned threads, Where where) {
   maybe_yield();
 }
 
+void wait_for_semaphore(const unsigned* global, Where where) {
+  executor.semaphores[global].push_back(current);
+  wait("semaphore", where);
+}
+
+void semaphore_changed(const unsigned* global) {
+  for (Thread* thread : executor.semaphores[global]) wake(thread);
+  executor.semaphores.erase(global);
+}
+
 MBarrier& mbarrier_at(const void* object, Where where) {
   const auto found = current->block->mbarriers.find(object);
   if (found == current->block->mbarriers.end()) fail("the mbarrier was not initialised", where);
@@ -505,6 +516,7 @@ void run_grid(dim3 grid, unsigned shared_bytes) {
   while (executor.pool.size() < slots) executor.pool.push_back(std::make_unique<Block>());
   executor.resident.clear();
   executor.ready.clear();
+  executor.semaphores.clear();
   executor.last = nullptr;
   std::size_t next = 0;
   std::vector<Block*> free;

@@ -209,6 +209,10 @@ void warpgroup_collective(const char* what, Argument& argument, Where where, F e
 void barrier_sync(unsigned id, unsigned threads, bool syncthreads, Where where);
 void barrier_arrive(unsigned id, unsigned threads, Where where);
 
+// Blocks the current thread until the next change of a counter in global memory, by whichever block.
+void wait_for_semaphore(const unsigned* global, Where where);
+void semaphore_changed(const unsigned* global);
+
 MBarrier& mbarrier_at(const void* object, Where where);
 void mbarrier_update(MBarrier& barrier, int arrivals, int64_t bytes);  // ends the phase when nothing is missing
 

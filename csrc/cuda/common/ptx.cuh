@@ -373,6 +373,31 @@ __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(kPending) : "memory");
 }
 
+// ---- Sums and turns in global memory ------------------------------------------------------------------------------
+
+// Adds four fp32, atomically each, to 16 aligned bytes. sm_90.
+__device__ __forceinline__ void reduce_add(float4* global, float4 value) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1,%2,%3,%4};"
+               :
+               : "l"(global), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
+}
+
+// A counter that tells other blocks what this one has written: the writes of this thread, and those it has waited for
+// at a barrier after their fence, are seen by who has waited for the count.
+__device__ __forceinline__ void semaphore_add(unsigned* global, unsigned count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" : : "l"(global), "r"(count) : "memory");
+}
+__device__ __forceinline__ unsigned load_acquire(const unsigned* global) {
+  unsigned result;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(result) : "l"(global) : "memory");
+  return result;
+}
+__device__ __forceinline__ void semaphore_wait(const unsigned* global, unsigned count) {
+  while (load_acquire(global) < count) {
+  }
+}
+
 // ---- Matrix products of a warpgroup (sm_90a) ----------------------------------------------------------------------
 
 // Describes a matrix of 16-bit elements in shared memory: 8-row (K-major) or 8-k (MN-major) groups, swizzled as TMA

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "bwd_sm80.cuh"
-#include "bwd_sm90.cuh"
+#include "bwd_sm90_wide.cuh"
 #include "decode_sm80.cuh"
 #include "fwd_sm80.cuh"
 #include "fwd_sm90.cuh"
@@ -34,25 +34,33 @@ bool fwd_by_sm90(const FlashAttentionParams& p) {
          attention::tma_readable(p.v, p.v_stride, p.batch, p.seqlen_k, p.heads_k);
 }
 
-// The same of the backward pass; what must be bitwise repeatable, soft caps, scales that are not positive and ALiBi
-// stay with sm_80's too.
+// The same of the backward pass; ALiBi stays with sm_80's.
 bool bwd_by_sm90(const FlashAttentionBackwardParams& p) {
   const FlashAttentionParams& f = p.forward;
-  return !p.deterministic && f.softcap <= 0.0 && f.scale > 0.0 && f.alibi_slopes == nullptr &&
-         std::max(f.head_dim, f.value_dim) <= 128 && fwd_by_sm90(f) &&
+  return f.alibi_slopes == nullptr && fwd_by_sm90(f) &&
          attention::tma_readable(p.dout, p.dout_stride, f.batch, f.seqlen_q, f.heads_q);
+}
+
+// The head size of the kernels that serve it: those for 64 have no registers left for a soft cap.
+int bwd_sm90_head(const FlashAttentionParams& f) {
+  const int64_t size = std::max(f.head_dim, f.value_dim);
+  if (size <= 64 && f.softcap <= 0.0) return 64;
+  return size <= 128 ? 128 : size <= 192 ? 192 : 256;
 }
 #endif
 
 // Floats of scratch that the kernels for sm_90a take; 0: those for sm_80 serve, which read delta alone.
 int64_t bwd_scratch_sm90(const FlashAttentionBackwardParams& p) {
 #ifdef PYKERNELS_SM90A
-  using attention::BackwardConfigSm90;
+  using attention::BackwardConfigSm90, attention::WideBackwardConfigSm90;
   const FlashAttentionParams& f = p.forward;
-  if (bwd_by_sm90(p))
-    return std::max(f.head_dim, f.value_dim) <= 64
-               ? attention::bwd_scratch_floats<BackwardConfigSm90<BFloat16, 64>>(f)
-               : attention::bwd_scratch_floats<BackwardConfigSm90<BFloat16, 128>>(f);
+  if (bwd_by_sm90(p)) {
+    const int head = bwd_sm90_head(f);
+    if (head == 64) return attention::bwd_scratch_floats<BackwardConfigSm90<BFloat16, 64>>(f);
+    if (head == 128) return attention::bwd_scratch_floats<BackwardConfigSm90<BFloat16, 128>>(f);
+    if (head == 192) return attention::bwd_scratch_floats<WideBackwardConfigSm90<BFloat16, 192>>(f);
+    return attention::bwd_scratch_floats<WideBackwardConfigSm90<BFloat16, 256>>(f);
+  }
 #endif
   return 0;
 }
@@ -67,9 +75,8 @@ bool bwd_needs_delta(const FlashAttentionBackwardParams& p, int64_t other) { ret
 const char* flash_attention_kernels(int capability) {
 #ifdef PYKERNELS_SM90A
   if (capability == 90)
-    return "sm_90a (TMA, wgmma) for tensors at multiples of 16 bytes: forward with head sizes 33 to 256, backward with "
-           "33 to 128 without softcap and ALiBi and where it need not be bitwise repeatable; else, and for decoding, "
-           "sm_80 (mma.sync)" PYKERNELS_LEFT_TO_TRITON;
+    return "sm_90a (TMA, wgmma) for tensors at multiples of 16 bytes with head sizes 33 to 256, backward without ALiBi; "
+           "else, and for decoding, sm_80 (mma.sync)" PYKERNELS_LEFT_TO_TRITON;
 #endif
   return capability >= 80 ? "sm_80 (mma.sync)" PYKERNELS_LEFT_TO_TRITON : "none";
 }
@@ -113,7 +120,13 @@ const char* flash_attention_bwd(const FlashAttentionBackwardParams& p, void* str
     if (error != nullptr) return error;
   }
 #ifdef PYKERNELS_SM90A
-  if (bwd_by_sm90(p)) return size <= 64 ? attention::bwd_sm90_64(p, stream) : attention::bwd_sm90_128(p, stream);
+  if (bwd_by_sm90(p)) {
+    const int head = bwd_sm90_head(p.forward);
+    if (head == 64) return attention::bwd_sm90_64(p, stream);
+    if (head == 128) return attention::bwd_sm90_128(p, stream);
+    if (head == 192) return attention::bwd_sm90_192(p, stream);
+    return attention::bwd_sm90_256(p, stream);
+  }
 #endif
   if (size <= 32) return attention::bwd_sm80_32(p, stream);
   if (size <= 64) return attention::bwd_sm80_64(p, stream);
