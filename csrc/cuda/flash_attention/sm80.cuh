@@ -27,8 +27,8 @@ struct Sequence {
   int q_first, k_first;  // token offsets
   int tq, tk;
 
-  // Whether these are queries of no sequence. Told from the offsets, so that a kernel that asks at its end need not keep
-  // `index`.
+  // Whether these are queries of no sequence. Told from the offsets, so that a kernel that asks at its end need not
+  // keep `index`.
   __device__ __forceinline__ bool rest(const FlashAttentionParams& p) const {
     return p.cu_seqlens_q != nullptr && q_first >= clamp_offset(p.cu_seqlens_q[p.sequences], p.seqlen_q);
   }
