@@ -55,6 +55,8 @@ FAULTS = (
     Fault("fwd-first-scores-read-early", _FORWARD, "ptx::wgmma_wait<0>();", after="\n      ptx::wgmma_hold(s);", group="fwd"),
     Fault("fwd-scores-read-early", _FORWARD, "ptx::wgmma_wait<1>();", group="fwd"),
     Fault("fwd-values-read-early", _FORWARD, "v_ring.wait(v_state);", after="\n        issue_output();", group="fwd"),
+    Fault("fwd-last-values-read-early", _FORWARD, "v_ring.wait(v_state);", before="      }\n      ",
+          after="\n      issue_output();", group="fwd-short"),
     Fault("fwd-output-read-early", _FORWARD, "ptx::wgmma_wait<0>();", after="\n        ptx::wgmma_hold(o);", group="fwd"),
     Fault("fwd-last-output-read-early", _FORWARD, "ptx::wgmma_wait<0>();", after="\n      ptx::wgmma_hold(o);", group="fwd"),
     Fault("fwd-scores-issued-without-a-fence", _FORWARD, "ptx::wgmma_fence();",
