@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pykernels import fft_conv, fft_conv_init, fft_conv_step, testing
+from pykernels import _library, fft_conv, fft_conv_init, fft_conv_step, testing
 from pykernels.ops.fft_conv.decode import BLOCK
 
 BACKENDS = sorted({t.backend for t in testing.targets(testing.FFT_CONV.op, every_isa=False) if t.device == "cpu"})
@@ -110,6 +110,71 @@ def test_steps_cost_far_less_than_a_sum_over_the_kernel():
         state = fft_conv_init(k, torch.randn(1, channels, taps), backend="cpu")
         steps(fft_conv_init(k, torch.randn(1, channels, taps), backend="cpu"), u)
         assert 4 * min(seconds(lambda t: fft_conv_step(u[..., t], state)) for _ in range(2)) < seconds(by_sum)
+
+
+# ---- the native steps ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", _library.machine_isas())
+@pytest.mark.parametrize("dtype", (F64, torch.float32, torch.bfloat16), ids=str)
+def test_native_steps_on_every_instruction_set(isa, dtype):
+    """Squares of every kind: summed directly, in a transform longer than they need, exact ones, and those at the end of
+    the rings."""
+    u, post = torch.randn(2, 2, 6, 1300).to(dtype)
+    k, D = torch.randn(3, 1000, dtype=F64).to(F64 if dtype == F64 else torch.float32), torch.randn(6, dtype=F64).to(dtype)
+    with testing.use_isa(isa):
+        state = fft_conv_init(k, u[..., :30], D=D, backend="cpu")
+        out = steps(state, u[..., 30:], post=post[..., 30:])
+        exact = fft_conv(u.double(), k.double(), D=D.double(), post_gate=post.double(), backend="reference")
+    assert state.spectra is not None and out.dtype == dtype
+    near(out.double(), exact[..., 30:], {F64: 1e-12, torch.float32: 1e-6}.get(dtype, 4e-3))
+
+
+def test_steps_do_not_depend_on_the_thread_count():
+    u, k = torch.randn(8, 70, 260), torch.randn(70, 200)
+    results = []
+    for threads in (1, 2):
+        with testing.use_threads(threads):
+            results.append(steps(fft_conv_init(k, u[..., :4], backend="cpu"), u[..., 4:]))
+    assert torch.equal(*results)
+
+
+def _step_arguments(tokens: int, dtype: torch.dtype) -> tuple:
+    state = fft_conv_init(torch.randn(2, 300), batch=2, channels=4, D=torch.randn(4), dtype=dtype, backend="cpu")
+    side = min((tokens + 1) & -(tokens + 1), state.capacity)
+    spectrum = state.spectra[(side // BLOCK).bit_length() - 2] if side > BLOCK else None
+    u, pre, post = (torch.randn(2, 4, 3).to(dtype)[..., 1] for _ in range(3))
+    return u, state.inputs.normal_(), state.pending.normal_(), state.k, spectrum, state.D, pre, post, tokens
+
+
+@pytest.mark.parametrize("tokens", (5, 63, 511))
+def test_opcheck_and_version_counters(tokens):
+    ops = torch.ops.pykernels
+    torch.library.opcheck(ops.fft_conv_spectrum_cpu.default, (torch.randn(2, 512), 512, 256))
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = _step_arguments(tokens, dtype)
+        torch.library.opcheck(ops.fft_conv_step_cpu.default, arguments)
+        before = [x._version for x in arguments[1:3]]
+        ops.fft_conv_step_cpu(*arguments)
+        assert [x._version for x in arguments[1:3]] == [v + 1 for v in before]
+
+
+def test_the_op_refuses_what_it_would_read_or_write_wrongly():
+    step = torch.ops.pykernels.fft_conv_step_cpu
+    arguments = _step_arguments(511, torch.float32)
+    isas = _library.machine_isas()
+    for i, wrong, match in (
+        (1, arguments[1][:1], "inputs has size 1"),
+        (2, arguments[2].double(), "pending has the wrong dtype"),
+        (3, arguments[3][:, :100], "k has size 100"),
+        (4, None, "spectrum of 1024 taps"),
+        (4, arguments[4][:-1], "make it again"),
+        (8, -1, "tokens"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            step(*arguments[:i], wrong, *arguments[i + 1 :])
+    with testing.use_isa(isas[0]), pytest.raises(RuntimeError, match="another instruction set.*make it again"):
+        step(*arguments)
 
 
 def test_states_are_for_inference():

@@ -65,8 +65,8 @@ struct Way {
 
 // Nanoseconds per point of a convolution of 2^(8 + i) points, on one core of a Xeon of the Sapphire Rapids generation
 // with AVX-512 (512 KiB of samples and more fall out of its second-level cache).
-constexpr float kPointCost[] = {1.0f, 1.0f, 1.2f, 1.2f, 1.45f, 1.55f, 1.75f, 1.95f,
-                                2.3f, 2.6f, 2.9f, 3.4f, 4.3f,  5.5f,  6.5f};
+constexpr float kPointCost[] = {1.0f, 1.0f, 1.05f, 1.15f, 1.35f, 1.45f, 1.65f, 1.75f,
+                                2.0f, 2.4f, 2.8f,  3.1f,  3.4f,  4.5f,  5.5f};
 // And per tap and sample of a direct one (one vector load, which crosses cache lines, per tap and vector).
 constexpr float kTapCost = 0.025f;
 
@@ -107,12 +107,12 @@ struct Reader {
   const T* gate;  // or null
   int64_t length, origin, low, high;
   bool wraps;
-  const T* ahead = nullptr;  // a row that is needed next, fetched along
+  const T* ahead = nullptr;  // a row that is needed next, fetched along to be written
 
   PYKERNELS_INLINE Vec<S> operator()(int64_t i) const {
     constexpr int lanes = kLanes<S>;
     const int64_t n = origin + i;
-    if (ahead) __builtin_prefetch(ahead + n);
+    if (ahead) __builtin_prefetch(ahead + n, 1);
     if (n >= most<int64_t>(low, 0) && n + lanes <= least(high, length)) return whole(n);
     if (n >= high || n + lanes <= low) return Vec<S>{};
     return edge(n);

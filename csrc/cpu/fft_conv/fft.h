@@ -244,6 +244,8 @@ template <bool Back, class S>
 PYKERNELS_INLINE void pass(int radix, S* work, int64_t size, int64_t stride, const S* twiddle) {
   if (radix == 4)
     pass<4, Back, S>(work, size, stride, twiddle);
+  else if (radix == 8)
+    pass<8, Back, S>(work, size, stride, twiddle);
   else
     pass<16, Back, S>(work, size, stride, twiddle);
 }
@@ -387,8 +389,10 @@ PYKERNELS_INLINE void analyse(const Plan<S>& plan, const Read& read, S* work) {
     analyse<1, Half, S>(plan, read, work);
   else if (plan.radix[0] == 3)
     analyse<3, Half, S>(plan, read, work);
-  else
+  else if (plan.radix[0] == 4)
     analyse<4, Half, S>(plan, read, work);
+  else
+    analyse<8, Half, S>(plan, read, work);
 }
 template <bool Half, class S, class Write>
 PYKERNELS_INLINE void synthesise(const Plan<S>& plan, const S* work, const Write& write) {
@@ -396,8 +400,10 @@ PYKERNELS_INLINE void synthesise(const Plan<S>& plan, const S* work, const Write
     synthesise<1, Half, S>(plan, work, write);
   else if (plan.radix[0] == 3)
     synthesise<3, Half, S>(plan, work, write);
-  else
+  else if (plan.radix[0] == 4)
     synthesise<4, Half, S>(plan, work, write);
+  else
+    synthesise<8, Half, S>(plan, work, write);
 }
 
 }  // namespace fft

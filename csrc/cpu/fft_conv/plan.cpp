@@ -7,8 +7,10 @@ namespace pykernels::cpu::PYKERNELS_ISA {
 namespace fft {
 namespace {
 
-// A pass of 16 in place of two of 4 moves the data half as often, which pays where a block is beyond this many bytes
-// (half of a second-level cache); inside the caches its registers spill.
+// Passes of 8 move the data two thirds as often as passes of 4 and their operands still are registers: on one core of a
+// Xeon of the Sapphire Rapids generation with AVX-512, 1.33 instead of 1.45 ns per point at 2^14 points. What is left
+// over goes to passes of 4. A pass of 16 spills, which pays where a block is beyond this many bytes (half of a
+// second-level cache).
 constexpr int64_t kBytesOfWidePass = int64_t{1} << 20;
 // The first pass is done together with the analysis up to here. Beyond, that would read 64 places at a time, each in a
 // page of its own: more than the processor fetches ahead for, and more of one cache set than it has ways.
@@ -72,7 +74,14 @@ Plan<S>* make(int64_t points) {
   const auto bytes = [&] { return size * kStep<S> * static_cast<int64_t>(sizeof(S)); };
   plan->fused = size % 3 == 0 || bytes() <= kBytesOfFusedPass;
   if (size % 3 == 0) split(3);
-  while (size > 8) split(size % 128 == 0 && bytes() > kBytesOfWidePass ? 16 : 4);
+  while (size > 8) {
+    // Passes of 4 come first where the first is fused, so that it reads few places at a time; else the widest do.
+    const int left = __builtin_ctzll(static_cast<uint64_t>(size)) - 3;  // factors of 2 above the leaves
+    if (left >= 4 && bytes() > kBytesOfWidePass)
+      split(16);
+    else
+      split(left % 3 == 0 || (left > 4 && !plan->fused) ? 8 : 4);
+  }
   plan->leaf = static_cast<int>(size);
   S* next = allocate<S>(total + 1);
   size = length;

@@ -49,7 +49,44 @@ struct FFTConvBackwardParams {
   void *dk, *dk_rev, *dskip;          // dk and dk_rev are wanted together
 };
 
+// The spectra of kernels that many steps share. What they hold is the instruction set's own affair.
+struct FFTConvSpectrumParams {
+  FFTConvParams forward;  // of which dtype, k, groups, taps and length count: causal, at most 2 points taps
+  int64_t points;         // of the transform: a power of two from 256 on
+  void* spectrum;         // [G, size], or null: only the size is wanted
+  int64_t* size;          // numbers per kernel
+  int64_t* lanes;         // spectra are for the instruction sets that have as many lanes
+};
+
+// One token of the causal convolution. C, a power of two from kFFTConvBlock on, is the length of rings: token t is at
+// t % C. Within its block of kFFTConvBlock tokens a token is added to the outputs at once. After the last of a block
+// the last `side` tokens are convolved with the kernel into the `side` outputs after them: side is the largest power
+// of two that divides t + 1, but no more than C.
+constexpr int64_t kFFTConvBlock = 64;
+inline int64_t fft_conv_side(int64_t tokens, int64_t capacity) {  // after `tokens` tokens; 0: nothing is due
+  const int64_t power = tokens & -tokens;
+  return power < kFFTConvBlock ? 0 : power < capacity ? power : capacity;
+}
+// Points of the transform of a square, of which spectra of 2 side taps are; 0: it is summed directly.
+inline int64_t fft_conv_side_points(int64_t side) { return side <= kFFTConvBlock ? 0 : side < 256 ? 256 : side; }
+struct FFTConvStepParams {
+  DType dtype;  // of u, the gates and out
+  int64_t batch, channels, groups, capacity, tokens;
+  const void* u;  // [B, D] with any strides, as the gates
+  const void* pre_gate;
+  const void* post_gate;
+  Strides2 u_stride, pre_stride, post_stride;
+  const void* k;         // [G, C], zeros after the last tap; fp32 (fp64 for fp64), as what follows
+  const void* spectrum;  // of the first 2 side taps, where it is needed
+  const void* skip;      // [D] or null
+  void* inputs;          // [B, D, C]: samples of x
+  void* pending;         // [B, D, C]: what is known of outputs to come
+  void* out;             // [B, D] contiguous
+};
+
 namespace cpu {
+void fft_conv_spectrum(const FFTConvSpectrumParams& params, const Parallel& parallel);
+void fft_conv_step(const FFTConvStepParams& params, const Parallel& parallel);
 void fft_conv_fwd(const FFTConvParams& params, const Parallel& parallel);
 void fft_conv_bwd(const FFTConvBackwardParams& params, const Parallel& parallel);
 }  // namespace cpu

@@ -213,7 +213,8 @@ def fft_conv_init(
         backend: "auto", "triton", "cpu", "cuda" or "reference" (see pykernels.backends), here and in the steps.
 
     Returns:
-        The state. It keeps O(B D K) numbers however many tokens follow.
+        The state. It keeps O(B D K) numbers however many tokens follow, copies of k and on the CPU spectra of it among
+        them.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
@@ -243,9 +244,9 @@ def fft_conv_init(
     x = u.to(k.dtype)
     if pre_gate is not None:
         x = x * _check_gate("pre_gate", pre_gate, u)
-    resolve(OP, _step_query(u, k), backend)
+    chosen = resolve(OP, _step_query(u, k), backend)
     with torch.no_grad():
-        return decode.start(_convolution(backend), x, k, D, u.dtype, backend)
+        return decode.start(_convolution(backend), x, k, D, u.dtype, backend, chosen == "cpu")
 
 
 def _step_query(u: Tensor, k: Tensor) -> Query:
@@ -295,6 +296,12 @@ def fft_conv_step(
             _check_gate_type(name, gate, u_t)
     _check_no_gradient("fft_conv_step", {"u_t": u_t, **gates})
     with torch.no_grad():
+        if state.spectra is not None:
+            if any(gate is not None and gate.dtype != u_t.dtype for gate in (pre_gate, post_gate)):
+                u_t, pre_gate, post_gate = (
+                    None if x is None else x.to(torch.float32) for x in (u_t, pre_gate, post_gate)
+                )
+            return decode.native_step(u_t, state, pre_gate, post_gate).to(state.dtype)
         x = u_t.to(state.inputs.dtype)
         if pre_gate is not None:
             x = x * pre_gate

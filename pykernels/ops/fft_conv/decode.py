@@ -16,6 +16,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from . import registration
+
 BLOCK = 64  # a power of two; below it, a direct sum is faster than one square
 
 
@@ -30,6 +32,7 @@ class FFTConvState:
     tokens: int  # t, counted from the end of the prefix
     dtype: torch.dtype  # of u and out
     backend: str
+    spectra: list[Tensor] | None = None  # of the native steps: of k's first 4 BLOCK, 8 BLOCK, ..., 2 C taps; or None
 
     @property
     def capacity(self) -> int:
@@ -45,15 +48,39 @@ def _pad(x: Tensor, left: int, right: int) -> Tensor:
     return torch.nn.functional.pad(x, (left, right))
 
 
-def start(convolve, x: Tensor, k: Tensor, D: Tensor | None, dtype: torch.dtype, backend: str) -> FFTConvState:
-    """The state after the prefix x [B, D, T]; `convolve(x, k)` is the causal convolution. All in float32 (float64)."""
+def start(
+    convolve, x: Tensor, k: Tensor, D: Tensor | None, dtype: torch.dtype, backend: str, native: bool
+) -> FFTConvState:
+    """The state after the prefix x [B, D, T]; `convolve(x, k)` is the causal convolution. All in float32 (float64).
+
+    native: the steps are those of the CPU's own op, which keeps the kernel's spectra.
+    """
     size = capacity(k.shape[1])
     reach = min(x.shape[2], k.shape[1] - 1)  # samples that later outputs depend on
-    inputs, pending = x.new_zeros(2, *x.shape[:2], size)
+    inputs, pending = (x.new_zeros(*x.shape[:2], size) for _ in range(2))  # no views of one: both are written
     if reach:
         inputs[..., size - reach :] = x[..., x.shape[2] - reach :]
         pending += convolve(_pad(inputs[..., size - reach :], 0, size), k)[..., reach:]
-    return FFTConvState(_pad(k, 0, size - k.shape[1]).contiguous(), D, inputs, pending, 0, dtype, backend)
+    k = _pad(k, 0, size - k.shape[1]).contiguous()
+    spectra = [_spectrum(k, BLOCK << i) for i in range(1, (size // BLOCK).bit_length())] if native else None
+    return FFTConvState(k, D, inputs, pending, 0, dtype, backend, spectra)
+
+
+def _spectrum(k: Tensor, side: int) -> Tensor:
+    """What the square of so many tokens multiplies by."""
+    op = torch.ops.pykernels.fft_conv_spectrum_cpu.default
+    return op(k, 2 * side, max(side, 256))
+
+
+def native_step(u_t: Tensor, state: FFTConvState, pre_gate: Tensor | None, post_gate: Tensor | None) -> Tensor:
+    """`step` on the CPU, with the gates; all of one dtype."""
+    after = state.tokens + 1
+    side = min(after & -after, state.capacity)
+    spectrum = state.spectra[(side // BLOCK).bit_length() - 2] if side > BLOCK else None
+    op = torch.ops.pykernels.fft_conv_step_cpu.default
+    out = op(u_t, state.inputs, state.pending, state.k, spectrum, state.D, pre_gate, post_gate, state.tokens)
+    state.tokens = after
+    return out
 
 
 def step(convolve, x: Tensor, state: FFTConvState) -> Tensor:

@@ -50,6 +50,23 @@ def _fake_bwd(dout, u, k, k_rev, D, pre_gate, post_gate, k_rev_lag, circular, in
 run = _dispatch.register("fft_conv", SCHEMAS, {"fwd": _fake_fwd, "bwd": _fake_bwd}, triton=f"{__package__}.triton")
 
 
+# ---- of the CPU alone: see csrc/include/pykernels/fft_conv.h
+
+
+def _fake_spectrum(k, taps, points):
+    return k.new_empty(torch.library.get_ctx().new_dynamic_size())  # the instruction set decides
+
+
+def _fake_step(u_t, inputs, pending, k, spectrum, D, pre_gate, post_gate, tokens):
+    return u_t.new_empty(u_t.shape)
+
+
+if hasattr(torch.ops.pykernels, "fft_conv_step_cpu"):
+    _dispatch.register_fake("fft_conv_spectrum_cpu", _fake_spectrum)
+    _dispatch.register_fake("fft_conv_step_cpu", _fake_step)
+    _dispatch.bump_versions("fft_conv_step_cpu", (1, 2))
+
+
 def _gradients(backend, dout, tensors, options, input_gradient, kernel_gradient):
     """-> gradients of `tensors` (u, k, k_rev, D, pre_gate, post_gate); None for what is None or not asked for."""
     result = run("bwd", backend, dout, *tensors, *options, input_gradient, kernel_gradient)
