@@ -25,6 +25,8 @@ if _library.error() is not None or _library.cuda_build() is None:
 
 # Kernels that keep something in local memory, for a named architecture, and why that may be.
 LOCAL_MEMORY = {
+    ("flash_attention_bwd_sm90_kernel", "64", "sm_90a"):
+        "three numbers: two loaded and one stored once per tile of queries, for its 32 matrix products",
     ("flash_attention_fwd_sm80_kernel", "128", "sm_90a"):
         "three addresses of the next stage's copies: stored before the loop, loaded once per tile of keys; on sm_90a "
         "this kernel serves only tensors that TMA can't read",

@@ -48,7 +48,8 @@ def test_the_stream_accessor_is_weak():
 
 def test_exports_only_its_plain_c_functions():
     exported = {line.split()[-1] for line in _binutil("nm", "-D", "--defined-only").splitlines()}
-    of_cuda = {f"pykernels_{op}_attention_kernels" for op in ("flash", "linear")} if _library.cuda_build() is not None else set()
+    ops = ("flash_attention", "linear_attention", "fft_conv") if _library.cuda_build() is not None else ()
+    of_cuda = {f"pykernels_{op}_kernels" for op in ops}
     assert exported == {"pykernels_active_isa", "pykernels_built_isas", "pykernels_machine_has_isa", "pykernels_set_isa",
                         "pykernels_release_scratch", "pykernels_cuda_build"} | of_cuda
 
