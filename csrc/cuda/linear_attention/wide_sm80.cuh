@@ -226,7 +226,8 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   const auto b_tile = take_tile<typename Config::InnerTile>(shared);
   const auto c_tile = take_tile<typename Config::ColumnTile>(shared);
   const auto score_tile = take_tile<PairTile>(shared);
-  float* const chunk_factors = shared.take<float>(kInner);  // of the inner axis, transposed: of the block's columns
+  // Of the inner axis, transposed: of the block's columns. Read in pairs.
+  float* const chunk_factors = shared.take<float>(kInner, alignof(float2));
   int* const large = shared.take<int>(4);  // whether a, b, c, scores had large elements, in this chunk or one before
   if (threadIdx.x < 4) large[threadIdx.x] = !kExact;
 
