@@ -52,7 +52,7 @@ class _Budget:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pykernels")
-    group.addoption("--minutes", type=float, default=5.0, help="time for the whole grid; rounds adapt (default 5)")
+    group.addoption("--minutes", type=float, default=4.0, help="time for the whole grid; rounds adapt (default 4)")
     group.addoption("--full", action="store_true", help="also the extra cases, which -k selects too")
     group.addoption("--slow-peers", action="store_true", help="also peers that compile for every case")
     group.addoption("--min-rounds", type=int, default=5, help="least rounds of a case (default 5; 3 once time is up)")

@@ -301,11 +301,19 @@ def grid(environment: dict) -> list[dict]:
             for module in modules for case, _ in module.cases(places)]
 
 
-def summary(data: dict, expected: Iterable[dict]) -> str:
+def _summarised(record: dict | None) -> str:
+    found = [row for row in rows(record) if row.seconds is not None] if record else []
+    if ratios := [row.ratio.of_medians for row in found if row.ratio]:
+        return f"{max(ratios):.2f}"
+    return min((f"{_milliseconds(row.seconds)} ms" for row in found), default=NOT_MEASURED)
+
+
+def summary(data: dict, expected: Sequence[dict]) -> str:
     """Speed-ups of the best backend, per op: cases down, dtype and pass across, thread counts within a cell."""
     measured = {_key(record): record for record in data["results"]}
+    known = {_key(record) for record in expected} | set(measured)
     out = []
-    for op, records in _by_op([*expected, *(r for r in data["results"])]).items():
+    for op, records in _by_op([*expected, *data["results"]]).items():
         threads = sorted({record["threads"] for record in records})
         lines = list(dict.fromkeys((record["shape"], record["options"]) for record in records))
         columns = sorted({(record["dtype"], record["direction"]) for record in records},
@@ -313,12 +321,10 @@ def summary(data: dict, expected: Iterable[dict]) -> str:
         device = records[0]["device"]
 
         def cell(shape: str, options: str, dtype: str, direction: str) -> str:
-            texts = []
-            for count in threads:
-                record = measured.get((op, shape, options, dtype, direction, device, count))
-                ratios = [row.ratio.of_medians for row in rows(record) if row.ratio] if record else []
-                texts.append(f"{max(ratios):.2f}" if ratios else NOT_MEASURED)
-            return NOT_MEASURED if set(texts) == {NOT_MEASURED} else " / ".join(texts)
+            """Per thread count the speed-up, or our time where no peer runs; a dash where the grid has no such case."""
+            keys = [(op, shape, options, dtype, direction, device, count) for count in threads]
+            texts = [_summarised(measured.get(key)) for key in keys if key in known]
+            return " / ".join(dict.fromkeys(texts) if set(texts) == {NOT_MEASURED} else texts) or "–"
 
         counts = f" ({' / '.join(map(str, threads))} threads)" if device == "cpu" else ""
         header = [f"`{op}`{counts}", *(f"{dtype} {direction}" for dtype, direction in columns)]

@@ -1,6 +1,6 @@
 """The whole benchmark of this machine: the grid, the table, the plots.
 
-    python -m bench.run                     all ops, their main sizes, in about --minutes (default 5)
+    python -m bench.run                     all ops, their main sizes, in about --minutes (default 4)
     python -m bench.run --full              every size, one thread and all of them (half an hour on two cores)
     python -m bench.run -k "causal and bf16"
     python -m bench.run --save-results      also into bench/results/<machine>.json, to be committed
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", dest="select", default="", help="pytest's expression that selects cases by name")
     parser.add_argument("--full", action="store_true", help="every case of the grid")
-    parser.add_argument("--minutes", type=float, default=5.0, help="time for the grid; rounds adapt")
+    parser.add_argument("--minutes", type=float, default=4.0, help="time for the grid; rounds adapt")
     parser.add_argument("--min-rounds", type=int, default=5)
     parser.add_argument("--backends", help="ours to measure, such as cpu,reference (default: the compiled ones)")
     parser.add_argument("--slow-peers", action="store_true", help="also peers that compile for every case")

@@ -384,6 +384,9 @@ def test_table_shows_wins_losses_and_what_was_not_measured() -> None:
 def test_markdown_is_generated_between_markers() -> None:
     text = report.readme([DATA], expected=lambda environment: DATA["results"])
     assert "| B1 H1 T9 D8 causal | 2.00 / 0.80 | not measured |" in text
+    alone = {**DATA["results"][0], "candidates": [entry("pykernels cpu", [0.1] * 3)], "options": "full"}
+    text_alone = report.readme([{**DATA, "results": [*DATA["results"], alone]}], expected=lambda environment: [])
+    assert "| B1 H1 T9 D8 full | 100 ms | – |" in text_alone  # no peer; no such case
     assert "NVIDIA GPUs: not measured." in text
     page = "before\n<!-- a -->\nold\n<!-- b -->\nafter\n"
     assert report.between(page, "<!-- a -->", "<!-- b -->", text) == f"before\n<!-- a -->\n{text}\n<!-- b -->\nafter\n"
