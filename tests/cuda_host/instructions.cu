@@ -94,7 +94,29 @@ __global__ void reduce_kernel(const void* in, void* out) {
   store_registers(results, out, 128);
 }
 
+// in: x uint32 [blocks, 32]; out: values [32], which each block doubles before it adds its x, then whose turn it is [1], then
+// how many blocks have begun [1]: their order is that of their turns, since a block that has not begun can't be waited for.
+__global__ void turns_kernel(const void* in, void* out) {
+  uint32_t* const values = static_cast<uint32_t*>(out);
+  unsigned* const turn = values + 32;
+  SharedMemory shared;
+  unsigned* const mine = shared.take<unsigned>(1);
+  if (threadIdx.x == 0) {
+    *mine = atomicAdd(turn + 1, 1u);
+    ptx::semaphore_wait(turn, *mine);
+  }
+  __syncthreads();
+  values[threadIdx.x] = 2 * values[threadIdx.x] + static_cast<const uint32_t*>(in)[*mine * 32 + threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 0) ptx::semaphore_add(turn, 1);
+}
+
 #ifdef HAS_SM90A
+
+// in: x fp32 [32, 4]; out: sums [8, 4], to which lane i adds row i at i % 8
+__global__ void reduce_add_kernel(const void* in, void* out) {
+  ptx::reduce_add(static_cast<float4*>(out) + threadIdx.x % 8, static_cast<const float4*>(in)[threadIdx.x]);
+}
 
 template <bool kTrans>
 __global__ void stmatrix_kernel(const void* in, void* out) {
@@ -299,9 +321,11 @@ const char* run_instruction(const char* name, const void* in, void* out) {
   if (is("fp16_to_float")) return launch(convert_kernel<5>, {1, 256}, in, out);
   if (is("cp_async")) return launch(cp_async_kernel, {1, 32, 512}, in, out);
   if (is("reduce")) return launch(reduce_kernel, {1, 128, 16}, in, out);
+  if (is("turns")) return launch(turns_kernel, {4, 32, 4}, in, out);
 #ifdef HAS_SM90A
   if (is("stmatrix")) return launch(stmatrix_kernel<false>, {1, 32, 512}, in, out);
   if (is("stmatrix_trans")) return launch(stmatrix_kernel<true>, {1, 32, 512}, in, out);
+  if (is("reduce_add")) return launch(reduce_add_kernel, {1, 32, 0}, in, out);
   if (is("bulk")) return launch(bulk_kernel, {1, 32, 2056}, in, out);
   if (is("tma_load_none")) return Tma<Float16, 32, Swizzle::kNone>::load(in, out, 16, 1, 1);
   if (is("tma_load_32")) return Tma<Float16, 16, Swizzle::k32>::load(in, out, 88, -2, 4);

@@ -175,6 +175,18 @@ def _reduce() -> Instruction:
     return Instruction("reduce", False, x, np.zeros((4, 128), np.float32), expected.astype(np.float32))
 
 
+def _turns() -> Instruction:
+    x = _random("turns").integers(0, 1000, (4, 32)).astype(np.uint32)
+    expected = np.append(8 * x[0] + 4 * x[1] + 2 * x[2] + x[3], (4, 4))
+    return Instruction("turns", False, x, np.zeros(34, np.uint32), expected.astype(np.uint32))
+
+
+def _reduce_add() -> Instruction:
+    random = _random("reduce_add")
+    x, before = (random.integers(-50, 50, size).astype(np.float32) for size in ((4, 8, 4), (8, 4)))
+    return Instruction("reduce_add", True, x, before, before + x.sum(0))
+
+
 # ---- TMA -----------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +256,8 @@ INSTRUCTIONS: list[Instruction] = [
     *map(_convert, ("pack_bf16", "pack_fp16", "to_tf32", "exp2", "log2", "fp16_to_float")),
     _cp_async(),
     _reduce(),
+    _turns(),
+    _reduce_add(),
     _bulk(),
     # The tiles and coordinates are those that instructions.cu gives.
     _tma_load("tma_load_none", "fp16", 32, 16, (16, 1, 1)),
