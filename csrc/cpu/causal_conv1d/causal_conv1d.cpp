@@ -353,7 +353,12 @@ void step(const CausalConv1dStepParams& p, const Parallel& parallel) {
   constexpr int lanes = kLanes<S>;
   constexpr int64_t block = 64;  // channels of a task
   const int64_t tiles = (p.channels + block - 1) / block, state = p.width - 1;
-  run_tasks(parallel, p.batch * tiles, [&](TaskQueue& queue) {
+  // A thread is worth waking up for tens of microseconds of work.
+  constexpr int64_t kProductsPerThread = 1 << 16;
+  Parallel worthwhile = parallel;
+  worthwhile.threads = static_cast<int>(
+      least<int64_t>(parallel.threads, 1 + p.batch * p.tokens * p.channels * p.width / kProductsPerThread));
+  run_tasks(worthwhile, p.batch * tiles, [&](TaskQueue& queue) {
     Scratch scratch;
     // Row j of e is token j: the state, then the new ones.
     S* const e = scratch.take<S>((state + p.tokens) * block);
