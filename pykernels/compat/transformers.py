@@ -330,7 +330,7 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
     cu_seq_lens_k do. `position_bias` [.., Hq, Tq, Tk] is added to the scores too.
     """
     if cache is not None:
-        raise ValueError(f"a paged cache is not served by pykernels yet, got {type(cache).__name__}; use another "
+        raise ValueError(f"a paged cache is not served by pykernels, got {type(cache).__name__}; use another "
                          "attn_implementation")
     if output_attentions:
         raise ValueError("output_attentions must be False: the weights are never computed; "

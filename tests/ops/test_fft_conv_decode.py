@@ -57,6 +57,36 @@ def test_steps_equal_the_whole_sequence(backend, prefix, tokens, taps):
 
 
 @on_backends
+@pytest.mark.parametrize("batch, channels", ((0, 4), (1, 0), (0, 0)))
+def test_nothing_to_convolve(backend, batch, channels):
+    state = fft_conv_init(torch.randn(channels, 300), batch=batch, channels=channels, backend=backend)
+    for _ in range(2 * BLOCK + 1):
+        assert fft_conv_step(torch.ones(batch, channels), state).shape == (batch, channels)
+
+
+@on_backends
+def test_autocast_leaves_a_state_as_it_is(backend):
+    u, k = torch.randn(2, 4, 300), torch.randn(4, 200)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = fft_conv_init(k, u[..., :100], backend=backend)
+        out = steps(state, u[..., 100:])
+    assert state.inputs.dtype == out.dtype == torch.float32
+    near(out.double(), fft_conv(u.double(), k.double(), backend="reference")[..., 100:], 2e-6)
+
+
+@on_backends
+def test_a_state_is_its_own(backend):
+    """What becomes of the arguments later changes nothing."""
+    u, k, D = torch.randn(1, 4, 100), torch.randn(4, 80), torch.randn(4)
+    wanted = steps(fft_conv_init(k, u[..., :50], D=D, backend=backend), u[..., 50:])
+    prefix = u[..., :50].clone()
+    state = fft_conv_init(k, prefix, D=D, backend=backend)
+    for x in (k, D, prefix):
+        x.zero_()
+    assert wanted.abs().max() > 0 and torch.equal(steps(state, u[..., 50:]), wanted)
+
+
+@on_backends
 def test_gates(backend):
     u, pre, post = torch.randn(3, 2, 4, 300, dtype=F64)
     k = torch.randn(4, 200, dtype=F64)

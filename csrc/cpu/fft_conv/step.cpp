@@ -53,9 +53,9 @@ template <class T>
 void step(const FFTConvStepParams& p, const Parallel& parallel) {
   using S = Wide<T>;
   constexpr int lanes = kLanes<S>;
-  const int64_t capacity = p.capacity, t = p.tokens % capacity, per_group = p.channels / p.groups;
-  const int64_t rows = p.batch * p.channels, rest = kFFTConvBlock - t % kFFTConvBlock;
-  if (rows == 0) return;
+  const int64_t capacity = p.capacity, t = p.tokens % capacity, rows = p.batch * p.channels;
+  if (rows == 0) return;  // there may be no groups to divide by
+  const int64_t per_group = p.channels / p.groups, rest = kFFTConvBlock - t % kFFTConvBlock;
   const int64_t side = fft_conv_side(p.tokens + 1, capacity), points = fft_conv_side_points(side);
   const Plan<S>* const transform_plan = points ? &plan<S>(points) : nullptr;
   const int64_t work_per_row = points ? 32 * side : kFFTConvBlock * (side ? kFFTConvBlock : 1);

@@ -292,13 +292,18 @@ int64_t fft_conv_bwd_scratch(const FFTConvBackwardParams& b) {
 const char* fft_conv_bwd(const FFTConvBackwardParams& b, void* scratch, void* stream) {
   const FFTConvParams& p = b.forward;
   if (const char* reason = fft::unsupported(p)) return reason;
-  const auto zero = [&](void* to, int64_t floats) {
-    if (to == nullptr || floats == 0) return;
-    cudaMemsetAsync(to, 0, static_cast<size_t>(floats) * sizeof(float), static_cast<cudaStream_t>(stream));
-  };
   if (fft::is_empty(p)) {
-    zero(b.dk, p.groups * p.taps), zero(b.dk_rev, p.groups * p.taps_rev), zero(b.dskip, p.channels);
-    return nullptr;
+    const auto zero = [&](void* to, int64_t floats) -> const char* {
+      if (to == nullptr || floats == 0) return nullptr;
+      const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+      const cudaError_t failed = cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream));
+      return failed == cudaSuccess ? nullptr : cudaGetErrorString(failed);
+    };
+    fft::Steps steps;
+    steps(zero(b.dk, p.groups * p.taps));
+    steps(zero(b.dk_rev, p.groups * p.taps_rev));
+    steps(zero(b.dskip, p.channels));
+    return steps.error;
   }
   const fft::Call call(p);
   const Strides2 contiguous{p.channels * p.length, p.length};

@@ -256,7 +256,13 @@ def _step_query(u: Tensor, k: Tensor) -> Query:
 
 
 def _convolution(backend: str):
-    return lambda x, k: fft_conv(x, k, backend=backend)
+    """fft_conv of what a state holds, whose dtype autocast leaves alone."""
+
+    def convolve(x: Tensor, k: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return fft_conv(x, k, backend=backend)
+
+    return convolve
 
 
 def fft_conv_step(
@@ -265,7 +271,8 @@ def fft_conv_step(
     """One token of a causal `fft_conv`: the output that the whole sequence so far has there.
 
     O(log^2 K) work per token on average: most steps sum over at most 64 taps, every 64th adds a convolution of 64
-    tokens or more, every K-th one of K.
+    tokens or more, every K-th one of K. What a step does depends on the number of its token, so torch.compile would
+    compile every token anew: keep it out of compiled functions (torch.compiler.disable).
 
     Args:
         u_t: [B, D], the dtype of the prefix.

@@ -63,6 +63,7 @@ def start(
         pending += convolve(_pad(inputs[..., size - reach :], 0, size), k)[..., reach:]
     k = _pad(k, 0, size - k.shape[1]).contiguous()
     spectra = [_spectrum(k, BLOCK << i) for i in range(1, (size // BLOCK).bit_length())] if native else None
+    D = None if D is None else D.clone()  # as k: what the caller's becomes later is not ours
     return FFTConvState(k, D, inputs, pending, 0, dtype, backend, spectra)
 
 
