@@ -354,7 +354,7 @@ void step(const CausalConv1dStepParams& p, const Parallel& parallel) {
   constexpr int64_t block = 64;  // channels of a task
   const int64_t tiles = (p.channels + block - 1) / block, state = p.width - 1;
   // A thread is worth waking up for tens of microseconds of work.
-  constexpr int64_t kProductsPerThread = 1 << 16;
+  constexpr int64_t kProductsPerThread = 1 << 15;
   Parallel worthwhile = parallel;
   worthwhile.threads = static_cast<int>(
       least<int64_t>(parallel.threads, 1 + p.batch * p.tokens * p.channels * p.width / kProductsPerThread));

@@ -1,12 +1,12 @@
 """Token by token: the long convolution of a sequence that is not known yet.
 
 The sequence is cut into blocks of `BLOCK` tokens. What a token adds to later outputs of its own block is summed
-directly (when they are due; in the CPU's own op at once). What it adds to later blocks is done in squares: at a boundary m (in tokens), with S the
-largest power of two times BLOCK that divides m, the S tokens before m are convolved with the kernel into the S outputs
-after it, and added to those that are pending. A pair of blocks a < b is in exactly one of these squares: m is b with
-all bits below the highest in which a and b differ cleared. A token costs O(log^2 K) on average, and memory is O(K)
-however long the sequence gets, because squares larger than the kernel shrink to it and everything is kept in rings of
-that size.
+directly (when they are due; in the CPU's own op at once). What it adds to later blocks is done in squares: at a
+boundary m (in tokens), with S the largest power of two times BLOCK that divides m, the S tokens before m are convolved
+with the kernel into the S outputs after it, and added to those that are pending. A pair of blocks a < b is in exactly
+one of these squares: m is b with all bits below the highest in which a and b differ cleared. A token costs O(log^2 K)
+on average, and memory is O(K) however long the sequence gets, because squares larger than the kernel shrink to it and
+everything is kept in rings of that size.
 """
 
 from __future__ import annotations
