@@ -25,15 +25,11 @@ if _library.error() is not None or _library.cuda_build() is None:
 
 # Kernels that keep something in local memory, for a named architecture, and why that may be.
 LOCAL_MEMORY = {
-    ("flash_attention_bwd_sm90_kernel", "64", "sm_90a"):
-        "three numbers: two loaded and one stored once per tile of queries, for its 32 matrix products",
     ("flash_attention_fwd_sm80_kernel", "128", "sm_90a"):
         "three addresses of the next stage's copies: stored before the loop, loaded once per tile of keys; on sm_90a "
         "this kernel serves only tensors that TMA can't read",
     ("flash_attention_bwd_sm80_kernel", "128", "sm_100"):
         "by query: two values stored before the loop over tiles of keys, one of them loaded once per tile for the next stage's copies",
-    ("flash_attention_fwd_sm90_kernel", "256", "sm_90a"):
-        "what finds the next tile of queries, and ALiBi's slope: stored and loaded once per tile of queries, never in the loop over keys",
     **{("linear_attention_walk_sm80_kernel", "256", arch):
            "the state takes 128 registers: addresses, stored before the loop over chunks or once in it and loaded once per chunk, "
            "so 60 bytes at most for some 400 matrix products" for arch in ("sm_80", "sm_90a", "sm_100")},

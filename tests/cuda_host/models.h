@@ -86,6 +86,7 @@ inline uint32_t to_tf32(float value) {
 inline float exp2(float x) { return model::flush(std::exp2(model::flush(x))); }
 inline float log2(float x) { return std::log2(model::flush(x)); }
 inline int64_t unhoisted(int64_t x) { return x; }
+inline int unhoisted(int x) { return x; }
 template <int kCount>
 void keep(float (&)[kCount]) {}
 

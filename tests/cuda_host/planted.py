@@ -60,10 +60,10 @@ FAULTS = (
     Fault("fwd-output-read-early", _FORWARD, "ptx::wgmma_wait<0>();", after="\n        ptx::wgmma_hold(o);", group="fwd"),
     Fault("fwd-last-output-read-early", _FORWARD, "ptx::wgmma_wait<0>();", after="\n      ptx::wgmma_hold(o);", group="fwd"),
     Fault("fwd-scores-issued-without-a-fence", _FORWARD, "ptx::wgmma_fence();",
-          before="k_operand = by_rows(k_ring.tile(k_state.stage));\n      ", group="fwd"),
+          before="k_operand = by_rows(k_ring.tile(k_state.stage()));\n      ", group="fwd"),
     Fault("fwd-output-issued-without-a-fence", _FORWARD, "ptx::wgmma_fence();",
-          before="v_operand = by_columns(v_ring.tile(v_state.stage));\n      ", group="fwd"),
-    Fault("ring-refilled-early", "flash_attention/sm90.cuh", "ptx::mbarrier_wait(empty + state.stage, state.parity ^ 1);",
+          before="v_operand = by_columns(v_ring.tile(v_state.stage()));\n      ", group="fwd"),
+    Fault("ring-refilled-early", "flash_attention/sm90.cuh", "ptx::mbarrier_wait(empty + state.stage(), state.parity() ^ 1);",
           group="fwd"),
     # Backward for sm_90a.
     Fault("bwd-barriers-initialised-without-a-fence", _BACKWARD, "ptx::fence_mbarrier_init();", group="bwd"),

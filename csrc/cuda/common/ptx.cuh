@@ -69,6 +69,10 @@ __device__ __forceinline__ float log2(float x) {
 
 // No instruction: what is computed from the result is computed where it stands, not once before a loop and then held in
 // registers that the loop lacks.
+__device__ __forceinline__ int unhoisted(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 __device__ __forceinline__ int64_t unhoisted(int64_t x) {
   asm volatile("" : "+l"(x));
   return x;

@@ -209,11 +209,11 @@ __device__ __forceinline__ void load_backward(const FlashAttentionBackwardParams
       const int token = static_cast<int>(work.sequence.q_first) + c * kM;
       const BackwardScratch<Config> scratch(p, query_tiles, h, work.first_tile + c);
       q_ring.begin(state, Config::QTile::kBytes + kStatisticsBytes);
-      tma_load_panels(q_ring.tile(state.stage), q_map, q_ring.full + state.stage, token, h, batch);
-      ptx::bulk_load(statistics + state.stage * 2 * kM, scratch.statistics, kStatisticsBytes,
-                     q_ring.full + state.stage);
+      tma_load_panels(q_ring.tile(state.stage()), q_map, q_ring.full + state.stage(), token, h, batch);
+      ptx::bulk_load(statistics + state.stage() * 2 * kM, scratch.statistics, kStatisticsBytes,
+                     q_ring.full + state.stage());
       dout_ring.begin(state, Config::QTile::kBytes);
-      tma_load_panels(dout_ring.tile(state.stage), dout_map, dout_ring.full + state.stage, token, h, batch);
+      tma_load_panels(dout_ring.tile(state.stage()), dout_map, dout_ring.full + state.stage(), token, h, batch);
       state.advance();
     }
 }
@@ -409,10 +409,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   }
 #pragma unroll 1
-  for (int left = work.steps, c = work.c_begin; left > 0; --left) {
-    const int col0 = c * kM, stage = state.stage;
+  for (int c = work.c_begin; static_cast<int>(state.step) < work.steps;) {
+    const int col0 = c * kM, stage = state.stage();
     // At head size 128 what follows from it is found in each step: the loop has no registers to hold it in.
-    const int own = kHead == 64 ? consumer : static_cast<int>(ptx::unhoisted(consumer));
+    const int own = kHead == 64 ? consumer : ptx::unhoisted(consumer);
     const uint64_t k_rows = by_rows(k_tile, 64 * own), v_rows = by_rows(v_tile, 64 * own);
     const QTile q = q_ring.tile(stage), dout = dout_ring.tile(stage);
     const DsTile ds{ds_data + stage * DsTile::kElements};
@@ -445,8 +445,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     // Of this lane's two queries in every eight.
     const auto* const lse = reinterpret_cast<const float2*>(statistics + stage * 2 * kM + 2 * t);
     const auto* const delta = lse + kM / 2;
-    weigh<T, kM, kHead != 64>(s, weights, weighing, band, sequence, work.row0 + 64 * consumer, work.row0 + row,
-                              col0, lse);
+    weigh<T, kM, kHead != 64>(s, weights, weighing, band, sequence, work.row0 + 64 * consumer,
+                              work.row0 + ptx::unhoisted(row), col0, lse);
     ptx::wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kM / 16; ++n)
@@ -509,7 +509,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 
   // Found again: the loop has no registers to hold it in.
-  work.find(f, static_cast<int>(ptx::unhoisted(key_tile)), key_tiles);
+  work.find(f, ptx::unhoisted(key_tile), key_tiles);
   store_gradient<T>(dk, static_cast<float>(f.scale), work, row, p.dk, p.dk_stride, f.head_dim, aligned.dk);
   store_gradient<T>(dv, 1.0f, work, row, p.dv, p.dv_stride, f.value_dim, aligned.dv);
 }

@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const auto clear_queries = [&](int col0) {
     if (packed && col0 + kM > sequence.tq) {
       q_ring.wait(q_state), dout_ring.wait(dout_state);
-      clear_rows<256>(q_ring.tile(q_state.stage), sequence.tq - col0);
-      clear_rows<256>(dout_ring.tile(dout_state.stage), sequence.tq - col0);
+      clear_rows<256>(q_ring.tile(q_state.stage()), sequence.tq - col0);
+      clear_rows<256>(dout_ring.tile(dout_state.stage()), sequence.tq - col0);
       ptx::fence_proxy_async();
       ptx::named_barrier_sync(kBoth, 256);
     }
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       uint32_t weights[kM / 16][4];
       clear_queries(c * kM);
       q_ring.wait(q_state);
-      const uint64_t k_rows = by_rows(k_tile), q_rows = by_rows(q_ring.tile(q_state.stage));
+      const uint64_t k_rows = by_rows(k_tile), q_rows = by_rows(q_ring.tile(q_state.stage()));
       ptx::wgmma_fence();
 #pragma unroll
       for (int d = 0; d < kHead / 16; ++d)
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(s);
       weigh<T, kM, true>(s, weights, weighing, band, sequence, work.row0, work.row0 + row, c * kM,
-                   reinterpret_cast<const float2*>(statistics + q_state.stage * 2 * kM + 2 * t));
+                   reinterpret_cast<const float2*>(statistics + q_state.stage() * 2 * kM + 2 * t));
 #pragma unroll
       for (int n = 0; n < kM / 16; ++n)
         handed[n * 128 + thread] =
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::named_barrier_arrive(kWeights, 256);
 
       dout_ring.wait(dout_state);
-      const uint64_t dout_columns = by_columns(dout_ring.tile(dout_state.stage));
+      const uint64_t dout_columns = by_columns(dout_ring.tile(dout_state.stage()));
       ptx::wgmma_fence();
       q_ring.release(q_state);
 #pragma unroll
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll 1
     for (int step = 0, c = work.c_begin, h = work.head * work.group; step < work.steps; ++step) {
       float dp[kM / 2] = {}, dq[Config::kColumns[1] / 2] = {};
-      const int stage = dout_state.stage;
+      const int stage = dout_state.stage();
       clear_queries(c * kM);
       dout_ring.wait(dout_state);
       const uint64_t v_rows = by_rows(v_tile), dout_rows = by_rows(dout_ring.tile(stage));

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.0f, 0.0f}, rescale[2];
 
     const auto issue_scores = [&] {  // S = Q K^T
-      const uint64_t k_operand = by_rows(k_ring.tile(k_state.stage));
+      const uint64_t k_operand = by_rows(k_ring.tile(k_state.stage()));
       ptx::wgmma_fence();
 #pragma unroll
       for (int d = 0; d < kHead / 16; ++d)
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::wgmma_commit();
     };
     const auto issue_output = [&] {  // O += P V
-      const uint64_t v_operand = by_columns(v_ring.tile(v_state.stage));
+      const uint64_t v_operand = by_columns(v_ring.tile(v_state.stage()));
       ptx::wgmma_fence();
 #pragma unroll
       for (int n = 0; n < kN / 16; ++n)
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         // The tile's last rows are values of the next sequence, which a weight of 0 does not keep out if they are not
         // finite.
         v_ring.wait(v_state);
-        const KTile v = v_ring.tile(v_state.stage);
+        const KTile v = v_ring.tile(v_state.stage());
         const int first = tk - step * kN;
 #pragma unroll 1
         for (int i = static_cast<int>(threadIdx.x) - 128; i < (kN - first) * KTile::kChunks; i += 128 * kConsumers)

@@ -87,11 +87,10 @@ __device__ __forceinline__ T* chunks_on(T* at, int chunks) {
 // Where a producer or consumer is in a ring of kStages tiles.
 template <int kStages>
 struct PipelineState {
-  int stage = 0;
-  unsigned parity = 0;  // of the phase that fills the stage
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
+  unsigned step = 0;  // the stage and the parity follow from it, so that a loop counts in one register
+  __device__ __forceinline__ int stage() const { return static_cast<int>(step % kStages); }
+  __device__ __forceinline__ unsigned parity() const { return step / kStages % 2; }  // of the phase that fills it
+  __device__ __forceinline__ void advance() { ++step; }
 };
 
 // A ring of tiles filled by TMA. `full` completes when a stage's bytes are there, `empty` when every consumer warp
@@ -111,21 +110,21 @@ struct Ring {
   }
   // The producer: the stage is free, and will receive `bytes`.
   __device__ __forceinline__ void begin(const PipelineState<kStages>& state, unsigned bytes) const {
-    ptx::mbarrier_wait(empty + state.stage, state.parity ^ 1);
-    ptx::mbarrier_arrive_expect_tx(full + state.stage, bytes);
+    ptx::mbarrier_wait(empty + state.stage(), state.parity() ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full + state.stage(), bytes);
   }
   __device__ __forceinline__ void load(PipelineState<kStages>& state, const CUtensorMap* map, int token, int head,
                                        int batch) const {
     begin(state, Tile::kBytes);
-    tma_load_panels(tile(state.stage), map, full + state.stage, token, head, batch);
+    tma_load_panels(tile(state.stage()), map, full + state.stage(), token, head, batch);
     state.advance();
   }
   __device__ __forceinline__ void wait(const PipelineState<kStages>& state) const {
-    ptx::mbarrier_wait(full + state.stage, state.parity);
+    ptx::mbarrier_wait(full + state.stage(), state.parity());
   }
   // By all lanes of a consumer warp, when its own reads of the stage are over.
   __device__ __forceinline__ void release(PipelineState<kStages>& state) const {
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + state.stage);
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + state.stage());
     state.advance();
   }
 };
