@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The CPU build of torch serves everything but a GPU's own measurements; another torch: make TORCH=torch==2.11.0 ...
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?=
+# Two processes: the suite is many small calls and compilations, which one process leaves half of two cores idle at.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 .PHONY: test bench build clean
 

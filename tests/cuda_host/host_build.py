@@ -7,6 +7,7 @@ made from.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -62,9 +63,16 @@ def _headers_hash(folder: Path) -> str:
 
 
 def build(variant: str = "plain") -> Path:
-    """The folder that holds the module; builds what has changed."""
+    """The folder that holds the module; builds what has changed, once for all processes that ask."""
     folder = HERE.parents[1] / "build" / "cuda_host" / variant
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build_in(folder, variant)
+    return folder
+
+
+def _build_in(folder: Path, variant: str) -> None:
     flags = _flags(variant)
 
     def compile_one(source: Path) -> Path:
@@ -89,7 +97,6 @@ def build(variant: str = "plain") -> Path:
         subprocess.run([COMPILER, *OPTIMIZE[variant], "-shared", *map(str, objects), "-o", str(partial)], check=True)
         partial.replace(module)
         stamp.write_text(linked)
-    return folder
 
 
 def sanitized_environment() -> dict[str, str]:
