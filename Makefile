@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The CPU build of torch serves everything but a GPU's own measurements; another torch: make TORCH=torch==2.11.0 ...
 TORCH ?= torch==2.13.0
-# Two processes: the suite is many small calls and compilations, which one process leaves half of two cores idle at.
-PYTEST_ARGS ?= -n 2 --dist worksteal
+# Two processes, a file of tests in one of them: many small calls and compilations leave half of two cores idle.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: test bench build clean
 

@@ -298,7 +298,7 @@ const char* launch_bwd_any(const CausalConv1dBackwardParams& p, int64_t parts, v
 int64_t causal_conv1d_bwd_scratch(const CausalConv1dBackwardParams& p) {
   const CausalConv1dParams& f = p.forward;
   int64_t floats = 0;
-  conv::for_dtype(p.forward.dtype, [&]<class T>() -> const char* {
+  for_dtype(p.forward.dtype, [&]<class T>() -> const char* {
     const conv::Route route = conv::route_of<T>(p);
     floats = conv::parts_of(p, route) * (f.width + 1) * f.channels;
     if (route == conv::Route::kAnyAlongTokens || route == conv::Route::kAnyAlongChannels)
@@ -310,7 +310,7 @@ int64_t causal_conv1d_bwd_scratch(const CausalConv1dBackwardParams& p) {
 
 const char* causal_conv1d_bwd(const CausalConv1dBackwardParams& p, void* stream) {
   const CausalConv1dParams& f = p.forward;
-  return conv::for_dtype(f.dtype, [&]<class T>() -> const char* {
+  return for_dtype(f.dtype, [&]<class T>() -> const char* {
     const conv::Route route = conv::route_of<T>(p);
     const int64_t parts = conv::parts_of(p, route);
     const char* error = nullptr;

@@ -228,21 +228,6 @@ bool in_pairs(const void* data, const ChannelStrides& stride) {
          reinterpret_cast<uintptr_t>(data) % (2 * sizeof(T)) == 0;
 }
 
-// Calls launch.template operator()<T>() with the type of the elements.
-template <class Launch>
-const char* for_dtype(DType dtype, Launch&& launch) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch.template operator()<float>();
-    case DType::kBFloat16:
-      return launch.template operator()<BFloat16>();
-    case DType::kFloat16:
-      return launch.template operator()<Float16>();
-    default:
-      return "the CUDA kernels compute in float32";
-  }
-}
-
 // Calls launch.template operator()<W>() with the width, 0 for those above 8.
 template <class Launch>
 const char* for_width(int64_t width, Launch&& launch) {

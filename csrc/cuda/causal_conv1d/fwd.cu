@@ -108,7 +108,7 @@ const char* launch_fwd(const CausalConv1dParams& p, void* stream) {
 }  // namespace conv
 
 const char* causal_conv1d_fwd(const CausalConv1dParams& p, void* stream) {
-  return conv::for_dtype(p.dtype, [&]<class T>() -> const char* {
+  return for_dtype(p.dtype, [&]<class T>() -> const char* {
     const char* error = conv::for_width(p.width, [&]<int W>() {
       if (p.x_stride.token == 1 && p.out_stride.token == 1) return conv::launch_fwd<T, W, true>(p, stream);
       if (p.channels % 2 == 0 && conv::in_pairs<T>(p.x, p.x_stride) && conv::in_pairs<T>(p.out, p.out_stride))

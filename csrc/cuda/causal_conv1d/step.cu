@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace conv
 
 const char* causal_conv1d_step(const CausalConv1dStepParams& p, void* stream) {
-  return conv::for_dtype(p.dtype, [&]<class T>() {
+  return for_dtype(p.dtype, [&]<class T>() {
     const int64_t blocks = (p.batch * p.channels + conv::kThreads - 1) / conv::kThreads;
     const auto launch = [&](auto* kernel) {
       return conv::launch_blocks(kernel, blocks, conv::kThreads, 0, stream, p);

@@ -88,4 +88,19 @@ __device__ __forceinline__ float silu_slope(float x) {
   return s.value * (1.0f + x * s.complement);
 }
 
+// Calls launch.template operator()<T>() with the type of the elements.
+template <class Launch>
+const char* for_dtype(DType dtype, Launch&& launch) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return launch.template operator()<float>();
+    case DType::kBFloat16:
+      return launch.template operator()<BFloat16>();
+    case DType::kFloat16:
+      return launch.template operator()<Float16>();
+    default:
+      return "the CUDA kernels compute in float32";
+  }
+}
+
 }  // namespace pykernels::cuda

@@ -374,7 +374,7 @@ int64_t selective_scan_bwd_scratch(const SelectiveScanBackwardParams& p) {
 
 const char* selective_scan_bwd(const SelectiveScanBackwardParams& p, void* stream) {
   if (const char* reason = scan::unsupported(p.forward)) return reason;
-  return scan::for_dtype(p.forward.dtype, [&]<class T>() { return scan::launch_bwd<T>(p, stream); });
+  return for_dtype(p.forward.dtype, [&]<class T>() { return scan::launch_bwd<T>(p, stream); });
 }
 
 }  // namespace pykernels::cuda

@@ -127,7 +127,7 @@ const char* selective_scan_fwd(const SelectiveScanParams& p, void* scratch, void
   scan::Split split = scan::make_split(p, blocks);
   split.enter = static_cast<float*>(scratch);
   float* const products = split.enter + (split.split ? scan::rows_of(p, split) : 0);
-  return scan::for_dtype(p.dtype, [&]<class T>() -> const char* {
+  return for_dtype(p.dtype, [&]<class T>() -> const char* {
     const auto run = [&](auto* kernel) {
       return scan::launch_blocks(kernel, split.slots * blocks, scan::kThreads, scan::kChannels * p.state, stream, p,
                                  split, products);

@@ -339,18 +339,4 @@ inline const char* unsupported(const SelectiveScanParams& p) {
   return nullptr;
 }
 
-template <class Launch>
-const char* for_dtype(DType dtype, Launch&& launch) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch.template operator()<float>();
-    case DType::kBFloat16:
-      return launch.template operator()<BFloat16>();
-    case DType::kFloat16:
-      return launch.template operator()<Float16>();
-    default:
-      return "the CUDA kernels compute in float32";
-  }
-}
-
 }  // namespace pykernels::cuda::scan

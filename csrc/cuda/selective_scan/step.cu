@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
 const char* selective_scan_step(const SelectiveScanStepParams& p, void* stream) {
   if (p.is_complex) return "the CUDA kernels take a real A";
   const int64_t channels = p.batch * p.heads * p.channels;
-  return scan::for_dtype(p.dtype, [&]<class T>() {
+  return for_dtype(p.dtype, [&]<class T>() {
     return scan::launch_blocks(scan::selective_scan_step_kernel<T>, (channels + scan::kChannels - 1) / scan::kChannels,
                                scan::kThreads, 0, stream, p);
   });
