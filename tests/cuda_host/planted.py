@@ -39,6 +39,7 @@ class Fault:
 
 
 _FORWARD, _BACKWARD = "flash_attention/fwd_sm90.cuh", "flash_attention/bwd_sm90.cuh"
+_BACKWARD_LARGE = "flash_attention/bwd_sm90_wide.cuh"
 _DECODE, _WALK = "flash_attention/decode_sm80.cuh", "linear_attention/walk_sm80.cuh"
 _DECAY, _STEP = "linear_attention/gradients_sm80.cuh", "linear_attention/step_sm80.cuh"
 _TRANSFORM = "fft_conv/fft.cuh"
@@ -83,6 +84,18 @@ FAULTS = (
     Fault("bwd-part-without-a-barrier", _BACKWARD,
           "ptx::named_barrier_arrive(kPartFull + static_cast<unsigned>(consumer), kPartThreads);", group="bwd"),
     Fault("bwd-dk-read-early", _BACKWARD, "ptx::wgmma_wait<0>();", after="\n    ptx::wgmma_hold(dk);", group="bwd"),
+    # Backward for sm_90a, of large heads.
+    Fault("bwd-large-keys-read-early", _BACKWARD_LARGE, "ptx::mbarrier_wait(kv_full, 0);", group="bwd-large"),
+    Fault("bwd-large-scores-read-early", _BACKWARD_LARGE, "ptx::wgmma_wait<0>();", after="\n      ptx::wgmma_hold(s);",
+          group="bwd-large"),
+    Fault("bwd-large-weights-read-early", _BACKWARD_LARGE, "ptx::named_barrier_sync(kWeights, 256);", group="bwd-large"),
+    Fault("bwd-large-dp-read-early", _BACKWARD_LARGE, "ptx::wgmma_wait<0>();", after="\n      ptx::wgmma_hold(dp);",
+          group="bwd-large"),
+    Fault("bwd-large-ds-without-a-proxy-fence", _BACKWARD_LARGE, "ptx::fence_proxy_async();",
+          after="\n      ptx::named_barrier_arrive(kDs, 256);", group="bwd-large"),
+    Fault("bwd-large-ds-read-early", _BACKWARD_LARGE, "ptx::named_barrier_sync(kDs, 256);", group="bwd-large"),
+    Fault("bwd-large-own-ds-read-early", _BACKWARD_LARGE, "ptx::named_barrier_sync(kOwn + 1, 128);",
+          after="\n      issue_dq", group="bwd-large"),
     # Decoding.
     Fault("decode-cache-read-early", _DECODE, "ptx::cp_async_wait<0>();", group="decode"),
     Fault("decode-stage-refilled-early", _DECODE, "__syncthreads();", after="\n    load_stage(step + 1);", group="decode"),
@@ -120,9 +133,9 @@ FAULTS = (
 )
 
 # The units that the cases of the tests run.
-_UNITS = ("flash_attention/fwd_sm90_64.cu", "flash_attention/bwd_sm90_64.cu", "flash_attention/decode_sm80_64.cu",
-          "linear_attention/walk_sm80_64.cu", "linear_attention/wide_sm80_64.cu", "linear_attention/wide_chunk_sm80.cu",
-          "linear_attention/linear_attention.cu", "fft_conv/transform.cu")
+_UNITS = ("flash_attention/fwd_sm90_64.cu", "flash_attention/bwd_sm90_64.cu", "flash_attention/bwd_sm90_192.cu",
+          "flash_attention/decode_sm80_64.cu", "linear_attention/walk_sm80_64.cu", "linear_attention/wide_sm80_64.cu",
+          "linear_attention/wide_chunk_sm80.cu", "linear_attention/linear_attention.cu", "fft_conv/transform.cu")
 _VARIABLE = 'extern "C" __attribute__((visibility("default"))) int pykernels_left_out'
 
 

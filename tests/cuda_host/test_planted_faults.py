@@ -63,12 +63,16 @@ def _forward_short(host, seed: int) -> None:
                         BF16, seed)
 
 
-def _backward(host, seed: int) -> None:
+def _backward(host, seed: int, head_dim: int = 64) -> None:
     import host_ops  # noqa: F401 (defines the ops)
 
-    case = attention_case("planted-backward", tq=300, tk=200, heads_q=2, heads_k=1, head_dim=64)
+    case = attention_case("planted-backward", tq=300, tk=200, heads_q=2, heads_k=1, head_dim=head_dim)
     host.set_capability(90)
     check_attention(host, case, BF16, seed)
+
+
+def _backward_large(host, seed: int) -> None:
+    _backward(host, seed, head_dim=192)
 
 
 def _decode(host, seed: int) -> None:
@@ -117,8 +121,9 @@ def _fft(host, seed: int) -> None:
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
 
 
-RUNS: dict[str, Callable] = {"fwd": _forward, "fwd-short": _forward_short, "bwd": _backward, "decode": _decode,
-                             "paged": _paged, "linear": _linear, "wide": _wide, "step": _step, "fft": _fft}
+RUNS: dict[str, Callable] = {"fwd": _forward, "fwd-short": _forward_short, "bwd": _backward,
+                             "bwd-large": _backward_large, "decode": _decode, "paged": _paged, "linear": _linear,
+                             "wide": _wide, "step": _step, "fft": _fft}
 
 
 @pytest.fixture(autouse=True)
