@@ -121,7 +121,7 @@ def has_scans_in_transformers() -> bool:
         version = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
         return False
-    return tuple(map(int, version.split(".")[:2])) >= (5, 16)
+    return tuple(map(int, version.split(".")[:2])) >= (5, 17)
 
 
 def test_two_processes_step_as_one(tmp_path):

@@ -1,4 +1,4 @@
-"""Attention, scans and convolutions of Hugging Face Transformers' models (5.4 or newer; scans 5.16) on our ops.
+"""Attention, scans and convolutions of Hugging Face Transformers' models (5.4 or newer; scans 5.17) on our ops.
 
     pykernels.compat.transformers.enable()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="pykernels")
@@ -395,7 +395,9 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
 
 # ---- Scans and convolutions ------------------------------------------------------------------------------------------
 
-_FACTORY = getattr(hub_kernels, "use_kernel_func_from_hub_with_fallback", None)  # since Transformers 5.16
+_VERSION = tuple(int(x) for x in transformers.__version__.split(".")[:2])
+# Since Transformers 5.17 in a form that tells which function it is about.
+_FACTORY = None if _VERSION < (5, 17) else getattr(hub_kernels, "use_kernel_func_from_hub_with_fallback", None)
 # What a wrapper made by it holds, that says which function it calls: in a graph that is exported the last, with all the
 # model's arguments, otherwise the first.
 _ROUTE = ("implementation", "applicable_params", "is_new_implementation", "torch_function")

@@ -856,35 +856,43 @@ def test_static_caches_in_a_graph_take_no_dropout():
         torch.compile(attend, fullgraph=True, backend="eager")(torch.randn(1, 2, 3, 8), torch.tensor(0))
 
 
-def test_exports_and_reloads_in_a_fresh_process(tmp_path, no_booleans):
-    """The child knows of pykernels what registers its ops, and nothing of Transformers."""
-    made, _ = compiled_of("mistral")
+def check_exports(folder, models: dict[str, torch.nn.Module], ops: dict[str, str]) -> None:
+    """Into a fresh process that knows of pykernels what registers its ops, and nothing of Transformers."""
 
     class Logits(torch.nn.Module):
-        def __init__(self):
+        def __init__(self, model):
             super().__init__()
-            self.model = made
+            self.model = model
 
         def forward(self, ids):
             return self.model(ids, use_cache=False).logits
 
-    tokens = torch.export.Dim("tokens", min=3, max=64)
-    with torch.no_grad():
-        program = torch.export.export(Logits(), (torch.randint(2, VOCABULARY, (2, 9)),), dynamic_shapes=({1: tokens},))
-        torch.export.save(program, tmp_path / "model.pt2")
-        ids = torch.randint(2, VOCABULARY, (2, 14))
-        torch.save((ids, made(ids).logits), tmp_path / "wanted.pt")
+    tokens, wanted = torch.export.Dim("tokens", min=3, max=64), {}
+    ids = torch.randint(2, VOCABULARY, (2, 14))
+    for name, made in models.items():
+        with torch.no_grad():
+            program = torch.export.export(Logits(made), (ids[:, :9].contiguous(),), dynamic_shapes=({1: tokens},))
+            wanted[name] = made(ids).logits
+        calls = {str(node.target).split(".")[1] for node in program.graph.nodes if "pykernels" in str(node.target)}
+        assert calls == {f"{op}_fwd_cpu" for op in ops[name].split()}
+        torch.export.save(program, folder / f"{name}.pt2")
+    torch.save((ids, wanted), folder / "wanted.pt")
     child = """
 import pathlib, sys, torch
 import pykernels
 folder = pathlib.Path(sys.argv[1])
-ids, logits = torch.load(folder / "wanted.pt")
-out = torch.export.load(folder / "model.pt2").module()(ids)
+ids, wanted = torch.load(folder / "wanted.pt")
+for name, logits in wanted.items():
+    out = torch.export.load(folder / f"{name}.pt2").module()(ids)
+    torch.testing.assert_close(out, logits, rtol=1e-4, atol=1e-4)
 assert "transformers" not in sys.modules
-torch.testing.assert_close(out, logits, rtol=1e-4, atol=1e-4)
 """
-    done = subprocess.run([sys.executable, "-c", child, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", child, str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_exports_and_reloads_in_a_fresh_process(tmp_path, no_booleans):
+    check_exports(tmp_path, {"mistral": compiled_of("mistral")[0]}, {"mistral": "flash_attention"})
 
 
 def test_generation_with_compiled_steps():

@@ -16,11 +16,11 @@ import sys
 
 import pytest
 import torch
-from test_compat_transformers import DECODER, LENGTHS, VOCABULARY, reference_attention, reference_mask
+from test_compat_transformers import DECODER, LENGTHS, VOCABULARY, check_exports, reference_attention, reference_mask
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-transformers = pytest.importorskip("transformers", minversion="5.16")
+transformers = pytest.importorskip("transformers", minversion="5.17")
 
 from transformers.integrations import hub_kernels  # noqa: E402
 
@@ -245,7 +245,8 @@ def test_every_function_is_routed_and_comes_back(name):
     with compat.enable():
         now = held(name)
         assert now.keys() == before.keys() and len(now) >= 4
-        for function, (implementation, parameters, is_new) in now.items():
+        for function, (implementation, parameters, is_new, exported) in now.items():
+            assert exported.__wrapped__ is implementation
             assert is_new and implementation is not before[function][0]
             if function not in ("mamba_inner_fn", "mamba_split_conv1d_scan_combined"):
                 ours = getattr(causal_conv1d, function, None) or getattr(mamba_ssm, function)
@@ -261,8 +262,41 @@ def test_models_imported_later():
     assert name not in sys.modules
     with compat.enable():
         importlib.import_module(name)
-        assert all(is_new for _, _, is_new in held("zamba").values())
-    assert not any(is_new for _, _, is_new in held("zamba").values())
+        assert all(is_new for _, _, is_new, _ in held("zamba").values())
+    assert not any(is_new for _, _, is_new, _ in held("zamba").values())
+
+
+def test_functions_that_are_made_modules(monkeypatch):
+    """As by the package `kernels`, where that is installed, to exchange their forward functions later."""
+
+    def made_module(layer_name: str):
+        def decorator(function):
+            class Function(torch.nn.Module):
+                kernel_layer_name = layer_name
+
+                def forward(self, *args, **kwargs):
+                    return function(*args, **kwargs)
+
+            return Function()
+
+        return decorator
+
+    def slow(x, weight, bias=None, activation=None, **kwargs):
+        raise AssertionError("the model's own function")
+
+    monkeypatch.setattr(hub_kernels, "use_kernel_forward_from_hub", made_module)
+    x, weight = torch.randn(2, 3, 7), torch.randn(3, 4)
+    factory = hub_kernels.use_kernel_func_from_hub_with_fallback
+    before = factory("causal_conv1d_fn", "causal_conv1d")(slow)
+    with compat.enable():
+        after = factory("causal_conv1d_fn", "causal_conv1d")(slow)
+        for function in (before, after):
+            assert isinstance(function, torch.nn.Module) and function.kernel_layer_name == "causal_conv1d_fn"
+            out = function(x, weight, activation="silu", an_option_of_the_slow_one=True)
+            assert torch.equal(out, causal_conv1d.causal_conv1d_fn(x, weight, activation="silu"))
+    for function in (before, after):
+        with pytest.raises(AssertionError, match="the model's own function"):
+            function(x, weight)
 
 
 @pytest.mark.parametrize("name", ("mamba2", "bamba"))
@@ -331,3 +365,10 @@ def test_compiles_whole_for_every_length(name):
             for x, y in zip(*results):
                 torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-5 * float(x.abs().max()))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_exports_and_reloads_in_a_fresh_process(tmp_path):
+    """Where an original is installed, Transformers exports its own slow functions in its stead; not so ours."""
+    ops = {"mamba": "causal_conv1d selective_scan", "bamba": "causal_conv1d linear_attention flash_attention"}
+    with compat.enable():
+        check_exports(tmp_path, {name: attend(model(name), "pykernels") for name in ops}, ops)
