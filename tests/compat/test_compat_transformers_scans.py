@@ -16,7 +16,15 @@ import sys
 
 import pytest
 import torch
-from test_compat_transformers import DECODER, LENGTHS, VOCABULARY, check_exports, reference_attention, reference_mask
+from test_compat_transformers import (
+    DECODER,
+    LENGTHS,
+    VOCABULARY,
+    WIDE_DECODER,
+    check_exports,
+    reference_attention,
+    reference_mask,
+)
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -45,6 +53,26 @@ MODELS = {
     ),
     "bamba": lambda: transformers.BambaForCausalLM(
         transformers.BambaConfig(**HYBRID, **OF_MAMBA_2, attn_layer_indices=[1])
+    ),
+}
+# As wide as models that people run, of one layer of each kind.
+WIDE_MAMBA = {**TOKENS, "num_hidden_layers": 1, "initializer_range": 0.05}
+WIDE_MAMBA_2 = {"mamba_n_heads": 24, "mamba_d_head": 64, "mamba_d_state": 128}
+WIDE_HYBRID = {**WIDE_DECODER, "num_hidden_layers": 2}
+del WIDE_HYBRID["head_dim"]
+WIDE = {
+    "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**WIDE_MAMBA, hidden_size=768)),
+    "falcon_mamba": lambda: transformers.FalconMambaForCausalLM(
+        transformers.FalconMambaConfig(**WIDE_MAMBA, hidden_size=768)
+    ),
+    "jamba": lambda: transformers.JambaForCausalLM(
+        transformers.JambaConfig(**WIDE_HYBRID, attn_layer_period=2, attn_layer_offset=1, num_experts=1)
+    ),
+    "mamba2": lambda: transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(**WIDE_MAMBA, hidden_size=768, num_heads=24, n_groups=1)
+    ),
+    "bamba": lambda: transformers.BambaForCausalLM(
+        transformers.BambaConfig(**WIDE_HYBRID, **WIDE_MAMBA_2, attn_layer_indices=[1])
     ),
 }
 MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
@@ -80,9 +108,11 @@ def _nothing_stays():
 
 @functools.cache
 def model(name: str, dtype: torch.dtype = torch.float32, source: torch.dtype | None = None):
-    """A randomly initialised model; `source` is the dtype its weights are rounded to before they become `dtype`."""
+    """A randomly initialised model, "mamba" or "mamba wide"; `source` is the dtype its weights are rounded to before
+    they become `dtype`."""
     torch.manual_seed(0)
-    made = MODELS[name]()
+    kind, _, width = name.partition(" ")
+    made = (WIDE if width else MODELS)[kind]()
     with torch.no_grad():
         for key, x in made.named_parameters():
             if key.endswith(("dt_bias", "dt_proj.bias")):  # steps of about 1: states are felt, and forgotten
@@ -129,14 +159,7 @@ def unpatched(name: str, dtype: torch.dtype, padding: str | None, train: bool):
     return reference, result(attend(model(name, dtype), "eager"), arguments, train)
 
 
-@pytest.mark.parametrize("train", (False, True))
-@pytest.mark.parametrize("padding", (None, "left", "right"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_and_gradients(name, dtype, padding, train):
-    expected, yardstick = unpatched(name, dtype, padding, train)
-    with compat.enable():
-        actual = result(attend(model(name, dtype), "pykernels"), inputs(padding), train)
+def check(actual: dict[str, Tensor], expected: dict[str, Tensor], yardstick: dict[str, Tensor], dtype: torch.dtype):
     assert actual.keys() == expected.keys() and len(actual) > 10
     errors, allowed = (
         {key: float((x[key] - y).norm() / y.norm()) for key, y in expected.items()} for x in (actual, yardstick)
@@ -147,6 +170,34 @@ def test_logits_and_gradients(name, dtype, padding, train):
     worst = max(errors, key=errors.get)
     assert errors[worst] <= 2 * max(allowed.values()) + 4 * eps, (worst, errors[worst])
     assert expected["out"].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("train", (False, True))
+@pytest.mark.parametrize("padding", (None, "left", "right"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients(name, dtype, padding, train):
+    expected, yardstick = unpatched(name, dtype, padding, train)
+    with compat.enable():
+        actual = result(attend(model(name, dtype), "pykernels"), inputs(padding), train)
+    check(actual, expected, yardstick, dtype)
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_realistic_width(name):
+    mask = torch.ones(2, 43, dtype=torch.long)
+    mask[1, :9] = 0
+    arguments, name = {"input_ids": torch.randint(2, VOCABULARY, (2, 43)) * mask, "attention_mask": mask}, f"{name} wide"
+    try:
+        exact = attend(model(name, torch.float64, torch.float32), "definition")
+        with Exact():
+            expected = result(exact, arguments, False)
+        yardstick = result(attend(model(name), "eager"), arguments, False)
+        with compat.enable():
+            actual = result(attend(model(name), "pykernels"), arguments, False)
+    finally:
+        model.cache_clear()
+    check(actual, expected, yardstick, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
