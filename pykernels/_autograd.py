@@ -20,7 +20,7 @@ def followed(*tensors: Tensor | None) -> bool:
 
 
 def apart(*arguments: object) -> tuple[object, ...]:
-    """The arguments of an autograd.Function; while Dynamo traces, which takes no tensor twice, with views for repeats."""
+    """The arguments of an autograd.Function: while Dynamo traces, which takes no tensor twice, repeats become views."""
     if not torch.compiler.is_compiling():
         return arguments
     seen: list[Tensor] = []

@@ -116,7 +116,8 @@ def hyena(layer: HyenaOperator, u: Tensor) -> Tensor:
         h = torch.sin(weights["filter_fn.implicit_filter.1.freq"]
                       * F.linear(h, weights[f"{name}.weight"], weights[f"{name}.bias"]))
     h = F.linear(h, weights[f"filter_fn.implicit_filter.{last}.weight"])
-    h = h * (torch.exp(-weights["filter_fn.pos_emb.t"][:, :tokens] * weights["filter_fn.modulation.deltas"].abs()) + 0.1)
+    t, deltas = weights["filter_fn.pos_emb.t"][:, :tokens], weights["filter_fn.modulation.deltas"]
+    h = h * (torch.exp(-t * deltas.abs()) + 0.1)
     k = h[0].T.unflatten(0, (layer.order - 1, layer.d_model))
     bias = weights["filter_fn.bias"].unflatten(0, (layer.order - 1, layer.d_model))
     for o, gate in enumerate(reversed(gates[1:])):

@@ -187,7 +187,8 @@ def test_logits_and_gradients(name, dtype, padding, train):
 def test_a_realistic_width(name):
     mask = torch.ones(2, 43, dtype=torch.long)
     mask[1, :9] = 0
-    arguments, name = {"input_ids": torch.randint(2, VOCABULARY, (2, 43)) * mask, "attention_mask": mask}, f"{name} wide"
+    arguments = {"input_ids": torch.randint(2, VOCABULARY, (2, 43)) * mask, "attention_mask": mask}
+    name = f"{name} wide"
     try:
         exact = attend(model(name, torch.float64, torch.float32), "definition")
         with Exact():
