@@ -193,7 +193,7 @@ CASES = list(cases(devices_and_threads()))
 
 @pytest.mark.parametrize(("case", "arguments"), CASES, ids=[case.id for case, _ in CASES])
 def bench_transformers(case: Case, arguments: tuple, measure) -> None:
-    pytest.importorskip("transformers", minversion="5.16")
+    pytest.importorskip("transformers", minversion="5.17")
     problem = Model(case, *arguments)
     with contextlib.closing(problem):
         measure(case, problem, [PEER])

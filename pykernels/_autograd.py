@@ -1,4 +1,4 @@
-"""What the ops' autograd shares: when it is needed, and second derivatives from the reference alone."""
+"""What the ops' autograd shares: when it is needed, what it takes, and second derivatives from the reference alone."""
 
 from __future__ import annotations
 
@@ -17,6 +17,21 @@ def followed(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def apart(*arguments: object) -> tuple[object, ...]:
+    """The arguments of an autograd.Function: while Dynamo traces, which takes no tensor twice, repeats become views."""
+    if not torch.compiler.is_compiling():
+        return arguments
+    seen: list[Tensor] = []
+    result = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            if any(x is y for y in seen):
+                x = x.view_as(x)
+            seen.append(x)
+        result.append(x)
+    return tuple(result)
 
 
 def second_derivative(function: Callable[..., tuple[Tensor, ...]], primals: Sequence[Tensor | None],

@@ -25,8 +25,9 @@ def train_lm() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("mixer", ["attention", "hyena", "mamba"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "mixer"), [
+    ("fp32", "attention"), ("bf16", "attention"), ("bf16", "hyena"), ("bf16", "mamba"),
+])
 def test_language_model_learns_and_decodes(train_lm: ModuleType, dtype: str, mixer: str, capsys: pytest.CaptureFixture) -> None:
     assert train_lm.main([*SMALL, "--steps", "80", "--dtype", dtype, "--mixer", mixer]) == 0
     out = capsys.readouterr().out

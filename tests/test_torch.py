@@ -168,6 +168,25 @@ def test_one_graph_trains_every_length_packed_and_with_a_bias(target):
 
 
 @on_targets
+def test_one_tensor_for_several_arguments_compiles(target):
+    """Forward and backward, whatever op: Dynamo takes no tensor twice in an autograd.Function."""
+
+    def step(x, u):
+        once, B, weight = {"backend": target.backend}, u[:, :3], u[0, :, :3]
+        attended = pykernels.flash_attention(x, x, x, **once) + pykernels.linear_attention(x, x, x, **once)
+        scanned = pykernels.selective_scan(u, u, -weight.abs(), B, B, z=u, **once)
+        convolved = pykernels.fft_conv(u, weight, pre_gate=u, post_gate=u, **once)
+        return sum(y.square().sum() for y in (attended, scanned, convolved, pykernels.causal_conv1d(u, weight, **once)))
+
+    torch._dynamo.reset()
+    x, u = (torch.randn(*shape, device=target.device, requires_grad=True) for shape in ((1, 9, 2, 16), (2, 6, 12)))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(*(torch.autograd.grad(f(x, u), (x, u)) for f in (compiled, step))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert theirs.abs().max() > 0
+
+
+@on_targets
 def test_compile_decode_writes_the_cache(target):
     case = decode_case("compile-decode", lengths=(3, 7), capacity=12, new_tokens=1, head_dim=16)
 

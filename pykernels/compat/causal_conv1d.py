@@ -145,11 +145,13 @@ def _put_rows(states: Tensor, indices: Tensor | None, rows: Tensor) -> None:
     if indices is None:
         states.copy_(rows)
         return
-    of_first = indices == 0
+    of_first, padding = indices == 0, indices < 0
     first = rows.index_select(0, of_first.int().argmax()[None])
-    padding = (indices < 0).view(-1, *[1] * (states.dim() - 1))
+    # Of all that write to slot 0, one passes its gradient on.
+    kept, copies = torch.where(of_first.any(), first.detach(), states[:1]), padding.cumsum(0) > 1
+    padding, copies = (x.view(-1, *[1] * (states.dim() - 1)) for x in (padding, copies))
     states.index_copy_(0, indices.clamp(min=0),
-                       torch.where(padding, torch.where(of_first.any(), first, states[:1]), rows))
+                       torch.where(padding, torch.where(copies, kept.detach(), kept), rows))
 
 
 def _without_padding(out: Tensor, indices: Tensor | None) -> Tensor:

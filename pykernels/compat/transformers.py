@@ -1,4 +1,4 @@
-"""Attention, scans and convolutions of Hugging Face Transformers' models (5.4 or newer; scans 5.16) on our ops.
+"""Attention, scans and convolutions of Hugging Face Transformers' models (5.4 or newer; scans 5.17) on our ops.
 
     pykernels.compat.transformers.enable()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="pykernels")
@@ -395,9 +395,12 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
 
 # ---- Scans and convolutions ------------------------------------------------------------------------------------------
 
-_FACTORY = getattr(hub_kernels, "use_kernel_func_from_hub_with_fallback", None)  # since Transformers 5.16
-# What a wrapper made by it holds, that says which function it calls.
-_ROUTE = ("implementation", "applicable_params", "is_new_implementation")
+_VERSION = tuple(int(x) for x in transformers.__version__.split(".")[:2])
+# Since Transformers 5.17 in a form that tells which function it is about.
+_FACTORY = None if _VERSION < (5, 17) else getattr(hub_kernels, "use_kernel_func_from_hub_with_fallback", None)
+# What a wrapper made by it holds, that says which function it calls: in a graph that is exported the last, with all the
+# model's arguments, otherwise the first.
+_ROUTE = ("implementation", "applicable_params", "is_new_implementation", "torch_function")
 
 
 def _nested(code: types.CodeType, name: str) -> types.CodeType | None:
@@ -454,6 +457,16 @@ def _convolution(module: str) -> Callable:
     return causal_conv1d_fn
 
 
+def _passing(function: Callable, names: tuple[str, ...]) -> Callable:
+    """The function, passed the named arguments that it takes."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **{name: value for name, value in kwargs.items() if name in names})
+
+    return call
+
+
 def _route(wrapper: types.FunctionType) -> None:
     """Has a wrapper call ours, if we have its function."""
     cells = dict(zip(wrapper.__code__.co_freevars, wrapper.__closure__))
@@ -464,7 +477,8 @@ def _route(wrapper: types.FunctionType) -> None:
     if name == "selective_scan_fn":
         _scanning.add(module)
     _routed.append((cells, [cells[variable].cell_contents for variable in _ROUTE]))
-    for variable, value in zip(_ROUTE, (ours, tuple(inspect.signature(ours).parameters), True)):
+    names = tuple(inspect.signature(ours).parameters)
+    for variable, value in zip(_ROUTE, (ours, names, True, _passing(ours, names))):
         cells[variable].cell_contents = value
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.flash_attention import flash_attention, flash_attention_decode
 from .rotary import apply_rotary, positions_of
+from .state import check_inference
 
 
 @dataclasses.dataclass
@@ -101,6 +102,8 @@ class Attention(nn.Module):
         """
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
+        if state is not None:
+            check_inference(self, x)
         batch, tokens, _ = x.shape
         heads = self.qkv(x).view(batch, tokens, self.heads + 2 * self.key_heads, self.head_dim)
         q, k, v = heads.split((self.heads, self.key_heads, self.key_heads), dim=2)

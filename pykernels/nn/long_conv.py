@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.fft_conv import FFTConvState, fft_conv, fft_conv_init, fft_conv_step
+from .state import check_inference
 
 # convolve(u [B, D, T], kernel, D=None, pre_gate=None, post_gate=None); kernel(tokens) gives that many taps [D, tokens].
 _Convolve = Callable[..., Tensor]
@@ -56,23 +57,24 @@ class _LongMixer(nn.Module, abc.ABC):
 
     def forward(self, x: Tensor, state: LongConvState | None = None) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences."""
-        if state is None:
+        if state is None or x.shape[1] == 0:
             if x.shape[1] > self.max_tokens:
                 raise ValueError(f"x must have at most max_tokens = {self.max_tokens} tokens, got {x.shape[1]}")
             return self._mix(x, self._whole)
         if state.tokens:
-            return torch.stack([self.step(token, state) for token in x.unbind(1)], 1) if x.shape[1] else x
-        self._advance(state, x.shape[1])
+            return torch.stack([self.step(token, state) for token in x.unbind(1)], 1)
+        self._advance(x, state, x.shape[1])
         return self._mix(x, functools.partial(self._prefix, state))
 
     def step(self, x: Tensor, state: LongConvState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
-        self._advance(state, 1)
+        self._advance(x, state, 1)
         if not state.convolutions:
             return self._mix(x[:, None], functools.partial(self._prefix, state))[:, 0]
         return self._mix(x[:, None], functools.partial(self._next, iter(state.convolutions)))[:, 0]
 
-    def _advance(self, state: LongConvState, tokens: int) -> None:
+    def _advance(self, x: Tensor, state: LongConvState, tokens: int) -> None:
+        check_inference(self, x)
         if state.tokens + tokens > state.max_tokens:
             raise ValueError(
                 f"x must keep the sequence within the state's max_tokens of {state.max_tokens}, got {tokens} more "
@@ -81,7 +83,7 @@ class _LongMixer(nn.Module, abc.ABC):
         state.tokens += tokens
 
     def _whole(self, u: Tensor, kernel: Callable[[int], Tensor], **options: Tensor | None) -> Tensor:
-        return fft_conv(u, kernel(u.shape[2]), backend=self.backend, **options)
+        return fft_conv(u, kernel(max(u.shape[2], 1)), backend=self.backend, **options)
 
     def _prefix(
         self,

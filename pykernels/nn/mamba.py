@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ..ops.selective_scan import selective_scan, selective_scan_step
+from .state import check_inference
 
 
 @dataclasses.dataclass
@@ -160,6 +161,8 @@ class Mamba(nn.Module):
         T."""
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
+        if state is not None:
+            check_inference(self, x)
         channels, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # [B, E, T], token by token in memory
         if state is not None:
             return self._continue(channels, z, state)
@@ -201,6 +204,7 @@ class Mamba(nn.Module):
 
     def step(self, x: Tensor, state: MambaState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
+        check_inference(self, x)
         channels, z = self.in_proj(x).chunk(2, dim=1)
         conv = state.conv.to(channels.dtype)  # a copy under autocast, else itself
         u = causal_conv1d_step(channels, conv, **self._filter(channels))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..ops.retention import retention, retention_step
 from .rotary import apply_rotary, positions_of
+from .state import check_inference
 
 
 @dataclasses.dataclass
@@ -134,6 +135,8 @@ class MultiScaleRetention(nn.Module):
         """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences. `cu_seqlens` packs sequences along T."""
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
+        if state is not None:
+            check_inference(self, x)
         q, k, v = self._project(x, positions_of(x, None if state is None else state.lengths, cu_seqlens))
         options = {"gamma": self._gamma(), "backend": self.backend}
         if state is None:
@@ -146,6 +149,7 @@ class MultiScaleRetention(nn.Module):
 
     def step(self, x: Tensor, state: RecurrentState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
+        check_inference(self, x)
         q, k, v = (y[:, 0] for y in self._project(x[:, None], positions_of(x[:, None], state.lengths)))
         out = retention_step(q, k, v, state.memory, gamma=self._gamma(), backend=self.backend)
         state.lengths += 1
@@ -222,6 +226,8 @@ class LinearAttention(nn.Module):
         """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences. `cu_seqlens` packs sequences along T."""
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
+        if state is not None:
+            check_inference(self, x)
         q, k, v = self._project(x)
         options = {"normalize": self.normalize, "backend": self.backend}
         if state is None:
@@ -234,6 +240,7 @@ class LinearAttention(nn.Module):
 
     def step(self, x: Tensor, state: RecurrentState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
+        check_inference(self, x)
         q, k, v = self._project(x)
         out = linear_attention_step(q, k, v, state.memory, normalize=self.normalize, backend=self.backend)
         state.lengths += 1

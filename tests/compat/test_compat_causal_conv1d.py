@@ -189,6 +189,25 @@ def test_update_takes_gradients():
         near(a, e)
 
 
+@pytest.mark.parametrize("indices", ((-1, 3, -1), (-1, 0, -1), (0, -1, 2)), ids=str)
+def test_update_with_padding_takes_gradients(indices):
+    """Of slots that nobody names too, slot 0 among them, which is what padding writes to: itself."""
+    x = {name: y.requires_grad_() for name, y in inputs(tokens=2).items()}
+    slots = torch.randn(4, D, W - 1, dtype=torch.float64, requires_grad=True)
+    state = slots * 1
+    out = compat.causal_conv1d_update(x["x"], state, x["weight"], x["bias"], conv_state_indices=torch.tensor(indices))
+    expected, kept = torch.zeros_like(out), list(slots.unbind(0))
+    for b, slot in enumerate(indices):
+        if slot >= 0:
+            row, before = x["x"][b : b + 1], slots[slot][None]
+            expected = expected.index_copy(0, torch.tensor([b]), convolved(row, x["weight"], x["bias"], before, False))
+            kept[slot] = torch.cat((before, row), 2)[0, :, -(W - 1) :]
+    wanted, cotangents = (x["x"], x["weight"], slots), (torch.randn_like(out), torch.randn_like(state))
+    near(state, torch.stack(kept))
+    for a, e in zip(*(torch.autograd.grad(y, wanted, cotangents) for y in ((out, state), (expected, torch.stack(kept))))):
+        near(a, e)
+
+
 def test_varlen_states():
     x, cu_seqlens = torch.randn(10, D), torch.tensor([0, 6, 6, 8, 10], dtype=torch.int32)
     states = compat.causal_conv1d_varlen_states(x, cu_seqlens, 3)

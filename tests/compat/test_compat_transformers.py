@@ -62,6 +62,22 @@ MODELS = {
         )
     ),
 }
+# As wide as models that people run, of one layer.
+WIDE_LAYER = {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "pad_token_id": 0, "initializer_range": 0.05}
+WIDE_ENCODER = {**WIDE_LAYER, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+WIDE_DECODER = {**WIDE_LAYER, "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12,
+                "num_key_value_heads": 4, "head_dim": 64}
+WIDE = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**WIDE_DECODER)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**WIDE_DECODER, sliding_window=32)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**{**WIDE_DECODER, "num_attention_heads": 4, "head_dim": 256}, sliding_window=32,
+                                  attn_logit_softcapping=50.0, query_pre_attn_scalar=256)
+    ),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**WIDE_DECODER, "head_dim": 128})),
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**WIDE_ENCODER)),
+    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**WIDE_ENCODER, image_size=96)),
+}
 DECODERS = ("llama", "mistral", "gemma2", "qwen3")
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (9, 4, 7)
@@ -100,9 +116,11 @@ def _enabled():
 def model(
     name: str, dtype: torch.dtype = torch.float32, attention: str = "pykernels", source: torch.dtype | None = None
 ):
-    """A randomly initialised model; `source` is the dtype its weights are rounded to before they become `dtype`."""
+    """A randomly initialised model, "llama" or "llama wide"; `source` is the dtype its weights are rounded to before
+    they become `dtype`."""
     torch.manual_seed(0)
-    made = MODELS[name]().to(source or dtype).to(dtype).eval()
+    kind, _, width = name.partition(" ")
+    made = (WIDE if width else MODELS)[kind]().to(source or dtype).to(dtype).eval()
     made.set_attn_implementation(attention)
     return made
 
@@ -167,6 +185,20 @@ CASES = [(name, padding) for name in MODELS for padding in (None, "left", "right
 @pytest.mark.parametrize(("name", "padding"), CASES)
 def test_logits_and_gradients(name, padding, dtype):
     check(name, dtype, inputs(name, padding), grad=True)
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_realistic_width(name):
+    if name == "vit":
+        arguments = {"pixel_values": torch.randn(2, 3, 96, 96)}
+    else:
+        mask = torch.ones(2, 43, dtype=torch.long)
+        mask[1, :9] = 0
+        arguments = {"input_ids": torch.randint(2, VOCABULARY, (2, 43)) * mask, "attention_mask": mask}
+    try:
+        check(f"{name} wide", torch.float32, arguments, grad=True)
+    finally:
+        model.cache_clear()
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -773,7 +805,7 @@ def graphs() -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "padding"), (("llama", None), ("llama", "right"), ("mistral", None), ("mistral", "left"), ("bert", "left"))
+    ("name", "padding"), (("llama", None), ("mistral", None), ("mistral", "left"), ("bert", "right"))
 )
 def test_compiles_whole_for_every_length(name, padding, no_booleans):
     """Forward and backward. Without padding of positions, which a graph can't tell from those of packed sequences."""
@@ -856,35 +888,43 @@ def test_static_caches_in_a_graph_take_no_dropout():
         torch.compile(attend, fullgraph=True, backend="eager")(torch.randn(1, 2, 3, 8), torch.tensor(0))
 
 
-def test_exports_and_reloads_in_a_fresh_process(tmp_path, no_booleans):
-    """The child knows of pykernels what registers its ops, and nothing of Transformers."""
-    made, _ = compiled_of("mistral")
+def check_exports(folder, models: dict[str, torch.nn.Module], ops: dict[str, str]) -> None:
+    """Into a fresh process that knows of pykernels what registers its ops, and nothing of Transformers."""
 
     class Logits(torch.nn.Module):
-        def __init__(self):
+        def __init__(self, model):
             super().__init__()
-            self.model = made
+            self.model = model
 
         def forward(self, ids):
             return self.model(ids, use_cache=False).logits
 
-    tokens = torch.export.Dim("tokens", min=3, max=64)
-    with torch.no_grad():
-        program = torch.export.export(Logits(), (torch.randint(2, VOCABULARY, (2, 9)),), dynamic_shapes=({1: tokens},))
-        torch.export.save(program, tmp_path / "model.pt2")
-        ids = torch.randint(2, VOCABULARY, (2, 14))
-        torch.save((ids, made(ids).logits), tmp_path / "wanted.pt")
+    tokens, wanted = torch.export.Dim("tokens", min=3, max=64), {}
+    ids = torch.randint(2, VOCABULARY, (2, 14))
+    for name, made in models.items():
+        with torch.no_grad():
+            program = torch.export.export(Logits(made), (ids[:, :9].contiguous(),), dynamic_shapes=({1: tokens},))
+            wanted[name] = made(ids).logits
+        calls = {str(node.target).split(".")[1] for node in program.graph.nodes if "pykernels" in str(node.target)}
+        assert calls == {f"{op}_fwd_cpu" for op in ops[name].split()}
+        torch.export.save(program, folder / f"{name}.pt2")
+    torch.save((ids, wanted), folder / "wanted.pt")
     child = """
 import pathlib, sys, torch
 import pykernels
 folder = pathlib.Path(sys.argv[1])
-ids, logits = torch.load(folder / "wanted.pt")
-out = torch.export.load(folder / "model.pt2").module()(ids)
+ids, wanted = torch.load(folder / "wanted.pt")
+for name, logits in wanted.items():
+    out = torch.export.load(folder / f"{name}.pt2").module()(ids)
+    torch.testing.assert_close(out, logits, rtol=1e-4, atol=1e-4)
 assert "transformers" not in sys.modules
-torch.testing.assert_close(out, logits, rtol=1e-4, atol=1e-4)
 """
-    done = subprocess.run([sys.executable, "-c", child, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", child, str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_exports_and_reloads_in_a_fresh_process(tmp_path, no_booleans):
+    check_exports(tmp_path, {"mistral": compiled_of("mistral")[0]}, {"mistral": "flash_attention"})
 
 
 def test_generation_with_compiled_steps():

@@ -16,11 +16,19 @@ import sys
 
 import pytest
 import torch
-from test_compat_transformers import DECODER, LENGTHS, VOCABULARY, reference_attention, reference_mask
+from test_compat_transformers import (
+    DECODER,
+    LENGTHS,
+    VOCABULARY,
+    WIDE_DECODER,
+    check_exports,
+    reference_attention,
+    reference_mask,
+)
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-transformers = pytest.importorskip("transformers", minversion="5.16")
+transformers = pytest.importorskip("transformers", minversion="5.17")
 
 from transformers.integrations import hub_kernels  # noqa: E402
 
@@ -45,6 +53,26 @@ MODELS = {
     ),
     "bamba": lambda: transformers.BambaForCausalLM(
         transformers.BambaConfig(**HYBRID, **OF_MAMBA_2, attn_layer_indices=[1])
+    ),
+}
+# As wide as models that people run, of one layer of each kind.
+WIDE_MAMBA = {**TOKENS, "num_hidden_layers": 1, "initializer_range": 0.05}
+WIDE_MAMBA_2 = {"mamba_n_heads": 24, "mamba_d_head": 64, "mamba_d_state": 128}
+WIDE_HYBRID = {**WIDE_DECODER, "num_hidden_layers": 2}
+del WIDE_HYBRID["head_dim"]
+WIDE = {
+    "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**WIDE_MAMBA, hidden_size=768)),
+    "falcon_mamba": lambda: transformers.FalconMambaForCausalLM(
+        transformers.FalconMambaConfig(**WIDE_MAMBA, hidden_size=768)
+    ),
+    "jamba": lambda: transformers.JambaForCausalLM(
+        transformers.JambaConfig(**WIDE_HYBRID, attn_layer_period=2, attn_layer_offset=1, num_experts=1)
+    ),
+    "mamba2": lambda: transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(**WIDE_MAMBA, hidden_size=768, num_heads=24, n_groups=1)
+    ),
+    "bamba": lambda: transformers.BambaForCausalLM(
+        transformers.BambaConfig(**WIDE_HYBRID, **WIDE_MAMBA_2, attn_layer_indices=[1])
     ),
 }
 MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
@@ -80,9 +108,11 @@ def _nothing_stays():
 
 @functools.cache
 def model(name: str, dtype: torch.dtype = torch.float32, source: torch.dtype | None = None):
-    """A randomly initialised model; `source` is the dtype its weights are rounded to before they become `dtype`."""
+    """A randomly initialised model, "mamba" or "mamba wide"; `source` is the dtype its weights are rounded to before
+    they become `dtype`."""
     torch.manual_seed(0)
-    made = MODELS[name]()
+    kind, _, width = name.partition(" ")
+    made = (WIDE if width else MODELS)[kind]()
     with torch.no_grad():
         for key, x in made.named_parameters():
             if key.endswith(("dt_bias", "dt_proj.bias")):  # steps of about 1: states are felt, and forgotten
@@ -129,14 +159,7 @@ def unpatched(name: str, dtype: torch.dtype, padding: str | None, train: bool):
     return reference, result(attend(model(name, dtype), "eager"), arguments, train)
 
 
-@pytest.mark.parametrize("train", (False, True))
-@pytest.mark.parametrize("padding", (None, "left", "right"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_and_gradients(name, dtype, padding, train):
-    expected, yardstick = unpatched(name, dtype, padding, train)
-    with compat.enable():
-        actual = result(attend(model(name, dtype), "pykernels"), inputs(padding), train)
+def check(actual: dict[str, Tensor], expected: dict[str, Tensor], yardstick: dict[str, Tensor], dtype: torch.dtype):
     assert actual.keys() == expected.keys() and len(actual) > 10
     errors, allowed = (
         {key: float((x[key] - y).norm() / y.norm()) for key, y in expected.items()} for x in (actual, yardstick)
@@ -147,6 +170,35 @@ def test_logits_and_gradients(name, dtype, padding, train):
     worst = max(errors, key=errors.get)
     assert errors[worst] <= 2 * max(allowed.values()) + 4 * eps, (worst, errors[worst])
     assert expected["out"].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("train", (False, True))
+@pytest.mark.parametrize("padding", (None, "left", "right"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients(name, dtype, padding, train):
+    expected, yardstick = unpatched(name, dtype, padding, train)
+    with compat.enable():
+        actual = result(attend(model(name, dtype), "pykernels"), inputs(padding), train)
+    check(actual, expected, yardstick, dtype)
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_realistic_width(name):
+    mask = torch.ones(2, 43, dtype=torch.long)
+    mask[1, :9] = 0
+    arguments = {"input_ids": torch.randint(2, VOCABULARY, (2, 43)) * mask, "attention_mask": mask}
+    name = f"{name} wide"
+    try:
+        exact = attend(model(name, torch.float64, torch.float32), "definition")
+        with Exact():
+            expected = result(exact, arguments, False)
+        yardstick = result(attend(model(name), "eager"), arguments, False)
+        with compat.enable():
+            actual = result(attend(model(name), "pykernels"), arguments, False)
+    finally:
+        model.cache_clear()
+    check(actual, expected, yardstick, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -245,7 +297,8 @@ def test_every_function_is_routed_and_comes_back(name):
     with compat.enable():
         now = held(name)
         assert now.keys() == before.keys() and len(now) >= 4
-        for function, (implementation, parameters, is_new) in now.items():
+        for function, (implementation, parameters, is_new, exported) in now.items():
+            assert exported.__wrapped__ is implementation
             assert is_new and implementation is not before[function][0]
             if function not in ("mamba_inner_fn", "mamba_split_conv1d_scan_combined"):
                 ours = getattr(causal_conv1d, function, None) or getattr(mamba_ssm, function)
@@ -261,8 +314,41 @@ def test_models_imported_later():
     assert name not in sys.modules
     with compat.enable():
         importlib.import_module(name)
-        assert all(is_new for _, _, is_new in held("zamba").values())
-    assert not any(is_new for _, _, is_new in held("zamba").values())
+        assert all(is_new for _, _, is_new, _ in held("zamba").values())
+    assert not any(is_new for _, _, is_new, _ in held("zamba").values())
+
+
+def test_functions_that_are_made_modules(monkeypatch):
+    """As by the package `kernels`, where that is installed, to exchange their forward functions later."""
+
+    def made_module(layer_name: str):
+        def decorator(function):
+            class Function(torch.nn.Module):
+                kernel_layer_name = layer_name
+
+                def forward(self, *args, **kwargs):
+                    return function(*args, **kwargs)
+
+            return Function()
+
+        return decorator
+
+    def slow(x, weight, bias=None, activation=None, **kwargs):
+        raise AssertionError("the model's own function")
+
+    monkeypatch.setattr(hub_kernels, "use_kernel_forward_from_hub", made_module)
+    x, weight = torch.randn(2, 3, 7), torch.randn(3, 4)
+    factory = hub_kernels.use_kernel_func_from_hub_with_fallback
+    before = factory("causal_conv1d_fn", "causal_conv1d")(slow)
+    with compat.enable():
+        after = factory("causal_conv1d_fn", "causal_conv1d")(slow)
+        for function in (before, after):
+            assert isinstance(function, torch.nn.Module) and function.kernel_layer_name == "causal_conv1d_fn"
+            out = function(x, weight, activation="silu", an_option_of_the_slow_one=True)
+            assert torch.equal(out, causal_conv1d.causal_conv1d_fn(x, weight, activation="silu"))
+    for function in (before, after):
+        with pytest.raises(AssertionError, match="the model's own function"):
+            function(x, weight)
 
 
 @pytest.mark.parametrize("name", ("mamba2", "bamba"))
@@ -331,3 +417,10 @@ def test_compiles_whole_for_every_length(name):
             for x, y in zip(*results):
                 torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-5 * float(x.abs().max()))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_exports_and_reloads_in_a_fresh_process(tmp_path):
+    """Where an original is installed, Transformers exports its own slow functions in its stead; not so ours."""
+    ops = {"mamba": "causal_conv1d selective_scan", "bamba": "causal_conv1d linear_attention flash_attention"}
+    with compat.enable():
+        check_exports(tmp_path, {name: attend(model(name), "pykernels") for name in ops}, ops)

@@ -122,14 +122,6 @@ def test_every_parameter_gets_a_gradient(layer):
     )
 
 
-def test_compile():
-    layer = HyenaOperator(8, 64)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch._dynamo.reset()
-    x = torch.randn(2, 50, 8)
-    torch.testing.assert_close(compiled(x), layer(x))
-
-
 @pytest.mark.parametrize(
     "make, match",
     (

@@ -150,15 +150,6 @@ def test_second_derivatives_and_torch_func():
     near(gradient, torch.autograd.grad(ours(leaf).sin().sum(), leaf)[0], 1e-12)
 
 
-def test_compiles_whole():
-    ours, x = Mamba(24), torch.randn(2, 30, 24)
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    near(torch.autograd.grad(compiled(leaf).square().sum(), leaf)[0], torch.autograd.grad(ours(other).square().sum(),
-                                                                                          other)[0], 1e-5)
-
-
 def test_autocast_and_half_precision_continue_their_states():
     ours, x = Mamba(24), torch.randn(2, 12, 24)
     for model, precision, inputs in ((ours, True, x), (Mamba(24, dtype=torch.bfloat16), False, x.bfloat16())):

@@ -38,6 +38,24 @@ def test_one_interface(name):
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", MIXERS)
+def test_states_are_for_inference(name):
+    """In grad mode none is touched; without tokens there is nothing to do."""
+    mixer, x = made(name), torch.randn(2, 9, DIM)
+    with torch.no_grad():
+        expected, state = mixer(x), mixer.init_state(2, TOKENS)
+        assert mixer(x[:, :0]).shape == mixer(x[:, :0], state).shape == (2, 0, DIM)
+        parts = [mixer(x[:, :4], state)]
+    for call_with in (lambda: mixer(x[:, 4:], state), lambda: mixer.step(x[:, 4], state)):
+        with pytest.raises(RuntimeError, match="a layer that continues a state is for inference"):
+            call_with()
+    mixer.requires_grad_(False)
+    parts += [mixer(x[:, 4:8], state), mixer.step(x[:, 8], state)[:, None]]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="x or a parameter requires grad"):
+        mixer(x.requires_grad_(), state)
+
+
 def test_options_and_names():
     assert made("attention", heads=4, window=(7, 0)).head_dim == 8
     assert make_mixer("retention", 256, TOKENS).heads == 4

@@ -411,9 +411,10 @@ def test_autocast_narrows_u_and_keeps_delta():
     args = _args()
     with torch.autocast("cpu", torch.bfloat16):
         out, state = selective_scan(**args, return_final_state=True)
+        mixed = selective_scan(**{**args, "u": args["u"].bfloat16()})
     assert out.dtype == torch.bfloat16 and state.dtype == torch.float32
     narrow = {**args, "u": args["u"].bfloat16(), "z": args["z"].bfloat16()}
-    assert torch.equal(out, selective_scan(**narrow))
+    assert torch.equal(out, selective_scan(**narrow)) and torch.equal(mixed, out)
 
 
 @on_compiled

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._autograd import followed
+from ..._autograd import apart, followed
 from ...backends import Op, Query, resolve
 from . import reference, registration
 
@@ -117,7 +117,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, acti
     if chosen == "reference":
         out, final_state = reference.causal_conv1d(*arguments)
     elif grad:
-        out, final_state = registration.CausalConv1d.apply(*arguments, chosen)
+        out, final_state = registration.CausalConv1d.apply(*apart(*arguments), chosen)
     else:
         out, final_state = registration.run("fwd", chosen, *arguments)
     return (out, final_state) if return_final_state else out

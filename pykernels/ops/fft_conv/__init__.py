@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._autograd import followed
+from ..._autograd import apart, followed
 from ...backends import Op, Query, resolve
 from . import decode, reference, registration
 from .decode import FFTConvState
@@ -173,7 +173,7 @@ def fft_conv(
     if chosen == "reference":
         out = reference.fft_conv(*tensors, *settings)
     elif grad:
-        out = registration.FFTConv.apply(*tensors, settings, chosen)
+        out = registration.FFTConv.apply(*apart(*tensors), settings, chosen)
     else:
         out = registration.run("fwd", chosen, *tensors, *settings)
     return out.to(dtype)

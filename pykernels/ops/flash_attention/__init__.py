@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._autograd import followed
+from ..._autograd import apart, followed
 from ...backends import Op, Query, resolve
 from . import reference, registration
 
@@ -237,9 +237,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, wi
         out, lse = reference.flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks, seed,
                                              dropout_p)
     elif grad:
-        of_keys = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k  # Dynamo takes no tensor twice
-        out, lse = registration.FlashAttention.apply(q, k, v, bias, sinks, cu_seqlens_q, of_keys, alibi_slopes, seed,
-                                                     options, dropout_p, deterministic, chosen)
+        tensors = apart(q, k, v, bias, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed)
+        out, lse = registration.FlashAttention.apply(*tensors, options, dropout_p, deterministic, chosen)
     else:
         out, lse = registration.run("fwd", chosen, q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks, seed,
                                     dropout_p)

@@ -111,15 +111,11 @@ class _Backward(torch.autograd.Function):
 
 
 class FlashAttention(torch.autograd.Function):
-    """flash_attention on a compiled backend -> (out, lse), both differentiable in q, k, v, bias and sinks.
-
-    cu_seqlens_k is None where it is cu_seqlens_q.
-    """
+    """flash_attention on a compiled backend -> (out, lse), both differentiable in q, k, v, bias and sinks."""
 
     @staticmethod
     def forward(q, k, v, bias, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options, dropout_p, deterministic, backend):
-        of_keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        return run("fwd", backend, q, k, v, cu_seqlens_q, of_keys, *options, alibi_slopes, bias, sinks, seed, dropout_p)
+        return run("fwd", backend, q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks, seed, dropout_p)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -130,8 +126,7 @@ class FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, bias, sinks, out, lse, cu_seqlens_q, cu_seqlens_k, *others = ctx.saved_tensors
-        others = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, *others
+        q, k, v, bias, sinks, out, lse, *others = ctx.saved_tensors
         options, dropout_p, deterministic, backend = ctx.settings
         if dout is None:
             dout = torch.zeros_like(out)

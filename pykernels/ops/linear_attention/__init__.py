@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._autograd import followed
+from ..._autograd import apart, followed
 from ...backends import Op, Query, resolve
 from . import reference, registration
 
@@ -187,7 +187,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = 
     if chosen == "reference":
         out, final_state = reference.linear_attention(*tensors, cu_seqlens, *options)
     elif grad:
-        out, final_state, _, _ = registration.LinearAttention.apply(*tensors, cu_seqlens, options, chosen)
+        out, final_state, _, _ = registration.LinearAttention.apply(*apart(*tensors), cu_seqlens, options, chosen)
     else:
         out, final_state, _, _ = registration.run("fwd", chosen, *tensors, cu_seqlens, *options, False)
     return (out, final_state) if return_final_state else out

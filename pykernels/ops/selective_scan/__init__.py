@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._autograd import followed
+from ..._autograd import apart, followed
 from ...backends import Op, Query, resolve
 from . import reference, registration
 
@@ -135,9 +135,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
     _checks.tensor("u", u, "B D L")
     device = u.device.type
     # Under autocast, u and z are narrowed; delta, A and the states keep their precision.
-    if u.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        u = u.to(torch.get_autocast_dtype(device))
-        z = z.to(u.dtype) if isinstance(z, Tensor) else z
+    u, z = _checks.autocast(u, z)
     _checks.main_dtype("u", u)
     batch, channels, length = u.shape
     for name, x in (("delta", delta), ("z", z)):
@@ -200,7 +198,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
     if chosen == "reference":
         out, final_state = reference.selective_scan(*arguments)
     elif grad:
-        out, final_state, _ = registration.SelectiveScan.apply(*arguments, chosen)
+        out, final_state, _ = registration.SelectiveScan.apply(*apart(*arguments), chosen)
     else:
         out, final_state, _ = registration.forward(chosen, False, *arguments)
     return (out, final_state) if return_final_state else out
