@@ -29,6 +29,7 @@ CPU_SHAPES = [
 SHORT_SHAPES = [(8, 64, 4096, 16), (8, 64, 4096, 64), (8, 64, 4096, 128)]
 CPU_MAIN_SHAPES = {*CPU_SHAPES[0:4:2], CPU_SHAPES[4], SHORT_SHAPES[1]}  # the others are extra
 GPU_SHAPES = [(64, 768, 1 << i, 1 << i) for i in (8, 10, 12, 13, 14, 15)]
+TUNED = "skip, allocator tuned"
 
 Places = Sequence[tuple[str, int]]
 
@@ -48,14 +49,16 @@ def cases(places: Places) -> list[tuple[Case, tuple]]:
         long = CPU_SHAPES if device == "cpu" else GPU_SHAPES
         grid = itertools.chain(
             itertools.product(long, ("skip", "gated"), ("fp32", "bf16"), (False, True)),
+            itertools.product(long if device == "cpu" else (), (TUNED,), ("fp32", "bf16"), (False, True)),
             itertools.product(SHORT_SHAPES, ("plain",), ("fp32", "bf16"), (False, True)),
         )
         for shape, options, dtype, backward in grid:
             if options == "gated" and device == "cpu" and shape[2] not in (1024, 16384):
                 continue
-            extra = is_extra(device, threads, places, shape in CPU_MAIN_SHAPES and options != "gated")
+            extra = is_extra(device, threads, places, shape in CPU_MAIN_SHAPES and options in ("skip", "plain"))
             case = Case("fft_conv", "B{} D{} L{} K{}".format(*shape), options, dtype, "fwd+bwd" if backward else "fwd",
-                        device, threads, _bytes(*shape, options == "gated", dtype, backward), ("copy",), extra=extra)
+                        device, threads, _bytes(*shape, options == "gated", dtype, backward), ("copy",), extra=extra,
+                        tuned=options == TUNED)
             found.append((case, shape))
     return sorted(found, key=lambda entry: (entry[1], entry[0].options, entry[0].dtype))
 

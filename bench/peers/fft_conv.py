@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
@@ -15,15 +14,14 @@ from ..kit import Call, Case, Peer
 
 def _long(tuned: bool) -> Callable[[Case], str | None]:
     """Torch's transforms lose most of their time to the page faults of fresh memory, unless glibc is told to keep it: both are
-    measured, each in a process of its own."""
+    measured, as cases of their own."""
 
     def missing(case: Case) -> str | None:
         if case.options == "plain":
             return "measured with long kernels"
-        keeps = all(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"))
-        if case.device == "cpu" and keeps != tuned:
-            return f"needs MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ {'set' if tuned else 'unset'} in the environment"
-        return "is for CPUs" if tuned and case.device != "cpu" else None
+        if case.tuned != tuned:
+            return "measured by bench.run --allocator-tuned" if tuned else "measured without --allocator-tuned"
+        return None
 
     return missing
 

@@ -17,9 +17,9 @@ struct Taps {
   int64_t length, forward, reverse;
   bool circular, folded;
 
-  explicit Taps(const FFTConvParams& p) : length(p.length), circular(p.circular) {
+  explicit Taps(const FFTConvParams& p) : length(p.spectrum ? p.spectrum_length : p.length), circular(p.circular) {
     forward = p.taps - 1;
-    reverse = p.k_rev ? p.taps_rev - 1 + p.k_rev_lag : 0;
+    reverse = p.taps_rev ? p.taps_rev - 1 + p.k_rev_lag : 0;
     folded = circular && forward + reverse >= length;
     if (folded || forward >= length) forward = length - 1;
     if (folded)
@@ -70,6 +70,9 @@ constexpr float kPointCost[] = {1.0f, 1.0f, 1.05f, 1.15f, 1.35f, 1.45f, 1.65f, 1
 // And per tap and sample of a direct one (one vector load, which crosses cache lines, per tap and vector).
 constexpr float kTapCost = 0.025f;
 
+// Where a kernel's spectrum is made once for any number of rows.
+constexpr int64_t kManyRows = int64_t{1} << 20;
+
 inline Way choose_way(const Taps& taps, int64_t rows) {
   const auto cost = [](int64_t points) {
     int i = 63 - __builtin_clzll(static_cast<uint64_t>(points)) - 8;
@@ -95,6 +98,12 @@ inline Way choose_way(const Taps& taps, int64_t rows) {
       static_cast<double>(rows) * static_cast<double>(length) * static_cast<double>(taps.count()) * kTapCost;
   best.direct = direct < least;
   return best;
+}
+
+// Numbers that a kernel takes which fft_conv_spectrum keeps for rows that go this way.
+template <class S>
+int64_t kernel_numbers(const Taps& taps, const Way& way) {
+  return way.direct ? taps.count() : plan<S>(way.points).size();
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------

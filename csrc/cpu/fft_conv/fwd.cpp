@@ -44,22 +44,25 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
     want_huge_pages(p.out, sizeof(T) * static_cast<size_t>(p.batch * p.channels * p.length));
   const Taps taps(p);
   const int64_t rows = p.batch * (p.channels / p.groups);
-  const Way way = choose_way(taps, rows);
+  const Way way = choose_way(taps, p.spectrum ? kManyRows : rows);
   const Plan<S>* const transform_plan = way.direct ? nullptr : &plan<S>(way.points);
   const int64_t wanted = 4 * parallel.threads;
   const int64_t chunks = p.groups >= wanted ? 1 : least(rows, (wanted + p.groups - 1) / p.groups);
   run_tasks(parallel, p.groups * chunks, [&](TaskQueue& queue) {
     Scratch scratch;
-    S* const w = scratch.take<S>(taps.count() + lanes);
     const int64_t size = way.direct ? 2 * kTile + taps.count() + 2 * lanes : transform_plan->size();
     S* const work = scratch.take<S>(size);
-    S* const spectrum = scratch.take<S>(way.direct ? 1 : size);
+    S* const w = scratch.take<S>(p.spectrum ? 1 : taps.count() + lanes);
+    S* const transformed = scratch.take<S>(p.spectrum || way.direct ? 1 : size);
+    const S* spectrum = way.direct ? w : transformed;  // what a row is convolved with
     int64_t kernel_of = -1;
     for (int64_t task; (task = queue.next()) >= 0;) {
       const int64_t group = task / chunks, chunk = task % chunks;
-      if (group != kernel_of) {
+      if (p.spectrum) {
+        spectrum = static_cast<const S*>(p.spectrum) + group * kernel_numbers<S>(taps, way);
+      } else if (group != kernel_of) {
         gather_taps(p, taps, group, w);
-        if (!way.direct) kernel_spectrum(*transform_plan, taps, w, work, spectrum);
+        if (!way.direct) kernel_spectrum(*transform_plan, taps, w, work, transformed);
         kernel_of = group;
       }
       for (int64_t row = chunk * rows / chunks; row < (chunk + 1) * rows / chunks; ++row) {
@@ -91,15 +94,15 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
             const int64_t count = least(kTile, p.length - first);
             x.origin = first - taps.forward;
             for (int64_t i = 0; i < round_up(count, lanes) + taps.count() - 1; i += lanes) store(work + i, x(i));
-            convolve(c, work, w, taps.count(), count);
+            convolve(c, work, spectrum, taps.count(), count);
             out.origin = out.low = first, out.high = first + count;
             for (int64_t i = 0; i < count; i += lanes) out(i, load(c + i));
           }
           continue;
         }
         const Plan<S>& plan = *transform_plan;
-        for (int64_t block = 0; block < way.blocks; ++block) {
-          out.low = block * way.step, out.high = least(out.low + way.step, p.length);
+        for (int64_t first = 0; first < p.length; first += way.step) {
+          out.low = first, out.high = least(first + way.step, p.length);
           x.origin = out.origin = out.low - way.before;
           analyse(x.high <= x.origin + plan.points, plan, x, work);
           transform(plan, work, Convolve<S>{spectrum});
