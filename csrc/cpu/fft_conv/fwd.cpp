@@ -14,12 +14,11 @@ struct Output {
   Vec<S> skip;
   bool skips;
   int64_t origin, low, high;  // the outputs wanted
-  const T* ahead;             // a row that is needed next, fetched along; or null
+  mutable Ahead ahead{};      // a row that is read next
 
   PYKERNELS_INLINE void operator()(int64_t i, Vec<S> c) const {
     constexpr int lanes = kLanes<S>;
     const int64_t n = origin + i;
-    if (ahead) __builtin_prefetch(ahead + n);
     if (n >= low && n + lanes <= high) {
       if (skips) c = c + skip * x->whole(n);
       if (gate) c = c * load(gate + n);
@@ -27,6 +26,29 @@ struct Output {
     } else if (n < high && n + lanes > low) {
       edge(cut<S>(n, c, low, high));
     }
+  }
+  PYKERNELS_INLINE void block(int64_t i, int64_t apart, int count, const S* from) const {
+    constexpr int lanes = kLanes<S>;
+    ahead.fetch(sizeof(T) * lanes * count);
+    int64_t n = origin + i;
+    int l = 0;
+    if (n >= low) {
+      const Reader<T> in = *x;
+      const T* const factors = gate;
+      T* const to = out;
+      const Vec<S> weight = skip;
+      const int64_t last = high - lanes;
+      const bool weighs = skips;
+#pragma GCC unroll 1
+      for (; l < count && n <= last; ++l, n += apart) {
+        Vec<S> c = load(from + l * lanes);
+        if (weighs) c = c + weight * in.whole(n);
+        if (factors) c = c * load(factors + n);
+        store(to + n, c);
+      }
+    }
+#pragma GCC unroll 1
+    for (; l < count; ++l) (*this)(i + l * apart, load(from + l * lanes));
   }
   __attribute__((noinline)) void edge(Part<S> part) const {
     if (skips) part.v = part.v + skip * x->part(part.n, part.count);
@@ -79,13 +101,13 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
                       p.skip != nullptr,
                       0,
                       0,
-                      0,
-                      nullptr};
-        if (p.length <= kLongestAhead && !way.direct) {
+                      0};
+        if (!way.direct) {
           const int64_t after = row + 1, next = group * (p.channels / p.groups) + after / p.batch;
-          x.ahead = out.out;
+          x.ahead = Ahead(out.out, p.length);
           if (after < (chunk + 1) * rows / chunks)
-            out.ahead = static_cast<const T*>(p.u) + after % p.batch * p.u_stride.batch + next * p.u_stride.channel;
+            out.ahead = Ahead(
+                static_cast<const T*>(p.u) + after % p.batch * p.u_stride.batch + next * p.u_stride.channel, p.length);
         }
         if (p.skip) out.skip = splat(static_cast<const S*>(p.skip)[channel]);
         if (way.direct) {
