@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 from torch.nn.functional import conv1d
 
@@ -17,8 +18,8 @@ def _long(tuned: bool) -> Callable[[Case], str | None]:
     measured, as cases of their own."""
 
     def missing(case: Case) -> str | None:
-        if case.options == "plain":
-            return "measured with long kernels"
+        if case.options in ("plain", "skip, spectrum kept"):
+            return "measured with long kernels, transformed in every call"
         if case.tuned != tuned:
             return "measured by bench.run --allocator-tuned" if tuned else "measured without --allocator-tuned"
         return None
@@ -28,6 +29,17 @@ def _long(tuned: bool) -> Callable[[Case], str | None]:
 
 def _rfft(problem, case: Case) -> Mapping[str, Call]:
     return {"rfft": problem.call(torch_fft)}
+
+
+def _kept(problem, case: Case) -> Mapping[str, Call]:
+    length = problem.args["u"].shape[2]
+    spectrum = torch.fft.rfft(problem.args["k"], n=2 * length)
+
+    def call(u: Tensor, k: Tensor, D: Tensor) -> Tensor:
+        out = torch.fft.irfft(torch.fft.rfft(u.float(), n=2 * length) * spectrum, n=2 * length)[..., :length]
+        return (out + u * D[:, None]).to(u.dtype)
+
+    return {"rfft": problem.call(call)}
 
 
 def _depthwise(problem, case: Case) -> Mapping[str, Call]:
@@ -43,5 +55,7 @@ def _depthwise(problem, case: Case) -> Mapping[str, Call]:
 PEERS = [
     Peer("torch rfft", "fft_conv", _long(False), _rfft),
     Peer("torch rfft, allocator tuned", "fft_conv", _long(True), _rfft),
+    Peer("torch rfft, spectrum kept", "fft_conv",
+         lambda case: None if case.options == "skip, spectrum kept" else "measured where ours is kept", _kept),
     Peer("torch conv1d", "fft_conv", lambda case: None if case.options == "plain" else "measured with short kernels", _depthwise),
 ]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..backends import asked_for
 from ..ops.fft_conv import FFTConvSpectrum, FFTConvState, fft_conv, fft_conv_init, fft_conv_spectrum, fft_conv_step
 
-# convolve(u [B, D, T], kernel, D=None, pre_gate=None, post_gate=None); kernel(tokens) gives that many taps [D, tokens], or
-# where `convolve` is `_whole` their spectrum.
+# convolve(u [B, D, T], kernel, D=None, pre_gate=None, post_gate=None); kernel(tokens) gives that many taps [D, tokens],
+# or where `convolve` is `_whole` their spectrum.
 _Convolve = Callable[..., Tensor]
 
 
@@ -275,8 +275,8 @@ class HyenaOperator(_LongMixer):
         backend: as in `pykernels.fft_conv`.
         filter_options: further arguments of `HyenaFilter`.
 
-    In evaluation mode, without grad and on a CPU, the filter's kernels and their spectra are kept from one whole sequence
-    to the next of the same length, until a parameter changes or `train()` is called; they take 8 bytes per tap and more.
+    In evaluation mode, without grad and on a CPU, the spectra of the filter's kernels are kept from one whole sequence
+    to the next of the same length, until a parameter changes or `train()` is called; they take 8 bytes per tap.
 
     See `pykernels.nn` for how it is called. Source: Poli et al., Hyena Hierarchy (arXiv:2302.10866).
     """

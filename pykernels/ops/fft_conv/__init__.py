@@ -116,7 +116,7 @@ def _check_gate_type(name: str, gate: Tensor, u: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class FFTConvSpectrum:
-    """Kernels prepared for many calls of `fft_conv`, by `fft_conv_spectrum`, on copies: later changes of k do nothing."""
+    """Kernels that `fft_conv_spectrum` prepared for many calls of `fft_conv`; later changes of k do not reach them."""
 
     groups: int  # G
     taps: int
@@ -152,8 +152,8 @@ def fft_conv(
         u: [B, D, L], float32, bfloat16, float16, or float64 on the CPU; any strides; L of any size. Arithmetic is in
             float32 (float64 for float64).
         k: kernel [D, K], or [G, K] with D a multiple of G: channel d reads row d // (D // G). K >= 1, shorter or longer
-            than L. u's dtype or float32. Or what `fft_conv_spectrum` has made of kernels, for inference: then k_rev must
-            be None, mode be its mode, and its backend serves.
+            than L. u's dtype or float32. Or what `fft_conv_spectrum` has made of kernels, for inference: then k_rev is
+            None, mode the same as there, and its backend serves.
         k_rev: the anticausal side of the kernel, [G, R] with k's rows, or None. u's dtype or float32.
         k_rev_lag: where k_rev starts. 1: k_rev[0] weighs the sample after (lag -1), as in S4, whose kernel is pad(k) +
             pad(flip(k_rev)). 0: k_rev[0] weighs the sample itself and adds to k[0], as in safari and H3, whose spectrum
@@ -256,7 +256,9 @@ def _with_spectrum(
     spectrum: FFTConvSpectrum, u: Tensor, D: Tensor | None, gates: list[Tensor | None], backend: str
 ) -> Tensor:
     if check_name(backend) not in ("auto", spectrum.backend):
-        raise ValueError(f"backend must be 'auto' or that of the FFTConvSpectrum, {spectrum.backend!r}, got {backend!r}")
+        raise ValueError(
+            f"backend must be 'auto' or that of the FFTConvSpectrum, {spectrum.backend!r}, got {backend!r}"
+        )
     settings = spectrum.k_rev_lag, spectrum.mode == "circular"
     if spectrum.backend == "reference":
         return reference.fft_conv(u, *spectrum.kept, D, *gates, *settings)
@@ -276,8 +278,8 @@ def fft_conv_spectrum(
 ) -> FFTConvSpectrum:
     """Kernels prepared once for many calls `fft_conv(u, spectrum)`, which then skip their part of the work: inference.
 
-    Without it fft_conv transforms its kernels in every call, which at batch 1 is a third of its time. What is made here
-    goes with the values that k and k_rev have now: after they change, make another one.
+    Without it fft_conv transforms its kernels in every call, which at batch 1 is a quarter to a third of its work. What
+    is made here goes with the values that k and k_rev have now: after they change, make another one.
 
     Args:
         k: kernel [G, K], as in `fft_conv`, float32, bfloat16 or float16, or float64 for float64 sequences.
@@ -286,8 +288,8 @@ def fft_conv_spectrum(
         backend: "auto", "cpu" or "reference": Triton and CUDA keep no spectra.
 
     Returns:
-        What `fft_conv` takes as its k. On the CPU it holds 2 to 4 numbers per sample of `length` and kernel (short kernels:
-        the taps), laid out for the instruction set in use; under another one fft_conv refuses it.
+        What `fft_conv` takes as its k. On the CPU it holds 2 to 4 numbers per sample of `length` and kernel (of short
+        kernels the taps), laid out for the instruction set in use; under another one fft_conv refuses it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
