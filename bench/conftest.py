@@ -67,10 +67,13 @@ _BUDGET = pytest.StashKey[_Budget]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not (config.getoption("--full") or config.option.keyword):
-        extra = [item for item in items if item.callspec.params["case"].extra]
-        config.hook.pytest_deselected(items=extra)
-        items[:] = [item for item in items if not item.callspec.params["case"].extra]
+    tuned, chosen = environment.allocator_tuned(), config.getoption("--full") or config.option.keyword
+
+    def left_out(case: kit.Case) -> bool:
+        return case.tuned != tuned or (case.extra and not (chosen or tuned))
+
+    config.hook.pytest_deselected(items=[item for item in items if left_out(item.callspec.params["case"])])
+    items[:] = [item for item in items if not left_out(item.callspec.params["case"])]
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=_replay.now))
 

@@ -85,6 +85,16 @@ def describe() -> dict:
     }
 
 
+# glibc gives memory back to the system, and has its pages made anew, unless it is told to keep what is freed. It heeds
+# MALLOC_MMAP_THRESHOLD_ up to 32 MiB only, so that no block is mapped by itself with MALLOC_MMAP_MAX_ alone.
+TUNED_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+
+
+def allocator_tuned() -> bool:
+    """Whether this process was started with `TUNED_ALLOCATOR` in its environment."""
+    return all(os.environ.get(name) == value for name, value in TUNED_ALLOCATOR.items())
+
+
 def slug() -> str:
     """The name of this machine's result file: its GPU, or its CPU, cores and instruction set."""
     if torch.cuda.is_available():

@@ -38,6 +38,7 @@ class Case:
     limits: tuple[str, ...]  # the machine's limit to compare with (see limits.py): the first of these that it has
     beside: str | None = None  # what our time is also compared with: the name of the problem's `beside` call
     extra: bool = False  # measured with --full (or -k) alone
+    tuned: bool = False  # measured where the allocator keeps freed memory (environment.allocator_tuned), else where not
 
     @property
     def backward(self) -> bool:

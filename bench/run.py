@@ -3,6 +3,7 @@
     python -m bench.run                     all ops, their main sizes, in about --minutes (default 4)
     python -m bench.run --full              every size, one thread and all of them (half an hour on two cores)
     python -m bench.run -k "causal and bf16"
+    python -m bench.run --allocator-tuned   the cases whose peers live off freed memory, in a process that keeps it
     python -m bench.run --save-results      also into bench/results/<machine>.json, to be committed
 
 With --save-results a part of the grid replaces its own results and leaves the others there, each with its commit.
@@ -13,6 +14,8 @@ Results always go to bench/output/<machine>.json, beside pytest-benchmark's own 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -30,9 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-rounds", type=int, default=5)
     parser.add_argument("--backends", help="ours to measure, such as cpu,reference (default: the compiled ones)")
     parser.add_argument("--slow-peers", action="store_true", help="also peers that compile for every case")
+    parser.add_argument("--allocator-tuned", action="store_true", help="the cases for an allocator that keeps freed memory")
     parser.add_argument("--save-results", action="store_true", help="also into bench/results/<machine>.json")
     parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args(arguments)
+    if options.allocator_tuned and not environment.allocator_tuned():  # it reads its settings when a process starts
+        given = sys.argv[1:] if arguments is None else arguments
+        return subprocess.run([sys.executable, "-m", "bench.run", *given], env={**os.environ, **environment.TUNED_ALLOCATOR},
+                              cwd=environment.ROOT, check=False).returncode
 
     report.OUTPUT.mkdir(exist_ok=True)
     raw = report.OUTPUT / "pytest-benchmark" / "newest.json"

@@ -6,7 +6,7 @@ from ._library import release_scratch
 from ._version import __version__
 from .backends import BackendUnavailable, use_backend
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
-from .ops.fft_conv import fft_conv, fft_conv_init, fft_conv_step
+from .ops.fft_conv import fft_conv, fft_conv_init, fft_conv_spectrum, fft_conv_step
 from .ops.flash_attention import flash_attention, flash_attention_decode
 from .ops.linear_attention import linear_attention, linear_attention_step
 from .ops.retention import retention, retention_step
@@ -19,6 +19,7 @@ __all__ = [
     "causal_conv1d_step",
     "fft_conv",
     "fft_conv_init",
+    "fft_conv_spectrum",
     "fft_conv_step",
     "flash_attention",
     "flash_attention_decode",

@@ -185,11 +185,14 @@ class use_backend(contextlib.AbstractContextManager):
         _default = self._previous
 
 
+def asked_for(backend: str) -> str:
+    """An op's argument `backend`, or where that is "auto" the default."""
+    return check_name(_default, "PYKERNELS_BACKEND") if check_name(backend) == "auto" else backend
+
+
 def resolve(op: Op, query: Query, backend: str) -> str:
     """The name of the backend that serves the call, or BackendUnavailable."""
-    requested = check_name(backend)
-    if requested == "auto":
-        requested = check_name(_default, "PYKERNELS_BACKEND")
+    requested = asked_for(backend)
     env = environment()
     choice = choose(op, query, requested, env)
     if choice.backend is not None:

@@ -16,7 +16,8 @@ import numpy
 import pytest
 import torch
 
-from bench import attention_gpu, bench_flash_attention, environment, kit, limits, peers, report, timer
+from bench import (attention_gpu, bench_fft_conv, bench_flash_attention, environment, kit, limits, peers, report, run,
+                   timer)
 from pykernels import testing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -316,6 +317,24 @@ def test_runs_under_pytest_benchmark(tmp_path: pathlib.Path) -> None:
     report.save(data, tmp_path / "results" / "here.json")
     assert report.load(tmp_path / "results" / "here.json") == data
     assert "torch SDPA" in report.table(data)
+
+
+def test_cases_for_a_tuned_allocator_run_where_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bench.run starts a process for them, which collects them and no others."""
+    started = []
+    with monkeypatch.context() as patch:
+        patch.delenv("MALLOC_MMAP_MAX_", raising=False)
+        patch.setattr(subprocess, "run", lambda command, **options: started.append((command, options["env"])) or
+                      subprocess.CompletedProcess(command, 3))
+        assert run.main(["--allocator-tuned", "-k", "1024"]) == 3
+    (command, env), = started
+    assert command[2:] == ["bench.run", "--allocator-tuned", "-k", "1024"]
+    assert env.items() >= environment.TUNED_ALLOCATOR.items() and not environment.allocator_tuned()
+    collect = [sys.executable, "-m", "pytest", "bench", "-c", "bench/pytest.ini", "-q", "--collect-only", "-k", "L1024"]
+    out = subprocess.run(collect, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    found = {line for line in out.splitlines() if "::" in line}
+    assert len(found) == len([case for case, _ in bench_fft_conv.CASES if case.tuned and "L1024" in case.shape])
+    assert found and all("allocator-tuned" in line for line in found)
 
 
 def test_results_of_parts_of_the_grid_come_together() -> None:

@@ -26,20 +26,21 @@ Tensor fwd_cpu(const Tensor& u, const Tensor& k, std::optional<Tensor> k_rev, st
   return fft_conv_fwd(launch, u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag, circular);
 }
 
-Tensor spectrum_cpu(const Tensor& k_, int64_t taps, int64_t points) {
-  const Tensor k = contiguous_or(k_);
-  const ScalarType wide = accumulator_of(k);
-  check_dtype(k, wide, "k");
-  STD_TORCH_CHECK(k.dim() == 2 && k.size(1) >= 1, "pykernels: k needs 2 axes and a tap");
-  STD_TORCH_CHECK(points >= 256 && (points & (points - 1)) == 0 && taps >= 1 && taps <= 2 * points,
-                  "pykernels: points must be a power of two, at least 256, and hold the taps");
+Tensor spectrum_cpu(const Tensor& k, std::optional<Tensor> k_rev, int64_t k_rev_lag, bool circular, int64_t length,
+                    int64_t points) {
   int64_t size = 0, lanes = 0;
   FFTConvSpectrumParams s{};
   FFTConvParams& p = s.forward;
-  p.dtype = dtype_of(k), p.groups = k.size(0), p.taps = k.size(1), p.k = k.const_data_ptr(), p.length = taps;
+  const FFTConvKernels kernels(p, k, k_rev, k_rev_lag, circular);
+  STD_TORCH_CHECK(length >= 1, "pykernels: length must be at least 1");
+  STD_TORCH_CHECK(points == 0 || (points >= 256 && (points & (points - 1)) == 0 && length <= 2 * points && !circular &&
+                                  !k_rev),
+                  "pykernels: points must be 0 or a power of two, at least 256, that holds causal taps");
+  const ScalarType wide = kernels.k.scalar_type();
+  p.dtype = dtype_of(kernels.k), p.length = length;
   s.points = points, s.size = &size, s.lanes = &lanes;
   cpu::fft_conv_spectrum(s, torch_threads());
-  Tensor spectrum = empty({p.groups * size + 1}, wide, k);
+  Tensor spectrum = empty({p.groups * size + 1}, wide, kernels.k);
   s.spectrum = spectrum.mutable_data_ptr();
   cpu::fft_conv_spectrum(s, torch_threads());
   if (wide == ScalarType::Double)
@@ -47,6 +48,26 @@ Tensor spectrum_cpu(const Tensor& k_, int64_t taps, int64_t points) {
   else
     static_cast<float*>(s.spectrum)[p.groups * size] = static_cast<float>(lanes);
   return spectrum;
+}
+
+Tensor fwd_spectrum_cpu(const Tensor& u, const Tensor& spectrum, std::optional<Tensor> skip,
+                        std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate, int64_t groups, int64_t taps,
+                        int64_t taps_rev, int64_t k_rev_lag, bool circular, int64_t length) {
+  STD_TORCH_CHECK(taps >= 1 && taps_rev >= 0 && (k_rev_lag == 0 || k_rev_lag == 1) && length >= 1,
+                  "pykernels: there is no such kernel");
+  FFTConvSpectrumParams s{};
+  FFTConvParams p{};
+  p.groups = groups, p.taps = taps, p.taps_rev = taps_rev, p.k_rev_lag = k_rev_lag, p.circular = circular;
+  const FFTConvRows rows(p, u, skip, pre_gate, post_gate);
+  STD_TORCH_CHECK(circular ? p.length == length : p.length <= length, "pykernels: the spectrum is for sequences of ",
+                  length, " samples, u has ", p.length);
+  const ScalarType wide = accumulator_of(u);
+  s.forward = p, s.forward.length = length;
+  s.forward.dtype = wide == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;
+  check_spectrum(spectrum, s, wide);
+  p.spectrum = spectrum.const_data_ptr(), p.spectrum_length = length;
+  const auto launch = [](const FFTConvParams& params, const Tensor&) { cpu::fft_conv_fwd(params, torch_threads()); };
+  return fft_conv_output(launch, p, u);
 }
 
 Tensor step_cpu(const Tensor& u, Tensor inputs, Tensor pending, const Tensor& k, std::optional<Tensor> spectrum,
@@ -72,7 +93,7 @@ Tensor step_cpu(const Tensor& u, Tensor inputs, Tensor pending, const Tensor& k,
   plain(inputs, "inputs"), plain(pending, "pending"), plain(k, "k");
   p.u = u.const_data_ptr(), p.u_stride = strides2(u), p.k = k.const_data_ptr();
   p.inputs = inputs.mutable_data_ptr(), p.pending = pending.mutable_data_ptr();
-  const std::optional<Tensor> skip = skip_ ? std::optional<Tensor>(contiguous_or(*skip_)) : std::nullopt;
+  const std::optional<Tensor> skip = contiguous_or(skip_);
   if (skip) {
     check_dtype(*skip, wide, "D");
     check_shape(*skip, {p.channels}, "D");
@@ -119,7 +140,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pykernels, m) {
       "k_rev_lag, "
       "bool circular) -> Tensor");
   m.def(
-      "fft_conv_spectrum_cpu(Tensor k, int taps, int points) -> Tensor");
+      "fft_conv_spectrum_cpu(Tensor k, Tensor? k_rev, int k_rev_lag, bool circular, int length, int points) -> "
+      "Tensor");
+  m.def(
+      "fft_conv_fwd_spectrum_cpu(Tensor u, Tensor spectrum, Tensor? D, Tensor? pre_gate, Tensor? post_gate, int "
+      "groups, int taps, int taps_rev, int k_rev_lag, bool circular, int length) -> Tensor");
   m.def(
       "fft_conv_step_cpu(Tensor u_t, Tensor(a!) inputs, Tensor(b!) pending, Tensor k, Tensor? spectrum, Tensor? D, "
       "Tensor? pre_gate, Tensor? post_gate, int tokens) -> Tensor");
@@ -133,6 +158,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pykernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(pykernels, CPU, m) {
   m.impl("fft_conv_fwd_cpu", TORCH_BOX(&fwd_cpu));
   m.impl("fft_conv_spectrum_cpu", TORCH_BOX(&spectrum_cpu));
+  m.impl("fft_conv_fwd_spectrum_cpu", TORCH_BOX(&fwd_spectrum_cpu));
   m.impl("fft_conv_step_cpu", TORCH_BOX(&step_cpu));
   m.impl("fft_conv_bwd_cpu", TORCH_BOX(&bwd_cpu));
 }

@@ -14,41 +14,49 @@ inline std::optional<Tensor> readable(const std::optional<Tensor>& x) {
   return x ? std::optional<Tensor>(last_contiguous(*x)) : std::nullopt;
 }
 
-// The arguments of a call; the tensors must outlive the launch.
-struct FFTConvArguments {
-  Tensor u, k;
-  std::optional<Tensor> k_rev, skip, pre_gate, post_gate;
-  FFTConvParams params{};
+inline std::optional<Tensor> contiguous_or(const std::optional<Tensor>& x) {
+  return x ? std::optional<Tensor>(contiguous_or(*x)) : std::nullopt;
+}
 
-  FFTConvArguments(const Tensor& u_, const Tensor& k_, const std::optional<Tensor>& k_rev_,
-                   const std::optional<Tensor>& skip_, const std::optional<Tensor>& pre_gate_,
-                   const std::optional<Tensor>& post_gate_, int64_t k_rev_lag, bool circular)
+// The parts of a call write what they know into its parameters; their tensors must outlive the launch.
+struct FFTConvKernels {
+  Tensor k;
+  std::optional<Tensor> k_rev;
+
+  FFTConvKernels(FFTConvParams& p, const Tensor& k_, const std::optional<Tensor>& k_rev_, int64_t k_rev_lag,
+                 bool circular)
+      : k(contiguous_or(k_)), k_rev(contiguous_or(k_rev_)) {
+    STD_TORCH_CHECK(k.dim() == 2 && k.size(1) >= 1, "pykernels: k needs 2 axes and a tap");
+    const ScalarType wide = accumulator_of(k);
+    check_dtype(k, wide, "k");
+    p.k = k.const_data_ptr(), p.groups = k.size(0), p.taps = k.size(1);
+    p.k_rev_lag = k_rev_lag, p.circular = circular;
+    STD_TORCH_CHECK(k_rev_lag == 0 || k_rev_lag == 1, "pykernels: k_rev_lag must be 0 or 1");
+    if (!k_rev) return;
+    check_dtype(*k_rev, wide, "k_rev");
+    STD_TORCH_CHECK(k_rev->dim() == 2 && k_rev->size(1) >= 1, "pykernels: k_rev needs 2 axes and a tap");
+    check_shape(*k_rev, {p.groups, k_rev->size(1)}, "k_rev");
+    p.k_rev = k_rev->const_data_ptr(), p.taps_rev = k_rev->size(1);
+  }
+};
+struct FFTConvRows {
+  Tensor u;
+  std::optional<Tensor> skip, pre_gate, post_gate;
+
+  FFTConvRows(FFTConvParams& p, const Tensor& u_, const std::optional<Tensor>& skip_,
+              const std::optional<Tensor>& pre_gate_, const std::optional<Tensor>& post_gate_)
       : u(last_contiguous(u_)),
-        k(contiguous_or(k_)),
-        k_rev(k_rev_ ? std::optional<Tensor>(contiguous_or(*k_rev_)) : std::nullopt),
-        skip(skip_ ? std::optional<Tensor>(contiguous_or(*skip_)) : std::nullopt),
+        skip(contiguous_or(skip_)),
         pre_gate(readable(pre_gate_)),
         post_gate(readable(post_gate_)) {
-    FFTConvParams& p = params;
-    STD_TORCH_CHECK(u.dim() == 3 && k.dim() == 2, "pykernels: u needs 3 axes and k 2");
+    STD_TORCH_CHECK(u.dim() == 3, "pykernels: u needs 3 axes");
     p.dtype = dtype_of(u);
-    p.batch = u.size(0), p.channels = u.size(1), p.length = u.size(2), p.groups = k.size(0), p.taps = k.size(1);
+    p.batch = u.size(0), p.channels = u.size(1), p.length = u.size(2);
     STD_TORCH_CHECK(p.groups > 0 ? p.channels % p.groups == 0 : p.channels == 0,
                     "pykernels: u's channels are no multiple of k's");
-    STD_TORCH_CHECK(p.taps >= 1, "pykernels: k has no taps");
-    STD_TORCH_CHECK(k_rev_lag == 0 || k_rev_lag == 1, "pykernels: k_rev_lag must be 0 or 1");
-    const ScalarType wide = accumulator_of(u);
-    check_dtype(k, wide, "k");
-    p.u = u.const_data_ptr(), p.u_stride = strides2(u), p.k = k.const_data_ptr();
-    p.k_rev_lag = k_rev_lag, p.circular = circular;
-    if (k_rev) {
-      check_dtype(*k_rev, wide, "k_rev");
-      STD_TORCH_CHECK(k_rev->dim() == 2 && k_rev->size(1) >= 1, "pykernels: k_rev needs 2 axes and a tap");
-      check_shape(*k_rev, {p.groups, k_rev->size(1)}, "k_rev");
-      p.k_rev = k_rev->const_data_ptr(), p.taps_rev = k_rev->size(1);
-    }
+    p.u = u.const_data_ptr(), p.u_stride = strides2(u);
     if (skip) {
-      check_dtype(*skip, wide, "D");
+      check_dtype(*skip, accumulator_of(u), "D");
       check_shape(*skip, {p.channels}, "D");
       p.skip = skip->const_data_ptr();
     }
@@ -63,16 +71,34 @@ struct FFTConvArguments {
   }
 };
 
+// The arguments of a call, of which the kernels come first: the rows are checked against them.
+struct FFTConvArguments {
+  FFTConvParams params{};
+  FFTConvKernels kernels;
+  FFTConvRows rows;
+
+  FFTConvArguments(const Tensor& u, const Tensor& k, const std::optional<Tensor>& k_rev,
+                   const std::optional<Tensor>& skip, const std::optional<Tensor>& pre_gate,
+                   const std::optional<Tensor>& post_gate, int64_t k_rev_lag, bool circular)
+      : kernels(params, k, k_rev, k_rev_lag, circular), rows(params, u, skip, pre_gate, post_gate) {
+    check_dtype(kernels.k, accumulator_of(u), "k");
+  }
+};
+
+template <class Launch>
+Tensor fft_conv_output(Launch&& launch, FFTConvParams& p, const Tensor& u) {
+  Tensor out = empty({p.batch, p.channels, p.length}, u.scalar_type(), u);
+  p.out = out.mutable_data_ptr(), p.out_stride = strides2(out);
+  launch(p, u);
+  return out;
+}
+
 template <class Launch>
 Tensor fft_conv_fwd(Launch&& launch, const Tensor& u, const Tensor& k, std::optional<Tensor> k_rev,
                     std::optional<Tensor> skip, std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate,
                     int64_t k_rev_lag, bool circular) {
   FFTConvArguments arguments(u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag, circular);
-  FFTConvParams& p = arguments.params;
-  Tensor out = empty({p.batch, p.channels, p.length}, u.scalar_type(), u);
-  p.out = out.mutable_data_ptr(), p.out_stride = strides2(out);
-  launch(p, u);
-  return out;
+  return fft_conv_output(launch, arguments.params, u);
 }
 
 template <class Launch>

@@ -11,10 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..ops.fft_conv import FFTConvState, fft_conv, fft_conv_init, fft_conv_step
+from ..backends import asked_for
+from ..ops.fft_conv import FFTConvSpectrum, FFTConvState, fft_conv, fft_conv_init, fft_conv_spectrum, fft_conv_step
 from .state import check_inference
 
-# convolve(u [B, D, T], kernel, D=None, pre_gate=None, post_gate=None); kernel(tokens) gives that many taps [D, tokens].
+# convolve(u [B, D, T], kernel, D=None, pre_gate=None, post_gate=None); kernel(tokens) gives that many taps [D, tokens],
+# or where `convolve` is `_whole` their spectrum.
 _Convolve = Callable[..., Tensor]
 
 
@@ -82,7 +84,9 @@ class _LongMixer(nn.Module, abc.ABC):
             )
         state.tokens += tokens
 
-    def _whole(self, u: Tensor, kernel: Callable[[int], Tensor], **options: Tensor | None) -> Tensor:
+    def _whole(
+        self, u: Tensor, kernel: Callable[[int], Tensor | FFTConvSpectrum], **options: Tensor | None
+    ) -> Tensor:
         return fft_conv(u, kernel(max(u.shape[2], 1)), backend=self.backend, **options)
 
     def _prefix(
@@ -223,6 +227,41 @@ class HyenaFilter(nn.Module):
         return (self.out(h) * torch.exp(-t.to(h.dtype) * self.rates)).T
 
 
+class _Spectra:
+    """A filter's kernels as spectra, kept for as long as they are those of its parameters.
+
+    Whether they are is decided by the parameters' values. Writes through `.data` and in inference mode leave no other
+    trace, and a filter's parameters are few beside its kernels.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple | None = None  # what of, the values of the parameters then, spectra
+
+    def __reduce__(self) -> tuple:
+        return _Spectra, ()  # copies of a layer, and those that are saved, make their own
+
+    def clear(self) -> None:
+        self._made = None
+
+    def of(self, module: HyenaFilter, tokens: int, parts: int, dtype: torch.dtype) -> list[FFTConvSpectrum]:
+        """The spectra of so many equal parts of the kernels, for rows in `dtype`."""
+        facts = tokens, parts, dtype, module.max_tokens, module.bands
+        values = [*module.parameters(), *module.buffers()]
+        made = self._made
+        if made is None or made[0] != facts or not _equal(made[1], values):
+            kernels = module(tokens)
+            kernels = kernels.double() if dtype == torch.float64 else kernels
+            spectra = [fft_conv_spectrum(k, tokens, backend="cpu") for k in kernels.chunk(parts)]
+            made = self._made = facts, [x.clone() for x in values], spectra
+        return made[2]
+
+
+def _equal(x: list[Tensor], y: list[Tensor]) -> bool:
+    return len(x) == len(y) and all(
+        a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(x, y)
+    )
+
+
 class HyenaOperator(_LongMixer):
     """Hyena's mixer, a stand-in for attention: gates and long convolutions in turn; x [B, T, dim] -> [B, T, dim].
 
@@ -237,6 +276,9 @@ class HyenaOperator(_LongMixer):
         short_taps: of the short convolution.
         backend: as in `pykernels.fft_conv`.
         filter_options: further arguments of `HyenaFilter`.
+
+    In evaluation mode, without grad and on a CPU, the spectra of the filter's kernels are kept from one whole sequence
+    to the next of the same length, until a parameter changes or `train()` is called; they take 8 bytes per tap.
 
     See `pykernels.nn` for how it is called. Source: Poli et al., Hyena Hierarchy (arXiv:2302.10866).
     """
@@ -270,24 +312,34 @@ class HyenaOperator(_LongMixer):
         self.short_bias = nn.Parameter(torch.empty(streams, 1, **options))
         self.filter = HyenaFilter((order - 1) * dim, max_tokens, **filter_options, **options)
         self.skip = nn.Parameter(torch.randn(order - 1, dim, **options))
+        self._spectra = _Spectra()
         for parameter in (self.short_kernel, self.short_bias):  # as of torch.nn.Conv1d
             nn.init.uniform_(parameter, -(short_taps**-0.5), short_taps**-0.5)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, max_tokens={self.max_tokens}, order={self.order}, backend={self.backend!r}"
 
+    def train(self, mode: bool = True) -> HyenaOperator:
+        self._spectra.clear()
+        return super().train(mode)
+
+    def _kernels(self, u: Tensor, convolve: _Convolve) -> list[Callable[[int], Tensor | FFTConvSpectrum]]:
+        """What `convolve` of u takes as its kernels, of all gates in turn."""
+        if not torch.compiler.is_compiling() and not self.training and not torch.is_grad_enabled():
+            plain = type(u) is Tensor and u.device.type == "cpu" and type(self.filter) is HyenaFilter
+            if plain and asked_for(self.backend) in ("auto", "cpu") and convolve == self._whole:
+                spectra = self._spectra.of(self.filter, u.shape[2], self.order - 1, u.dtype)
+                return [lambda _, spectrum=spectrum: spectrum for spectrum in spectra]
+        parts = (slice(i * self.dim, (i + 1) * self.dim) for i in range(self.order - 1))
+        return [lambda tokens, rows=rows: self.filter(tokens)[rows] for rows in parts]
+
     def _mix(self, x: Tensor, convolve: _Convolve) -> Tensor:
         streams = self.in_proj(x).transpose(1, 2)
         streams = convolve(streams, lambda tokens: self.short_kernel[:, :tokens])
         streams = streams + self.short_bias.to(streams.dtype)
         *gates, v = streams.unflatten(1, (self.order + 1, self.dim)).unbind(1)
+        kernels = self._kernels(v, convolve)
         for i in range(self.order - 1, 0, -1):
-            rows, last = slice((i - 1) * self.dim, i * self.dim), gates[0] if i == 1 else None
-            v = convolve(
-                v,
-                lambda tokens, rows=rows: self.filter(tokens)[rows],
-                D=self.skip[i - 1],
-                pre_gate=gates[i],
-                post_gate=last,
-            )
+            last = gates[0] if i == 1 else None
+            v = convolve(v, kernels[i - 1], D=self.skip[i - 1], pre_gate=gates[i], post_gate=last)
         return self.out_proj(v.transpose(1, 2))

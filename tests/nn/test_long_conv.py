@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykernels import testing
+import pykernels
+from pykernels import _library, testing
 from pykernels.nn import HyenaFilter, HyenaOperator, LongConv
 
 BACKENDS = sorted({t.backend for t in testing.targets(testing.FFT_CONV.op, every_isa=False) if t.device == "cpu"})
@@ -120,6 +123,77 @@ def test_every_parameter_gets_a_gradient(layer):
     assert all(
         p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in (x, *layer.parameters())
     )
+
+
+# ---- the kernels that Hyena keeps for inference
+
+
+def _changes(layer: HyenaOperator):
+    """(name, a change of the filter that leaves no trace but its values)."""
+    weight, bias = layer.filter.out.weight, layer.filter.hidden[0].bias
+    with torch.inference_mode():
+        yield "in inference mode", weight.mul_(1.1)
+    yield "through .data", bias.data.add_(0.1)
+    yield "through a view of .data", weight.data[1].neg_()
+    yield "through NumPy", weight.detach().numpy().__imul__(0.9)
+    yield "of a buffer", layer.filter.rates.mul_(0.9)
+    yield "of max_tokens", setattr(layer.filter, "max_tokens", 290)
+    layer.filter.out.weight = torch.nn.Parameter(weight.detach() * 2)
+    yield "of the parameter", None
+    yield "of the state", layer.load_state_dict({name: 0.7 * x for name, x in layer.state_dict().items()})
+
+
+@pytest.mark.parametrize("order", (2, 3))
+def test_hyena_keeps_its_kernels_in_inference_and_they_are_never_old(order, monkeypatch):
+    layer = HyenaOperator(6, 300, order=order, embedding=5).eval()
+    x, made = torch.randn(2, 200, 6), []
+    original = HyenaFilter.forward
+    monkeypatch.setattr(HyenaFilter, "forward", lambda self, tokens: made.append(tokens) or original(self, tokens))
+
+    def filters(call) -> int:
+        made.clear()
+        call()
+        return len(made)
+
+    with torch.no_grad():
+        assert filters(lambda: layer(x)) == 1
+        assert filters(lambda: layer(torch.randn(5, 200, 6))) == 0  # any batch
+        assert filters(lambda: layer(x[:, :90])) == 1  # another length
+        before = layer(x)
+        for name, _ in _changes(layer):
+            again = layer(x)
+            assert not torch.equal(again, before), name
+            assert filters(lambda: layer(x)) == 0, name
+            before, expected = again, copy.deepcopy(layer).train()(x)
+            near(again, expected, 1e-6)
+        layer.train().eval()
+        assert filters(lambda: layer(x)) == 1
+    assert filters(lambda: layer(x)) == order - 1  # with grad
+    layer.train()
+    with torch.no_grad():
+        assert filters(lambda: layer(x)) == order - 1
+
+
+def test_a_saved_hyena_has_no_spectra():
+    """They are laid out for the machine's instruction set."""
+    layer, stream = HyenaOperator(6, 300).eval(), io.BytesIO()
+    x = torch.randn(1, 300, 6)
+    with torch.no_grad():
+        expected = layer(x)
+        torch.save(layer, stream)
+        stream.seek(0)
+        loaded = torch.load(stream, weights_only=False)
+        with testing.use_isa(_library.machine_isas()[0]):
+            near(loaded(x), expected, 1e-6)
+
+
+def test_backends_without_spectra_serve_hyena_in_inference():
+    layer, x = HyenaOperator(6, 300, dtype=F64).eval(), torch.randn(1, 300, 6, dtype=F64)
+    with torch.no_grad():
+        expected = layer(x)
+        for backend in BACKENDS:
+            with pykernels.use_backend(backend):
+                near(layer(x), expected)
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,7 @@ def test_compile_forward_and_backward_with_dynamic_shapes():
 
 _PEAK = """
 import re, torch
-from pykernels import fft_conv
+from pykernels import fft_conv, fft_conv_spectrum
 
 def peak():
     # MiB, of this program alone: ru_maxrss starts from the size of the process that started it.
@@ -367,6 +367,8 @@ def peak():
 
 torch.set_num_threads(2)
 fft_conv(torch.randn(1, 2, 5000), torch.randn(2, 5000), backend="cpu")  # loads all there is to load
+"""
+_PEAK_OF_GRADIENTS = _PEAK + """
 u, k, dy = torch.randn(8, 32, 65536), torch.randn(32, 65536), torch.randn(8, 32, 65536)  # 64, 8 and 64 MiB
 u.requires_grad_(), k.requires_grad_()
 before = peak()
@@ -377,5 +379,22 @@ print(peak() - before)
 
 def test_memory_is_that_of_the_outputs():
     """136 MiB of outputs and gradients, and per thread the spectra of a row; all spectra would be 272 MiB more."""
-    process = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-c", _PEAK_OF_GRADIENTS], capture_output=True, text=True, check=True)
     assert 64 < float(process.stdout) < 136 + 60, process.stdout
+
+
+_PEAK_OF_SPECTRA = _PEAK + """
+u, k = torch.randn(4, 32, 65536), torch.randn(32, 65536)  # 32 and 8 MiB
+before = peak()
+spectrum = fft_conv_spectrum(k, 65536, backend="cpu")
+made = peak()
+fft_conv(u, spectrum)
+print(made - before, peak() - made)
+"""
+
+
+def test_memory_is_that_of_the_spectra():
+    """16 MiB of spectra kept between calls, and per thread a row's; then 32 MiB of outputs."""
+    process = subprocess.run([sys.executable, "-c", _PEAK_OF_SPECTRA], capture_output=True, text=True, check=True)
+    made, convolved = map(float, process.stdout.split())
+    assert 14 < made < 16 + 12 and 28 < convolved < 32 + 12, process.stdout

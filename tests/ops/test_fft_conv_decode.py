@@ -180,7 +180,7 @@ def _step_arguments(tokens: int, dtype: torch.dtype) -> tuple:
 @pytest.mark.parametrize("tokens", (5, 63, 511))
 def test_opcheck_and_version_counters(tokens):
     ops = torch.ops.pykernels
-    torch.library.opcheck(ops.fft_conv_spectrum_cpu.default, (torch.randn(2, 512), 512, 256))
+    torch.library.opcheck(ops.fft_conv_spectrum_cpu.default, (torch.randn(2, 512), None, 1, False, 512, 256))
     for dtype in (torch.float32, torch.bfloat16):
         arguments = _step_arguments(tokens, dtype)
         torch.library.opcheck(ops.fft_conv_step_cpu.default, arguments)

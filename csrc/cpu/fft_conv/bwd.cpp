@@ -209,7 +209,8 @@ void run(const FFTConvBackwardParams& b, const Parallel& parallel) {
         if (p.circular) x.low = -taps.forward, x.high = p.length + taps.reverse;
         const bool fresh = way.blocks == 1 && !p.circular;  // one window, and nothing of it wraps into the row
         if (of_x && !fresh) __builtin_memset(row_sum, 0, sizeof(S) * p.length);
-        if (p.length <= kLongestAhead) x.ahead = dc.values, dc.ahead = du;
+        x.ahead = Ahead(dc.values, p.length);
+        if (du) dc.ahead = Ahead(du, p.length);
         for (int64_t block = 0; block < way.blocks; ++block) {
           const int64_t first = block * way.step, last = least(first + way.step, p.length), origin = first - way.before;
           if (of_kernel || post.dpost) {

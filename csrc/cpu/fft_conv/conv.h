@@ -17,9 +17,9 @@ struct Taps {
   int64_t length, forward, reverse;
   bool circular, folded;
 
-  explicit Taps(const FFTConvParams& p) : length(p.length), circular(p.circular) {
+  explicit Taps(const FFTConvParams& p) : length(p.spectrum ? p.spectrum_length : p.length), circular(p.circular) {
     forward = p.taps - 1;
-    reverse = p.k_rev ? p.taps_rev - 1 + p.k_rev_lag : 0;
+    reverse = p.taps_rev ? p.taps_rev - 1 + p.k_rev_lag : 0;
     folded = circular && forward + reverse >= length;
     if (folded || forward >= length) forward = length - 1;
     if (folded)
@@ -70,6 +70,9 @@ constexpr float kPointCost[] = {1.0f, 1.0f, 1.05f, 1.15f, 1.35f, 1.45f, 1.65f, 1
 // And per tap and sample of a direct one (one vector load, which crosses cache lines, per tap and vector).
 constexpr float kTapCost = 0.025f;
 
+// Where a kernel's spectrum is made once for any number of rows.
+constexpr int64_t kManyRows = int64_t{1} << 20;
+
 inline Way choose_way(const Taps& taps, int64_t rows) {
   const auto cost = [](int64_t points) {
     int i = 63 - __builtin_clzll(static_cast<uint64_t>(points)) - 8;
@@ -97,7 +100,34 @@ inline Way choose_way(const Taps& taps, int64_t rows) {
   return best;
 }
 
+// Numbers that a kernel takes which fft_conv_spectrum keeps for rows that go this way.
+template <class S>
+int64_t kernel_numbers(const Taps& taps, const Way& way) {
+  return way.direct ? taps.count() : plan<S>(way.points).size();
+}
+
 // ---- rows -----------------------------------------------------------------------------------------------------------
+
+// Rows are read and written in places too far apart for the processor to see a pattern. Up to this length the next one
+// is fetched meanwhile, from its start to its end, and stays in the second-level cache until it is needed.
+constexpr int64_t kLongestAhead = 32768;
+
+class Ahead {
+ public:
+  Ahead() = default;
+  template <class T>
+  Ahead(const T* row, int64_t length)
+      : at_(reinterpret_cast<const char*>(row)), end_(at_ + (length <= kLongestAhead ? length * sizeof(T) : 0)) {}
+  PYKERNELS_INLINE void fetch(int64_t bytes) {
+    const char* const until = least(at_ + bytes, end_);
+#pragma GCC unroll 1
+    for (; at_ < until; at_ += 64) __builtin_prefetch(at_);
+  }
+
+ private:
+  const char* at_ = nullptr;
+  const char* end_ = nullptr;
+};
 
 // x = values gate at origin + i, as vectors; zero outside [low, high), and positions wrap where `wraps`.
 template <class T>
@@ -107,15 +137,33 @@ struct Reader {
   const T* gate;  // or null
   int64_t length, origin, low, high;
   bool wraps;
-  const T* ahead = nullptr;  // a row that is needed next, fetched along to be written
+  mutable Ahead ahead{};  // a row that is written next
 
   PYKERNELS_INLINE Vec<S> operator()(int64_t i) const {
     constexpr int lanes = kLanes<S>;
     const int64_t n = origin + i;
-    if (ahead) __builtin_prefetch(ahead + n, 1);
     if (n >= most<int64_t>(low, 0) && n + lanes <= least(high, length)) return whole(n);
     if (n >= high || n + lanes <= low) return Vec<S>{};
     return edge(n);
+  }
+  PYKERNELS_INLINE void block(int64_t i, int64_t apart, int count, S* to) const {
+    constexpr int lanes = kLanes<S>;
+    ahead.fetch(sizeof(T) * lanes * count);
+    int64_t n = origin + i;
+    int l = 0;
+    if (n >= most<int64_t>(low, 0)) {
+      const T* const from = values;
+      const T* const factors = gate;
+      const int64_t last = least(high, length) - lanes;
+      if (factors)
+#pragma GCC unroll 4
+        for (; l < count && n <= last; ++l, n += apart) store(to + l * lanes, load(from + n) * load(factors + n));
+      else
+#pragma GCC unroll 4
+        for (; l < count && n <= last; ++l, n += apart) store(to + l * lanes, load(from + n));
+    }
+#pragma GCC unroll 1
+    for (; l < count; ++l) store(to + l * lanes, (*this)(i + l * apart));
   }
   PYKERNELS_INLINE Vec<S> whole(int64_t n) const {
     const Vec<S> x = load(values + n);
@@ -145,10 +193,6 @@ struct Reader {
     return load(x);
   }
 };
-
-// Rows are read and written in places too far apart for the processor to see a pattern. Up to this length the next one
-// stays in the second-level cache until it is needed.
-constexpr int64_t kLongestAhead = 32768;
 
 // The lanes of v that fall into [low, high) when the first is at n, moved to the front.
 template <class S>

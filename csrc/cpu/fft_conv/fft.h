@@ -157,22 +157,46 @@ PYKERNELS_INLINE Complex<S> first_factor(const S* at) {
     return of_b * load_complex(at + (kInner<S> + K1 / kInner<S> - 1) * kStep<S>);
 }
 
+// `count` vectors of samples, `apart` from one to the next, between `read` or `write` and an array. Those that have a
+// function for it ask where a vector lies once for many: asked for each one, that costs as much as its arithmetic.
+template <class S, class Read>
+PYKERNELS_INLINE void read_block(const Read& read, int64_t i, int64_t apart, int count, S* to) {
+  if constexpr (requires { read.block(i, apart, count, to); }) {
+    read.block(i, apart, count, to);
+  } else {
+#pragma GCC unroll 1
+    for (int l = 0; l < count; ++l) store(to + l * kLanes<S>, read(i + l * apart));
+  }
+}
+template <class S, class Write>
+PYKERNELS_INLINE void write_block(const Write& write, int64_t i, int64_t apart, int count, const S* from) {
+  if constexpr (requires { write.block(i, apart, count, from); }) {
+    write.block(i, apart, count, from);
+  } else {
+#pragma GCC unroll 1
+    for (int l = 0; l < count; ++l) write(i + l * apart, load(from + l * kLanes<S>));
+  }
+}
+
 // The lanes of j, j + 1, ... , as many vectors as there are lanes, from read(i), which gives the vector of samples i, i
 // + 1, ... Half: the samples from N on are zero.
 template <bool Half, class S, class Read>
 PYKERNELS_INLINE void analyse_block(const Plan<S>& plan, const Read& read, int64_t j, S* to) {
   constexpr int lanes = kLanes<S>;
   const S* const factors = plan.first + j / lanes * (kInner<S> + kOuter<S> - 1) * kStep<S>;
+  alignas(64) S samples[(Half ? 1 : 2) * lanes * lanes];
+  read_block<S>(read, j, plan.length, lanes, samples);
+  if constexpr (!Half) read_block<S>(read, plan.points + j, plan.length, lanes, samples + lanes * lanes);
   Complex<S> x[lanes];
   PYKERNELS_REPEAT(lanes, l, {
-    const Vec<S> re = read(l * plan.length + j);
+    const Vec<S> re = load(samples + l * lanes);
     if constexpr (Half) {
       // Times e^{2 pi i l / 4V}, of real numbers.
       constexpr S c = static_cast<S>(kCosine[16 / lanes * l]);
       constexpr S s = static_cast<S>(kCosine[16 - 16 / lanes * l]);
       x[l] = {re * c, re * s};
     } else {
-      x[l] = rotate<l, 4 * lanes, true, S>({re, read(plan.points + l * plan.length + j)});
+      x[l] = rotate<l, 4 * lanes, true, S>({re, load(samples + (lanes + l) * lanes)});
     }
   });
   dft<lanes, false, S>(x);
@@ -204,17 +228,20 @@ PYKERNELS_INLINE void synthesise_block(const Plan<S>& plan, const S* from, int64
   Complex<S> x[lanes];
   PYKERNELS_REPEAT(lanes, k, { x[k] = times_conj<S>({re[k], im[k]}, first_factor<k, S>(factors)); });
   dft<lanes, true, S>(x);
+  alignas(64) S samples[(Half ? 1 : 2) * lanes * lanes];
   PYKERNELS_REPEAT(lanes, l, {
     if constexpr (Half) {
       constexpr S c = static_cast<S>(kCosine[16 / lanes * l]);
       constexpr S s = static_cast<S>(kCosine[16 - 16 / lanes * l]);
-      write(l * plan.length + j, x[l].re * c + x[l].im * s);
+      store(samples + l * lanes, x[l].re * c + x[l].im * s);
     } else {
       const Complex<S> y = rotate<l, 4 * lanes, false, S>(x[l]);
-      write(l * plan.length + j, y.re);
-      write(plan.points + l * plan.length + j, y.im);
+      store(samples + l * lanes, y.re);
+      store(samples + (lanes + l) * lanes, y.im);
     }
   });
+  write_block<S>(write, j, plan.length, lanes, samples);
+  if constexpr (!Half) write_block<S>(write, plan.points + j, plan.length, lanes, samples + lanes * lanes);
 }
 
 // ---- in each lane ---------------------------------------------------------------------------------------------------

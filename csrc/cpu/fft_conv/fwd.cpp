@@ -14,12 +14,11 @@ struct Output {
   Vec<S> skip;
   bool skips;
   int64_t origin, low, high;  // the outputs wanted
-  const T* ahead;             // a row that is needed next, fetched along; or null
+  mutable Ahead ahead{};      // a row that is read next
 
   PYKERNELS_INLINE void operator()(int64_t i, Vec<S> c) const {
     constexpr int lanes = kLanes<S>;
     const int64_t n = origin + i;
-    if (ahead) __builtin_prefetch(ahead + n);
     if (n >= low && n + lanes <= high) {
       if (skips) c = c + skip * x->whole(n);
       if (gate) c = c * load(gate + n);
@@ -27,6 +26,29 @@ struct Output {
     } else if (n < high && n + lanes > low) {
       edge(cut<S>(n, c, low, high));
     }
+  }
+  PYKERNELS_INLINE void block(int64_t i, int64_t apart, int count, const S* from) const {
+    constexpr int lanes = kLanes<S>;
+    ahead.fetch(sizeof(T) * lanes * count);
+    int64_t n = origin + i;
+    int l = 0;
+    if (n >= low) {
+      const Reader<T> in = *x;
+      const T* const factors = gate;
+      T* const to = out;
+      const Vec<S> weight = skip;
+      const int64_t last = high - lanes;
+      const bool weighs = skips;
+#pragma GCC unroll 1
+      for (; l < count && n <= last; ++l, n += apart) {
+        Vec<S> c = load(from + l * lanes);
+        if (weighs) c = c + weight * in.whole(n);
+        if (factors) c = c * load(factors + n);
+        store(to + n, c);
+      }
+    }
+#pragma GCC unroll 1
+    for (; l < count; ++l) (*this)(i + l * apart, load(from + l * lanes));
   }
   __attribute__((noinline)) void edge(Part<S> part) const {
     if (skips) part.v = part.v + skip * x->part(part.n, part.count);
@@ -44,22 +66,25 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
     want_huge_pages(p.out, sizeof(T) * static_cast<size_t>(p.batch * p.channels * p.length));
   const Taps taps(p);
   const int64_t rows = p.batch * (p.channels / p.groups);
-  const Way way = choose_way(taps, rows);
+  const Way way = choose_way(taps, p.spectrum ? kManyRows : rows);
   const Plan<S>* const transform_plan = way.direct ? nullptr : &plan<S>(way.points);
   const int64_t wanted = 4 * parallel.threads;
   const int64_t chunks = p.groups >= wanted ? 1 : least(rows, (wanted + p.groups - 1) / p.groups);
   run_tasks(parallel, p.groups * chunks, [&](TaskQueue& queue) {
     Scratch scratch;
-    S* const w = scratch.take<S>(taps.count() + lanes);
     const int64_t size = way.direct ? 2 * kTile + taps.count() + 2 * lanes : transform_plan->size();
     S* const work = scratch.take<S>(size);
-    S* const spectrum = scratch.take<S>(way.direct ? 1 : size);
+    S* const w = scratch.take<S>(p.spectrum ? 1 : taps.count() + lanes);
+    S* const transformed = scratch.take<S>(p.spectrum || way.direct ? 1 : size);
+    const S* spectrum = way.direct ? w : transformed;  // what a row is convolved with
     int64_t kernel_of = -1;
     for (int64_t task; (task = queue.next()) >= 0;) {
       const int64_t group = task / chunks, chunk = task % chunks;
-      if (group != kernel_of) {
+      if (p.spectrum) {
+        spectrum = static_cast<const S*>(p.spectrum) + group * kernel_numbers<S>(taps, way);
+      } else if (group != kernel_of) {
         gather_taps(p, taps, group, w);
-        if (!way.direct) kernel_spectrum(*transform_plan, taps, w, work, spectrum);
+        if (!way.direct) kernel_spectrum(*transform_plan, taps, w, work, transformed);
         kernel_of = group;
       }
       for (int64_t row = chunk * rows / chunks; row < (chunk + 1) * rows / chunks; ++row) {
@@ -76,13 +101,13 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
                       p.skip != nullptr,
                       0,
                       0,
-                      0,
-                      nullptr};
-        if (p.length <= kLongestAhead && !way.direct) {
+                      0};
+        if (!way.direct) {
           const int64_t after = row + 1, next = group * (p.channels / p.groups) + after / p.batch;
-          x.ahead = out.out;
+          x.ahead = Ahead(out.out, p.length);
           if (after < (chunk + 1) * rows / chunks)
-            out.ahead = static_cast<const T*>(p.u) + after % p.batch * p.u_stride.batch + next * p.u_stride.channel;
+            out.ahead = Ahead(
+                static_cast<const T*>(p.u) + after % p.batch * p.u_stride.batch + next * p.u_stride.channel, p.length);
         }
         if (p.skip) out.skip = splat(static_cast<const S*>(p.skip)[channel]);
         if (way.direct) {
@@ -91,15 +116,15 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
             const int64_t count = least(kTile, p.length - first);
             x.origin = first - taps.forward;
             for (int64_t i = 0; i < round_up(count, lanes) + taps.count() - 1; i += lanes) store(work + i, x(i));
-            convolve(c, work, w, taps.count(), count);
+            convolve(c, work, spectrum, taps.count(), count);
             out.origin = out.low = first, out.high = first + count;
             for (int64_t i = 0; i < count; i += lanes) out(i, load(c + i));
           }
           continue;
         }
         const Plan<S>& plan = *transform_plan;
-        for (int64_t block = 0; block < way.blocks; ++block) {
-          out.low = block * way.step, out.high = least(out.low + way.step, p.length);
+        for (int64_t first = 0; first < p.length; first += way.step) {
+          out.low = first, out.high = least(first + way.step, p.length);
           x.origin = out.origin = out.low - way.before;
           analyse(x.high <= x.origin + plan.points, plan, x, work);
           transform(plan, work, Convolve<S>{spectrum});

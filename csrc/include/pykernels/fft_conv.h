@@ -36,6 +36,10 @@ struct FFTConvParams {
   bool circular;
   void* out;
   Strides2 out_stride;
+  // CPU, forward: what fft_conv_spectrum made, for points 0, of kernels for rows of up to spectrum_length samples
+  // (circular: of as many); then k and k_rev are not read.
+  const void* spectrum = nullptr;
+  int64_t spectrum_length = 0;
   // CUDA: rows that no block can hold go through scratch memory, in parts of about this many bytes.
   int64_t part_bytes = int64_t{256} << 20;
 };
@@ -49,10 +53,11 @@ struct FFTConvBackwardParams {
   void *dk, *dk_rev, *dskip;          // dk and dk_rev are wanted together
 };
 
-// The spectra of kernels that many steps share. What they hold is the instruction set's own affair.
+// The spectra of kernels that many calls or steps share. What they hold is the instruction set's own affair.
 struct FFTConvSpectrumParams {
-  FFTConvParams forward;  // of which dtype, k, groups, taps and length count: causal, at most 2 points taps
-  int64_t points;         // of the transform: a power of two from 256 on
+  FFTConvParams forward;  // of which dtype, groups, length, circular and what is said of the kernels count
+  int64_t points;         // of the transform, for steps: a power of two from 256 on, causal, at most 2 points taps; or 0:
+                          // what fft_conv_fwd takes, which may be the taps themselves where they are few
   void* spectrum;         // [G, size], or null: only the size is wanted
   int64_t* size;          // numbers per kernel
   int64_t* lanes;         // spectra are for the instruction sets that have as many lanes

@@ -6,16 +6,18 @@ sequence that comes token by token; README.md derives the transforms and gradien
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from ... import _checks
 from ..._autograd import apart, followed
-from ...backends import Op, Query, resolve
+from ...backends import Op, Query, check_name, resolve
 from . import decode, reference, registration
 from .decode import FFTConvState
 
-__all__ = ["OP", "FFTConvState", "fft_conv", "fft_conv_init", "fft_conv_step"]
+__all__ = ["OP", "FFTConvSpectrum", "FFTConvState", "fft_conv", "fft_conv_init", "fft_conv_spectrum", "fft_conv_step"]
 
 
 def _any(query: Query) -> str | None:
@@ -25,7 +27,12 @@ def _any(query: Query) -> str | None:
 _LONGEST = 1 << 28  # samples of a row: offsets within its transform are 32 bits wide
 
 
+_SPECTRUM = "spectra of kernels are kept between calls on the CPU alone: pass k itself"
+
+
 def _triton(query: Query) -> str | None:
+    if "spectrum" in query.options:
+        return _SPECTRUM
     if query.dtype == torch.float64:
         return "the Triton kernels compute in float32"
     if query.sizes["length"] > _LONGEST:
@@ -34,6 +41,8 @@ def _triton(query: Query) -> str | None:
 
 
 def _cuda(query: Query) -> str | None:
+    if "spectrum" in query.options:
+        return _SPECTRUM
     if query.dtype == torch.float64:
         return "the CUDA kernels compute in float32"
     if query.sizes["length"] > _LONGEST:
@@ -81,11 +90,15 @@ def _check_kernels(
     if k_rev is not None:
         k_rev = _check_kernel("k_rev", k_rev, u)
         _checks.shape("k_rev", k_rev, {"G": groups, "R": None})
-    if D is not None:
-        _checks.tensor("D", D, "D")
-        _checks.shape("D", D, {"D": channels})
-        D = _wide("D", D, u)
-    return k, k_rev, D
+    return k, k_rev, _check_skip(D, u)
+
+
+def _check_skip(D: object, u: Tensor) -> Tensor | None:
+    if D is None:
+        return None
+    _checks.tensor("D", D, "D")
+    _checks.shape("D", D, {"D": u.shape[1]})
+    return _wide("D", D, u)
 
 
 def _check_gate(name: str, gate: object, u: Tensor) -> Tensor:
@@ -101,9 +114,25 @@ def _check_gate_type(name: str, gate: Tensor, u: Tensor) -> Tensor:
     return gate
 
 
+@dataclasses.dataclass(frozen=True)
+class FFTConvSpectrum:
+    """Kernels that `fft_conv_spectrum` prepared for many calls of `fft_conv`; later changes of k do not reach them."""
+
+    groups: int  # G
+    taps: int
+    taps_rev: int
+    k_rev_lag: int
+    mode: str
+    length: int  # of the sequences: up to so many samples; circular: as many
+    dtype: torch.dtype  # of the arithmetic: float32, or float64 for float64 kernels
+    device: torch.device
+    backend: str
+    kept: tuple[Tensor | None, ...]  # cpu: the spectra, laid out for this instruction set; reference: k and k_rev
+
+
 def fft_conv(
     u: Tensor,
-    k: Tensor,
+    k: Tensor | FFTConvSpectrum,
     *,
     k_rev: Tensor | None = None,
     k_rev_lag: int = 1,
@@ -123,7 +152,8 @@ def fft_conv(
         u: [B, D, L], float32, bfloat16, float16, or float64 on the CPU; any strides; L of any size. Arithmetic is in
             float32 (float64 for float64).
         k: kernel [D, K], or [G, K] with D a multiple of G: channel d reads row d // (D // G). K >= 1, shorter or longer
-            than L. u's dtype or float32.
+            than L. u's dtype or float32. Or what `fft_conv_spectrum` has made of kernels, for inference: then k_rev is
+            None, mode the same as there, and its backend serves.
         k_rev: the anticausal side of the kernel, [G, R] with k's rows, or None. u's dtype or float32.
         k_rev_lag: where k_rev starts. 1: k_rev[0] weighs the sample after (lag -1), as in S4, whose kernel is pad(k) +
             pad(flip(k_rev)). 0: k_rev[0] weighs the sample itself and adds to k[0], as in safari and H3, whose spectrum
@@ -140,6 +170,7 @@ def fft_conv(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
+        RuntimeError: k is an FFTConvSpectrum, grad mode is on and an input requires grad.
         BackendUnavailable: the backend asked for can't serve this call.
 
     Derivatives of first and second order exist with respect to u, k, k_rev, D, pre_gate and post_gate; the second in
@@ -152,7 +183,14 @@ def fft_conv(
     u, pre_gate, post_gate = _checks.autocast(u, pre_gate, post_gate)  # kernels and D stay as wide as they come
     _checks.tensor("u", u, "B D L")
     _checks.main_dtype("u", u)
-    k, k_rev, D = _check_kernels(k, k_rev, k_rev_lag, D, u)
+    spectrum = k if isinstance(k, FFTConvSpectrum) else None
+    if spectrum is None:
+        k, k_rev, D = _check_kernels(k, k_rev, k_rev_lag, D, u)
+    else:
+        D = _check_spectrum(spectrum, k_rev, D, mode, u)
+        _check_no_gradient("fft_conv of an FFTConvSpectrum", dict(u=u, D=D, pre_gate=pre_gate, post_gate=post_gate))
+        if followed(u):  # in forward mode, where a bare op would give zero tangents
+            raise RuntimeError("fft_conv of an FFTConvSpectrum has no derivatives: use fft_conv of k itself")
     gates = [
         None if gate is None else _check_gate(name, gate, u)
         for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate))
@@ -162,6 +200,8 @@ def fft_conv(
     dtype = u.dtype
     if any(gate is not None and gate.dtype != dtype for gate in gates):
         u, *gates = (None if x is None else x.to(torch.float32) for x in (u, *gates))
+    if spectrum is not None:
+        return _with_spectrum(spectrum, u, D, gates, backend).to(dtype)
     tensors = (u, k, k_rev, D, *gates)
     grad = followed(*tensors)
     on = {"k_rev": k_rev, "D": D, "pre_gate": gates[0], "post_gate": gates[1]}
@@ -184,9 +224,99 @@ def _check_no_gradient(function: str, tensors: dict[str, object]) -> None:
         for name, x in tensors.items():
             if isinstance(x, Tensor) and x.requires_grad:
                 raise RuntimeError(
-                    f"{name} requires grad, but {function} is for inference (states are written in place): call it "
-                    "under torch.no_grad(), or use fft_conv"
+                    f"{name} requires grad, but {function} is for inference (states and spectra have no derivatives): "
+                    "call it under torch.no_grad(), or use fft_conv of k itself"
                 )
+
+
+def _check_spectrum(spectrum: FFTConvSpectrum, k_rev: object, D: object, mode: object, u: Tensor) -> Tensor | None:
+    """Checks what goes with a spectrum -> D in the dtype of the op."""
+    if k_rev is not None:
+        raise ValueError("k_rev must be None where k is an FFTConvSpectrum, which holds both sides")
+    if mode != spectrum.mode:
+        raise ValueError(f"mode must be {spectrum.mode!r}, that of the FFTConvSpectrum, got {mode!r}")
+    if registration.accumulator(u.dtype) != spectrum.dtype:
+        raise TypeError(f"k must be a spectrum in {registration.accumulator(u.dtype)} for u in {u.dtype}, got one in "
+                        f"{spectrum.dtype}: make it of kernels of another dtype")
+    if u.device != spectrum.device:
+        raise ValueError(f"k must be on u's device {u.device}, got a spectrum on {spectrum.device}")
+    channels, length = u.shape[1:]
+    if channels % spectrum.groups if spectrum.groups else channels:
+        raise ValueError(
+            f"k must have one row per channel or per group of channels: u has {channels} channels, k {spectrum.groups} "
+            "rows"
+        )
+    if length > spectrum.length or (mode == "circular" and length != spectrum.length):
+        wanted = "as many" if mode == "circular" else "at most as many"
+        raise ValueError(f"u must have {wanted} samples as the FFTConvSpectrum is for, {spectrum.length}, got {length}")
+    return _check_skip(D, u)
+
+
+def _with_spectrum(
+    spectrum: FFTConvSpectrum, u: Tensor, D: Tensor | None, gates: list[Tensor | None], backend: str
+) -> Tensor:
+    if check_name(backend) not in ("auto", spectrum.backend):
+        raise ValueError(
+            f"backend must be 'auto' or that of the FFTConvSpectrum, {spectrum.backend!r}, got {backend!r}"
+        )
+    settings = spectrum.k_rev_lag, spectrum.mode == "circular"
+    if spectrum.backend == "reference":
+        return reference.fft_conv(u, *spectrum.kept, D, *gates, *settings)
+    sizes = spectrum.groups, spectrum.taps, spectrum.taps_rev
+    op = torch.ops.pykernels.fft_conv_fwd_spectrum_cpu.default
+    return op(u, *spectrum.kept, D, *gates, *sizes, *settings, spectrum.length)
+
+
+def fft_conv_spectrum(
+    k: Tensor,
+    length: int,
+    *,
+    k_rev: Tensor | None = None,
+    k_rev_lag: int = 1,
+    mode: str = "causal",
+    backend: str = "auto",
+) -> FFTConvSpectrum:
+    """Kernels prepared once for many calls `fft_conv(u, spectrum)`, which then skip their part of the work: inference.
+
+    Without it fft_conv transforms its kernels in every call, which at batch 1 is a quarter to a third of its work. What
+    is made here goes with the values that k and k_rev have now: after they change, make another one.
+
+    Args:
+        k: kernel [G, K], as in `fft_conv`, float32, bfloat16 or float16, or float64 for float64 sequences.
+        length: of the sequences: up to so many samples (the closer the faster), or with mode "circular" as many.
+        k_rev, k_rev_lag, mode: as in `fft_conv`.
+        backend: "auto", "cpu" or "reference": Triton and CUDA keep no spectra.
+
+    Returns:
+        What `fft_conv` takes as its k. On the CPU it holds 2 to 4 numbers per sample of `length` and kernel (of short
+        kernels the taps), laid out for the instruction set in use; under another one fft_conv refuses it.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
+        RuntimeError: grad mode is on and a kernel requires grad.
+        BackendUnavailable: the backend asked for keeps no spectra.
+    """
+    _checks.tensor("k", k, "G K")
+    _checks.main_dtype("k", k)
+    if type(length) is not int or length < 1:
+        raise ValueError(f"length must be an integer >= 1, got {length!r}")
+    if mode not in _MODES:
+        raise ValueError(f"mode must be 'causal' or 'circular', got {mode!r}")
+    of = k.detach()[:, None, :0]  # kernels are checked against rows: here there are none, in k's dtype
+    wide, wide_rev, _ = _check_kernels(k, k_rev, k_rev_lag, None, of.transpose(0, 1))
+    _check_no_gradient("fft_conv_spectrum", {"k": k, "k_rev": k_rev})
+    options = frozenset({mode, "spectrum"})
+    chosen = resolve(OP, Query(k.device.type, k.dtype, {"length": length, "taps": k.shape[1]}, options), backend)
+    with torch.no_grad():
+        if chosen == "reference":
+            kept = wide.clone(), None if wide_rev is None else wide_rev.clone()
+        else:
+            op = torch.ops.pykernels.fft_conv_spectrum_cpu.default
+            kept = (op(wide, wide_rev, k_rev_lag, mode == "circular", length, 0),)
+    taps_rev = 0 if k_rev is None else k_rev.shape[1]
+    return FFTConvSpectrum(
+        *k.shape, taps_rev, k_rev_lag, mode, length, wide.dtype, k.device, chosen, kept
+    )
 
 
 def fft_conv_init(

@@ -70,7 +70,7 @@ def start(
 def _spectrum(k: Tensor, side: int) -> Tensor:
     """What the square of so many tokens multiplies by."""
     op = torch.ops.pykernels.fft_conv_spectrum_cpu.default
-    return op(k, 2 * side, max(side, 256))
+    return op(k, None, 1, False, 2 * side, max(side, 256))
 
 
 def native_step(u_t: Tensor, state: FFTConvState, pre_gate: Tensor | None, post_gate: Tensor | None) -> Tensor:

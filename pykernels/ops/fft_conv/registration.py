@@ -53,8 +53,12 @@ run = _dispatch.register("fft_conv", SCHEMAS, {"fwd": _fake_fwd, "bwd": _fake_bw
 # ---- of the CPU alone: see csrc/include/pykernels/fft_conv.h
 
 
-def _fake_spectrum(k, taps, points):
+def _fake_spectrum(k, k_rev, k_rev_lag, circular, length, points):
     return k.new_empty(torch.library.get_ctx().new_dynamic_size())  # the instruction set decides
+
+
+def _fake_fwd_spectrum(u, spectrum, *_):
+    return u.new_empty(u.shape)
 
 
 def _fake_step(u_t, inputs, pending, k, spectrum, D, pre_gate, post_gate, tokens):
@@ -63,6 +67,7 @@ def _fake_step(u_t, inputs, pending, k, spectrum, D, pre_gate, post_gate, tokens
 
 if hasattr(torch.ops.pykernels, "fft_conv_step_cpu"):
     _dispatch.register_fake("fft_conv_spectrum_cpu", _fake_spectrum)
+    _dispatch.register_fake("fft_conv_fwd_spectrum_cpu", _fake_fwd_spectrum)
     _dispatch.register_fake("fft_conv_step_cpu", _fake_step)
     _dispatch.bump_versions("fft_conv_step_cpu", (1, 2))
 
