@@ -10,6 +10,7 @@
 
 #include "../../include/pykernels/linear_attention.h"
 #include "../common/matmul.h"
+#include "../common/pages.h"
 #include "../common/scratch.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA::linear {
@@ -73,7 +74,7 @@ class Ahead {
     int64_t stride;
     int rows, lines;
   };
-  Part parts[5];
+  Part parts[7];
   int products_, part_ = 0, parts_ = 0, line_ = 0, total_ = 0;
 };
 
@@ -352,24 +353,42 @@ PYKERNELS_INLINE void combine_state(A* to, int64_t ld_to, const A* factor, const
     }
 }
 
+// The largest magnitude of what it sees, infinity and NaN above all numbers.
+template <class A>
+class Peak {
+ public:
+  PYKERNELS_INLINE void see(Vec<A> x) {
+    const Mask<A> bits = (Mask<A>)abs<A>(x);
+    top_ = bits > top_ ? bits : top_;
+  }
+  A value() const {
+    auto result = top_[0];
+    for (int i = 1; i < kLanes<A>; ++i) result = most(result, top_[i]);
+    return bit_cast<A>(result);
+  }
+
+ private:
+  Mask<A> top_{};
+};
+
 // In one pass over a state [key_dim, columns], which is longer than the first-level cache: packs factor * from + local (from may
-// be null: zero) into the first rows of a packed operand, and multiplies local by total. For SplitF32 -> the largest magnitude.
+// be null: zero) into the first rows of a packed operand and, unless null, writes it to `whole` [key_dim, ld] too, and multiplies
+// local by total. For SplitF32 -> the largest magnitude.
 template <class C>
-float pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Acc* factor, const typename C::Acc* from,
-                int64_t ld_from, typename C::Acc* local, int64_t ld, const typename C::Acc* total, int key_dim, int columns) {
+typename C::Acc pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Acc* factor, const typename C::Acc* from,
+                           int64_t ld_from, typename C::Acc* local, int64_t ld, const typename C::Acc* total, int key_dim,
+                           int columns, typename C::Acc* whole = nullptr) {
   using A = typename C::Acc;
   constexpr int lanes = kLanes<A>;
-  [[maybe_unused]] Mask<A> largest{};
+  [[maybe_unused]] Peak<A> peak;
   const auto state = [&](int k, int c) {
     if (k >= key_dim) return Vec<A>{};
     A* const p = local + k * ld + c;
     Vec<A> x = load(p);
     store(p, x * total[k]);
     if (from) x = load_upto(from + k * ld_from + c, columns - c) * factor[k] + x;
-    if constexpr (kIsSplit<C>) {
-      const Mask<A> bits = (Mask<A>)abs<A>(x);
-      largest = bits > largest ? bits : largest;
-    }
+    if (whole) store(whole + k * ld + c, x);
+    if constexpr (kIsSplit<C>) peak.see(x);
     return x;
   };
   const int columns_padded = round_up(columns, C::kColumnAlign);
@@ -380,9 +399,7 @@ float pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Ac
       for (int i = 0; i < 16; ++i)
         for (int c = 0; c < columns_padded; c += lanes)
           store_pair(at(k, c), i, c % C::kPanel, split(state(k + i, c), state(k + i + 16, c)));
-    int32_t result = 0;
-    for (int i = 0; i < lanes; ++i) result = most(result, largest[i]);
-    return bit_cast<float>(result);
+    return peak.value();
 #endif
   }
   for (int k = 0; k < round_up(key_dim, C::kDepthAlign); k += C::kPair)

@@ -230,6 +230,7 @@ void run(const LinearAttentionParams& p, const Parallel& parallel, const Chains&
 template <class T>
 void run(const LinearAttentionParams& p, const Parallel& parallel) {
   using A = Wide<T>;
+  want_huge_pages(p.out, static_cast<size_t>(p.batch * p.tokens * p.heads * p.value_dim) * sizeof(T));
   clear_rest<T, A>(p);
   if (p.cu_seqlens && p.checkpoints)  // some tiles have no segment
     __builtin_memset(p.checkpoints, 0, sizeof(A) * p.tiles() * p.heads * p.key_dim * p.value_dim_state());
