@@ -22,7 +22,11 @@ class Backward {
 
   Backward(const LinearAttentionBackwardParams& params, Scratch& scratch, int group)
       : heads(group), b(params), p(params.forward), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())),
-        ahead(tile_products<C>(kChunk, value_dim, key_dim + kChunk) + 2 * tile_products<C>(kChunk, key_dim, value_dim)) {
+        results(p.batch * p.tokens * p.heads * least(p.key_dim, p.value_dim) * static_cast<int64_t>(sizeof(T))),
+        // Most products of a chunk with outputs: memory is slower than they are, so its lines are asked for all along.
+        ahead(tile_products<C>(kChunk, value_dim, key_dim + kChunk) + 2 * tile_products<C>(kChunk, key_dim, value_dim + kChunk) +
+              tile_products<C>(key_dim, value_dim, kChunk)),
+        ahead_of_states(tile_products<C>(key_dim, value_dim, kChunk)) {
     kp = padded(key_dim), vp = padded(value_dim);
     kd = round_up(key_dim, C::kDepthAlign);
     const int widest = most(kp, vp);
@@ -101,10 +105,12 @@ class Backward {
       for (int i = 0; i < heads; ++i) {
         ahead.clear();
         if (outputs) {
-          ahead.add(head[i].dv.from(t), n, static_cast<int>(p.value_dim));
-          if (p.heads == p.heads_k) {
-            ahead.add(head[i].dq.from(t), n, key_dim);
-            ahead.add(head[i].dk.from(t), n, key_dim);
+          if (!results.past_caches) {
+            ahead.add(head[i].dv.from(t), n, static_cast<int>(p.value_dim));
+            if (p.heads == p.heads_k) {
+              ahead.add(head[i].dq.from(t), n, key_dim);
+              ahead.add(head[i].dk.from(t), n, key_dim);
+            }
           }
           coming(head[(i + 1) % heads], i + 1 < heads ? t : t - kChunk, i + 1 < heads ? n : kChunk, first);
         }
@@ -179,6 +185,13 @@ class Backward {
         Head& h = head[i];
         const A* const s = h.states + (t - first) / kChunk * kp * vp;
         A* const next = h.states + ((t - first) / kChunk + 1) * kp * vp;
+        ahead_of_states.clear();
+        const int64_t next_t = i + 1 < heads ? t : t + kChunk;
+        if (next_t + kChunk < last) {
+          const Head& coming_head = head[(i + 1) % heads];
+          ahead_of_states.add(coming_head.k.from(next_t), kChunk, key_dim);
+          ahead_of_states.add(coming_head.v.from(next_t), kChunk, static_cast<int>(p.value_dim));
+        }
         h.prepare(t, key_dim, kChunk, row_scale);
         Peak<A> peak;
         for (int row = 0; row < key_dim; ++row)
@@ -192,7 +205,7 @@ class Backward {
         pack_rows<C>(packed, panel, vs.data, vs.stride, kChunk, value_dim);
         scale_rows<C>(rows, kp, h.k.from(t), kChunk, key_dim, [&](int j, int c) { return h.factors.key_at(j, c); });
         copy_columns<C>(transposed, kChunk, rows, kp, key_dim, kChunk);
-        matmul<C>(key_dim, value_dim, kChunk, {transposed, kChunk}, {packed, panel}, {next, vp}, true);
+        matmul<C>(key_dim, value_dim, kChunk, {transposed, kChunk}, {packed, panel}, {next, vp}, true, ahead_of_states);
       }
     if constexpr (kIsSplit<C>)
       for (int i = 0; i < heads; ++i) {
@@ -232,7 +245,7 @@ class Backward {
     }
     scale_rows<C>(rows, kp, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
     copy_columns<C>(transposed, kChunk, rows, kp, key_dim, n);
-    matmul<C>(key_dim, value_dim, n, {transposed, kChunk}, {packed, panel, kd}, {local, vp}, true);
+    matmul<C>(key_dim, value_dim, n, {transposed, kChunk}, {packed, panel, kd}, {local, vp}, true, ahead);
     for (int c = 0; c < kp; ++c) h.since[c] *= factors.total[c];
   }
 
@@ -245,7 +258,7 @@ class Backward {
     for (int r = 0; r < n; r += kRows) {
       const int count = least(kRows, n - r), columns = least(r + kRows, n);
       matmul<C>(count, columns, value_dim, {of_dout.data + r * of_dout.stride, of_dout.stride}, {tokens, packed_panel<C>(value_dim)},
-                {dscores + r * kChunk, kChunk}, false);
+                {dscores + r * kChunk, kChunk}, false, ahead);
     }
     if constexpr (Channel) {
       channel_scores<C>(factors, qs, ks, key_dim, n, rows, operand, tokens, side, scores);
@@ -254,7 +267,7 @@ class Backward {
       for (int r = 0; r < n; r += kRows) {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
         const MatrixA<C> left = left_operand<C>(operand, qs.from(r), count, key_dim);
-        matmul<C>(count, columns, key_dim, left, {tokens, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false);
+        matmul<C>(count, columns, key_dim, left, {tokens, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false, ahead);
       }
     }
     const Vec<A> index = iota<A>();
@@ -293,8 +306,7 @@ class Backward {
       matmul<C>(least(kRows, n - r), value_dim, n - r, {weighted_t + r * kChunk + r, kChunk}, {packed, panel, kd + r},
                 {dv + r * vp, vp}, later, ahead);
     const int columns = static_cast<int>(p.value_dim);
-    for (int i = 0; i < n; ++i)
-      for (int c = 0; c < columns; c += lanes) store_upto(h.dv[t + i] + c, load(dv + i * vp + c), columns - c);
+    for (int i = 0; i < n; ++i) results.row(h.dv[t + i], columns, [&](int c) { return load(dv + i * vp + c); });
   }
 
   void key_query_gradients(const Head& h, int64_t t, int n, Rows<const T> qs, Rows<const T> ks, Rows<const T> vs, const A* before,
@@ -346,9 +358,9 @@ class Backward {
       for (int r = 0; r < n; r += kRows) {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
         const MatrixA<C> left = left_operand<C>(operand, dweighted + r * kChunk, kChunk, count, columns);
-        matmul<C>(count, key_dim, columns, left, {key_rows, packed_panel<C>(kChunk)}, {dq + r * kp, kp}, true);
+        matmul<C>(count, key_dim, columns, left, {key_rows, packed_panel<C>(kChunk)}, {dq + r * kp, kp}, true, ahead);
         matmul<C>(count, key_dim, n - r, {dweighted_t + r * kChunk + r, kChunk}, {query_rows, packed_panel<C>(kChunk), r},
-                  {dk + r * kp, kp}, true);
+                  {dk + r * kp, kp}, true, ahead);
       }
       if (b.ddecay) scalar_decay_gradient(h, t, n);
     }
@@ -367,19 +379,17 @@ class Backward {
       }
     }
     const bool shared = p.heads != p.heads_k;
-    for (int i = 0; i < n; ++i)
-      for (int c = 0; c < key_dim; c += lanes) {
-        const int left = key_dim - c;
-        const Vec<A> x = load(dq + i * kp + c), y = load(dk + i * kp + c);
-        if (shared) {
-          store_upto(h.dq_wide[t + i] + c, x, left);
-          store_upto(h.dk_wide[t + i] + c, y, left);
-        } else {
-          store_upto(h.dq[t + i] + c, x, left);
-          store_upto(h.dk[t + i] + c, y, left);
-        }
-        if (Channel && b.ddecay) store_upto(h.ddecay[t + i] + c, load(ddecay_rows + i * kp + c), left);
+    const auto write = [&](auto* to, const A* from) { results.row(to, key_dim, [&](int c) { return load(from + c); }); };
+    for (int i = 0; i < n; ++i) {
+      if (shared) {
+        write(h.dq_wide[t + i], dq + i * kp);
+        write(h.dk_wide[t + i], dk + i * kp);
+      } else {
+        write(h.dq[t + i], dq + i * kp);
+        write(h.dk[t + i], dk + i * kp);
       }
+      if (Channel && b.ddecay) write(h.ddecay[t + i], ddecay_rows + i * kp);
+    }
   }
 
   // d log factor_t: pairs (i, j) with j < t <= i (t < i when exclusive), queries i >= t (i > t) of the state before the chunk,
@@ -528,7 +538,8 @@ class Backward {
   const int key_dim, value_dim;  // value_dim with the column of ones
   int kp, vp, kd;
   int64_t panel;
-  Ahead ahead;
+  const ResultWriter results;
+  Ahead ahead, ahead_of_states;
   Head head[kHeads];
   A* dstate;
   E* packed;       // kd rows of the state's gradient, then kChunk of dout

@@ -85,6 +85,43 @@ Rows<T> rows_of(const LinearAttentionParams& p, const void* x, const Strides3& s
   return {base + s.first * stride.token, stride.token};
 }
 
+#if defined(__AVX512F__)
+PYKERNELS_INLINE void store_past_caches(float* p, Vec<float> x) { _mm512_stream_ps(p, (__m512)x); }
+template <class T>
+PYKERNELS_INLINE void store_past_caches(T* p, Vec<float> x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(x, T{}));
+}
+#endif
+
+// Writes the rows of results. Tensors of twice a second-level cache and more go past the caches: their lines are not read before they
+// are written, which the backward pass gains a tenth of its time by, and push nothing out. Each thread has its own.
+class ResultWriter {
+ public:
+  explicit ResultWriter(int64_t bytes) : past_caches(bytes >= int64_t{4} << 20) {}
+  ResultWriter(const ResultWriter&) = delete;
+  ResultWriter& operator=(const ResultWriter&) = delete;
+  ~ResultWriter() {
+#if defined(__AVX512F__)
+    _mm_sfence();  // other threads may read the rows next
+#endif
+  }
+
+  // to[c] = element(c), vector by vector.
+  template <class T, class F>
+  PYKERNELS_INLINE void row(T* to, int columns, F&& element) const {
+    constexpr int lanes = kLanes<Wide<T>>;
+    int c = 0;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Wide<T>) == 4)
+      if (past_caches && reinterpret_cast<uintptr_t>(to) % (lanes * sizeof(T)) == 0)
+        for (; c + lanes <= columns; c += lanes) store_past_caches(to + c, element(c));
+#endif
+    for (; c < columns; c += lanes) store_upto(to + c, element(c), columns - c);
+  }
+
+  const bool past_caches;
+};
+
 // Heads that one task takes side by side, at most. The rows of a head lie a whole token apart; with those of its neighbours
 // they make the runs that hardware prefetches and pages like. The states of all must fit the second-level cache.
 constexpr int kHeads = 4;
