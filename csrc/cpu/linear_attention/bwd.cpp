@@ -257,8 +257,8 @@ class Backward {
     of_dout = left_operand<C>(dout_rows, ds, n, value_dim);
     for (int r = 0; r < n; r += kRows) {
       const int count = least(kRows, n - r), columns = least(r + kRows, n);
-      matmul<C>(count, columns, value_dim, {of_dout.data + r * of_dout.stride, of_dout.stride}, {tokens, packed_panel<C>(value_dim)},
-                {dscores + r * kChunk, kChunk}, false, ahead);
+      matmul<C>(count, columns, value_dim, {of_dout.data + r * of_dout.stride, of_dout.stride},
+                {tokens, packed_panel<C>(value_dim)}, {dscores + r * kChunk, kChunk}, false, ahead);
     }
     if constexpr (Channel) {
       channel_scores<C>(factors, qs, ks, key_dim, n, rows, operand, tokens, side, scores);
@@ -267,7 +267,8 @@ class Backward {
       for (int r = 0; r < n; r += kRows) {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
         const MatrixA<C> left = left_operand<C>(operand, qs.from(r), count, key_dim);
-        matmul<C>(count, columns, key_dim, left, {tokens, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false, ahead);
+        matmul<C>(count, columns, key_dim, left, {tokens, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false,
+                  ahead);
       }
     }
     const Vec<A> index = iota<A>();
@@ -309,8 +310,8 @@ class Backward {
     for (int i = 0; i < n; ++i) results.row(h.dv[t + i], columns, [&](int c) { return load(dv + i * vp + c); });
   }
 
-  void key_query_gradients(const Head& h, int64_t t, int n, Rows<const T> qs, Rows<const T> ks, Rows<const T> vs, const A* before,
-                            const A* later, A* dbonus) {
+  void key_query_gradients(const Head& h, int64_t t, int n, Rows<const T> qs, Rows<const T> ks, Rows<const T> vs,
+                           const A* before, const A* later, A* dbonus) {
     const Factors<A, Channel>& factors = h.factors;
     const A* const bonus = h.bonus;
     // From the state before the chunk, and through the state after it.
