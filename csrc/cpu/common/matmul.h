@@ -720,8 +720,13 @@ void copy_columns(typename C::Elem* a, int64_t lda, const T* source, int64_t str
                                          row + 1 < depth ? detail::load_bf16(from + stride, rows - m) : HalfU16{});
         }
         transpose(square);
-        for (int i = 0; i < least(lanes, rows - m); ++i)
-          __builtin_memcpy(a + (m + i) * lda + k, &square[i], 2 * static_cast<size_t>(least<int64_t>(32, lda - k)));
+        // Whole vectors have a constant size: a copy of any other is a call or a loop over bytes.
+        for (int i = 0; i < least(lanes, rows - m); ++i) {
+          if (lda - k >= 32)
+            __builtin_memcpy(a + (m + i) * lda + k, &square[i], sizeof(square[i]));
+          else
+            __builtin_memcpy(a + (m + i) * lda + k, &square[i], 2 * static_cast<size_t>(lda - k));
+        }
 #endif
       }
     }

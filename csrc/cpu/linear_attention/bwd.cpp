@@ -22,7 +22,11 @@ class Backward {
 
   Backward(const LinearAttentionBackwardParams& params, Scratch& scratch, int group)
       : heads(group), b(params), p(params.forward), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())),
-        ahead(tile_products<C>(kChunk, value_dim, key_dim + kChunk) + 2 * tile_products<C>(kChunk, key_dim, value_dim)) {
+        results(p.batch * p.tokens * p.heads * least(p.key_dim, p.value_dim) * static_cast<int64_t>(sizeof(T))),
+        // Most products of a chunk with outputs: memory is slower than they are, so its lines are asked for all along.
+        ahead(tile_products<C>(kChunk, value_dim, key_dim + kChunk) + 2 * tile_products<C>(kChunk, key_dim, value_dim + kChunk) +
+              tile_products<C>(key_dim, value_dim, kChunk)),
+        ahead_of_states(tile_products<C>(key_dim, value_dim, kChunk)) {
     kp = padded(key_dim), vp = padded(value_dim);
     kd = round_up(key_dim, C::kDepthAlign);
     const int widest = most(kp, vp);
@@ -40,6 +44,7 @@ class Backward {
     query_rows = scratch.take<E>(packed_size<C>(kChunk, kp));
     key_rows = scratch.take<E>(packed_size<C>(kChunk, kp));
     operand = scratch.take<E>(kChunk * widest);
+    dout_rows = scratch.take<E>(kChunk * vp);
     rows = scratch.take<Row<C>>(kChunk * kp);
     transposed = scratch.take<E>(kp * kChunk);
     scores = scratch.take<A>(kChunk * kChunk);
@@ -100,6 +105,13 @@ class Backward {
       for (int i = 0; i < heads; ++i) {
         ahead.clear();
         if (outputs) {
+          if (!results.past_caches) {
+            ahead.add(head[i].dv.from(t), n, static_cast<int>(p.value_dim));
+            if (p.heads == p.heads_k) {
+              ahead.add(head[i].dq.from(t), n, key_dim);
+              ahead.add(head[i].dk.from(t), n, key_dim);
+            }
+          }
           coming(head[(i + 1) % heads], i + 1 < heads ? t : t - kChunk, i + 1 < heads ? n : kChunk, first);
         }
         chunk(head[i], t, n, before[i] || c > 0 ? head[i].states + c * kp * vp : nullptr, after[i], after[i] || t + n < last,
@@ -173,14 +185,32 @@ class Backward {
         Head& h = head[i];
         const A* const s = h.states + (t - first) / kChunk * kp * vp;
         A* const next = h.states + ((t - first) / kChunk + 1) * kp * vp;
+        ahead_of_states.clear();
+        const int64_t next_t = i + 1 < heads ? t : t + kChunk;
+        if (next_t + kChunk < last) {
+          const Head& coming_head = head[(i + 1) % heads];
+          ahead_of_states.add(coming_head.k.from(next_t), kChunk, key_dim);
+          ahead_of_states.add(coming_head.v.from(next_t), kChunk, static_cast<int>(p.value_dim));
+        }
         h.prepare(t, key_dim, kChunk, row_scale);
+        Peak<A> peak;
         for (int row = 0; row < key_dim; ++row)
-          for (int c = 0; c < vp; c += lanes) store(next + row * vp + c, load(s + row * vp + c) * h.factors.total[row]);
+          for (int c = 0; c < vp; c += lanes) {
+            const Vec<A> x = load(s + row * vp + c);
+            if constexpr (kIsSplit<C>) peak.see(x);
+            store(next + row * vp + c, x * h.factors.total[row]);
+          }
+        if constexpr (kIsSplit<C>) h.range->add(ChainRange::kState, peak.value());
         const Rows<const T> vs = h.values(t, kChunk, value_dim, ones);
         pack_rows<C>(packed, panel, vs.data, vs.stride, kChunk, value_dim);
         scale_rows<C>(rows, kp, h.k.from(t), kChunk, key_dim, [&](int j, int c) { return h.factors.key_at(j, c); });
         copy_columns<C>(transposed, kChunk, rows, kp, key_dim, kChunk);
-        matmul<C>(key_dim, value_dim, kChunk, {transposed, kChunk}, {packed, panel}, {next, vp}, true);
+        matmul<C>(key_dim, value_dim, kChunk, {transposed, kChunk}, {packed, panel}, {next, vp}, true, ahead_of_states);
+      }
+    if constexpr (kIsSplit<C>)
+      for (int i = 0; i < heads; ++i) {
+        const A* const final = head[i].states + (last - first - 1) / kChunk * kp * vp;
+        head[i].range->add(ChainRange::kState, largest(Rows<const A>{final, vp}, key_dim, value_dim));
       }
   }
 
@@ -198,25 +228,24 @@ class Backward {
       h.range->add(ChainRange::kScale, largest(Rows<const A>{row_scale, 0}, 1, n));
     }
     if (outputs) {
-      const A* later_state = local;
-      if (later && after) {
-        combine_state(dstate, vp, h.since, after, value_dim, local, vp, key_dim, value_dim);
-        later_state = dstate;
+      if (later) {
+        const A largest_gradient =
+            pack_state<C>(packed, panel, h.since, after, value_dim, local, vp, factors.total, key_dim, value_dim, dstate);
+        if constexpr (kIsSplit<C>) h.range->add(ChainRange::kStateGradient, largest_gradient);
       }
       if constexpr (kIsSplit<C>) {
         h.range->add(ChainRange::kKey, largest(ks, n, key_dim));
         h.range->add(ChainRange::kValue, largest(vs, n, value_dim));
-        if (before) h.range->add(ChainRange::kState, largest(Rows<const A>{before, vp}, key_dim, value_dim));
-        if (later) h.range->add(ChainRange::kStateGradient, largest(Rows<const A>{later_state, vp}, key_dim, value_dim));
       }
       score(h, qs, ks, vs, ds, n);
-      value_gradient(h, t, n, ks, later ? later_state : nullptr);
-      key_query_gradients(h, t, n, qs, ks, vs, ds, before, later ? later_state : nullptr, dbonus);
+      value_gradient(h, t, n, ks, later);
+      key_query_gradients(h, t, n, qs, ks, vs, before, later ? dstate : nullptr, dbonus);
+    } else {
+      decay_state(local, vp, factors.total, key_dim);
     }
     scale_rows<C>(rows, kp, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
     copy_columns<C>(transposed, kChunk, rows, kp, key_dim, n);
-    decay_state(local, vp, factors.total, key_dim);
-    matmul<C>(key_dim, value_dim, n, {transposed, kChunk}, {packed, panel, kd}, {local, vp}, true);
+    matmul<C>(key_dim, value_dim, n, {transposed, kChunk}, {packed, panel, kd}, {local, vp}, true, ahead);
     for (int c = 0; c < kp; ++c) h.since[c] *= factors.total[c];
   }
 
@@ -225,10 +254,11 @@ class Backward {
     const Factors<A, Channel>& factors = h.factors;
     const A* const bonus = h.bonus;
     pack_columns<C>(tokens, packed_panel<C>(value_dim), vs.data, vs.stride, value_dim, n);
+    of_dout = left_operand<C>(dout_rows, ds, n, value_dim);
     for (int r = 0; r < n; r += kRows) {
       const int count = least(kRows, n - r), columns = least(r + kRows, n);
-      const MatrixA<C> left = left_operand<C>(operand, ds.from(r), count, value_dim);
-      matmul<C>(count, columns, value_dim, left, {tokens, packed_panel<C>(value_dim)}, {dscores + r * kChunk, kChunk}, false);
+      matmul<C>(count, columns, value_dim, {of_dout.data + r * of_dout.stride, of_dout.stride},
+                {tokens, packed_panel<C>(value_dim)}, {dscores + r * kChunk, kChunk}, false, ahead);
     }
     if constexpr (Channel) {
       channel_scores<C>(factors, qs, ks, key_dim, n, rows, operand, tokens, side, scores);
@@ -237,7 +267,8 @@ class Backward {
       for (int r = 0; r < n; r += kRows) {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
         const MatrixA<C> left = left_operand<C>(operand, qs.from(r), count, key_dim);
-        matmul<C>(count, columns, key_dim, left, {tokens, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false);
+        matmul<C>(count, columns, key_dim, left, {tokens, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false,
+                  ahead);
       }
     }
     const Vec<A> index = iota<A>();
@@ -266,30 +297,27 @@ class Backward {
     copy_columns<C>(dweighted_t, kChunk, dweighted, kChunk, n, n);
   }
 
-  void value_gradient(const Head& h, int64_t t, int n, Rows<const T> ks, const A* later) {
+  void value_gradient(const Head& h, int64_t t, int n, Rows<const T> ks, bool later) {
     const Factors<A, Channel>& factors = h.factors;
     if (later) {
       scale_rows<C>(operand, kp, ks, n, key_dim, [&](int j, int c) { return factors.key_at(j, c); });
-      pack_rows_at<C>(packed, panel, 0, later, vp, key_dim, value_dim);
       matmul<C>(n, value_dim, key_dim, {operand, kp}, {packed, panel}, {dv, vp}, false, ahead);
     }
     for (int r = 0; r < n; r += kRows)
       matmul<C>(least(kRows, n - r), value_dim, n - r, {weighted_t + r * kChunk + r, kChunk}, {packed, panel, kd + r},
-                {dv + r * vp, vp}, later != nullptr, ahead);
+                {dv + r * vp, vp}, later, ahead);
     const int columns = static_cast<int>(p.value_dim);
-    for (int i = 0; i < n; ++i)
-      for (int c = 0; c < columns; c += lanes) store_upto(h.dv[t + i] + c, load(dv + i * vp + c), columns - c);
+    for (int i = 0; i < n; ++i) results.row(h.dv[t + i], columns, [&](int c) { return load(dv + i * vp + c); });
   }
 
-  void key_query_gradients(const Head& h, int64_t t, int n, Rows<const T> qs, Rows<const T> ks, Rows<const T> vs, Rows<const T> ds,
+  void key_query_gradients(const Head& h, int64_t t, int n, Rows<const T> qs, Rows<const T> ks, Rows<const T> vs,
                            const A* before, const A* later, A* dbonus) {
     const Factors<A, Channel>& factors = h.factors;
     const A* const bonus = h.bonus;
     // From the state before the chunk, and through the state after it.
     if (before) {
       pack_columns<C>(packed_t, packed_panel<C>(value_dim), before, vp, value_dim, key_dim);
-      const MatrixA<C> left = left_operand<C>(operand, ds, n, value_dim);
-      matmul<C>(n, key_dim, value_dim, left, {packed_t, packed_panel<C>(value_dim)}, {dq, kp}, false, ahead);
+      matmul<C>(n, key_dim, value_dim, of_dout, {packed_t, packed_panel<C>(value_dim)}, {dq, kp}, false, ahead);
     } else {
       fill<A>(dq, int64_t{n} * kp, 0);
     }
@@ -331,9 +359,9 @@ class Backward {
       for (int r = 0; r < n; r += kRows) {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
         const MatrixA<C> left = left_operand<C>(operand, dweighted + r * kChunk, kChunk, count, columns);
-        matmul<C>(count, key_dim, columns, left, {key_rows, packed_panel<C>(kChunk)}, {dq + r * kp, kp}, true);
+        matmul<C>(count, key_dim, columns, left, {key_rows, packed_panel<C>(kChunk)}, {dq + r * kp, kp}, true, ahead);
         matmul<C>(count, key_dim, n - r, {dweighted_t + r * kChunk + r, kChunk}, {query_rows, packed_panel<C>(kChunk), r},
-                  {dk + r * kp, kp}, true);
+                  {dk + r * kp, kp}, true, ahead);
       }
       if (b.ddecay) scalar_decay_gradient(h, t, n);
     }
@@ -352,19 +380,17 @@ class Backward {
       }
     }
     const bool shared = p.heads != p.heads_k;
-    for (int i = 0; i < n; ++i)
-      for (int c = 0; c < key_dim; c += lanes) {
-        const int left = key_dim - c;
-        const Vec<A> x = load(dq + i * kp + c), y = load(dk + i * kp + c);
-        if (shared) {
-          store_upto(h.dq_wide[t + i] + c, x, left);
-          store_upto(h.dk_wide[t + i] + c, y, left);
-        } else {
-          store_upto(h.dq[t + i] + c, x, left);
-          store_upto(h.dk[t + i] + c, y, left);
-        }
-        if (Channel && b.ddecay) store_upto(h.ddecay[t + i] + c, load(ddecay_rows + i * kp + c), left);
+    const auto write = [&](auto* to, const A* from) { results.row(to, key_dim, [&](int c) { return load(from + c); }); };
+    for (int i = 0; i < n; ++i) {
+      if (shared) {
+        write(h.dq_wide[t + i], dq + i * kp);
+        write(h.dk_wide[t + i], dk + i * kp);
+      } else {
+        write(h.dq[t + i], dq + i * kp);
+        write(h.dk[t + i], dk + i * kp);
       }
+      if (Channel && b.ddecay) write(h.ddecay[t + i], ddecay_rows + i * kp);
+    }
   }
 
   // d log factor_t: pairs (i, j) with j < t <= i (t < i when exclusive), queries i >= t (i > t) of the state before the chunk,
@@ -513,7 +539,8 @@ class Backward {
   const int key_dim, value_dim;  // value_dim with the column of ones
   int kp, vp, kd;
   int64_t panel;
-  Ahead ahead;
+  const ResultWriter results;
+  Ahead ahead, ahead_of_states;
   Head head[kHeads];
   A* dstate;
   E* packed;       // kd rows of the state's gradient, then kChunk of dout
@@ -522,7 +549,9 @@ class Backward {
   E* query_rows;   // rows are tokens
   E* key_rows;
   E* operand;
-  Row<C>* rows;    // scaled queries or keys
+  E* dout_rows;
+  MatrixA<C> of_dout;  // dout as a left operand
+  Row<C>* rows;        // scaled queries or keys
   E* transposed;
   A* scores;
   A* dscores;
@@ -594,6 +623,10 @@ void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
   using A = Wide<T>;
   const LinearAttentionParams& p = b.forward;
   clear_rest<T, A>(b);
+  const int64_t rows = p.batch * p.tokens * p.heads;
+  for (void* const gradient : {b.dq, b.dk})
+    want_huge_pages(gradient, static_cast<size_t>(rows * p.key_dim) * (p.heads == p.heads_k ? sizeof(T) : sizeof(A)));
+  want_huge_pages(b.dv, static_cast<size_t>(rows * p.value_dim) * sizeof(T));
   if (b.dbonus) __builtin_memset(b.dbonus, 0, sizeof(A) * p.tiles() * p.heads * p.key_dim);  // tiles may have no segment
   with_compute<T>(p, [&](auto compute, const Chains& chains, ChainRange* ranges) {
     using C = decltype(compute);

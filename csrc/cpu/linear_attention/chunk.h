@@ -10,6 +10,7 @@
 
 #include "../../include/pykernels/linear_attention.h"
 #include "../common/matmul.h"
+#include "../common/pages.h"
 #include "../common/scratch.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA::linear {
@@ -73,7 +74,7 @@ class Ahead {
     int64_t stride;
     int rows, lines;
   };
-  Part parts[5];
+  Part parts[7];
   int products_, part_ = 0, parts_ = 0, line_ = 0, total_ = 0;
 };
 
@@ -83,6 +84,43 @@ Rows<T> rows_of(const LinearAttentionParams& p, const void* x, const Strides3& s
   if (p.reverse) return {base + (s.first + s.length - 1) * stride.token, -stride.token};
   return {base + s.first * stride.token, stride.token};
 }
+
+#if defined(__AVX512F__)
+PYKERNELS_INLINE void store_past_caches(float* p, Vec<float> x) { _mm512_stream_ps(p, (__m512)x); }
+template <class T>
+PYKERNELS_INLINE void store_past_caches(T* p, Vec<float> x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(x, T{}));
+}
+#endif
+
+// Writes the rows of results. Tensors of twice a second-level cache and more go past the caches: their lines are not read
+// before they are written (a tenth of the backward pass's time), and push nothing out. Each thread has its own.
+class ResultWriter {
+ public:
+  explicit ResultWriter(int64_t bytes) : past_caches(bytes >= int64_t{4} << 20) {}
+  ResultWriter(const ResultWriter&) = delete;
+  ResultWriter& operator=(const ResultWriter&) = delete;
+  ~ResultWriter() {
+#if defined(__AVX512F__)
+    _mm_sfence();  // other threads may read the rows next
+#endif
+  }
+
+  // to[c] = element(c), vector by vector.
+  template <class T, class F>
+  PYKERNELS_INLINE void row(T* to, int columns, F&& element) const {
+    constexpr int lanes = kLanes<Wide<T>>;
+    int c = 0;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Wide<T>) == 4)
+      if (past_caches && reinterpret_cast<uintptr_t>(to) % (lanes * sizeof(T)) == 0)
+        for (; c + lanes <= columns; c += lanes) store_past_caches(to + c, element(c));
+#endif
+    for (; c < columns; c += lanes) store_upto(to + c, element(c), columns - c);
+  }
+
+  const bool past_caches;
+};
 
 // Heads that one task takes side by side, at most. The rows of a head lie a whole token apart; with those of its neighbours
 // they make the runs that hardware prefetches and pages like. The states of all must fit the second-level cache.
@@ -352,24 +390,42 @@ PYKERNELS_INLINE void combine_state(A* to, int64_t ld_to, const A* factor, const
     }
 }
 
+// The largest magnitude of what it sees, infinity and NaN above all numbers.
+template <class A>
+class Peak {
+ public:
+  PYKERNELS_INLINE void see(Vec<A> x) {
+    const Mask<A> bits = (Mask<A>)abs<A>(x);
+    top_ = bits > top_ ? bits : top_;
+  }
+  A value() const {
+    auto result = top_[0];
+    for (int i = 1; i < kLanes<A>; ++i) result = most(result, top_[i]);
+    return bit_cast<A>(result);
+  }
+
+ private:
+  Mask<A> top_{};
+};
+
 // In one pass over a state [key_dim, columns], which is longer than the first-level cache: packs factor * from + local (from may
-// be null: zero) into the first rows of a packed operand, and multiplies local by total. For SplitF32 -> the largest magnitude.
+// be null: zero) into the first rows of a packed operand and, unless null, writes it to `whole` [key_dim, ld] too, and multiplies
+// local by total. For SplitF32 -> the largest magnitude.
 template <class C>
-float pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Acc* factor, const typename C::Acc* from,
-                int64_t ld_from, typename C::Acc* local, int64_t ld, const typename C::Acc* total, int key_dim, int columns) {
+typename C::Acc pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Acc* factor, const typename C::Acc* from,
+                           int64_t ld_from, typename C::Acc* local, int64_t ld, const typename C::Acc* total, int key_dim,
+                           int columns, typename C::Acc* whole = nullptr) {
   using A = typename C::Acc;
   constexpr int lanes = kLanes<A>;
-  [[maybe_unused]] Mask<A> largest{};
+  [[maybe_unused]] Peak<A> peak;
   const auto state = [&](int k, int c) {
     if (k >= key_dim) return Vec<A>{};
     A* const p = local + k * ld + c;
     Vec<A> x = load(p);
     store(p, x * total[k]);
     if (from) x = load_upto(from + k * ld_from + c, columns - c) * factor[k] + x;
-    if constexpr (kIsSplit<C>) {
-      const Mask<A> bits = (Mask<A>)abs<A>(x);
-      largest = bits > largest ? bits : largest;
-    }
+    if (whole) store(whole + k * ld + c, x);
+    if constexpr (kIsSplit<C>) peak.see(x);
     return x;
   };
   const int columns_padded = round_up(columns, C::kColumnAlign);
@@ -380,9 +436,7 @@ float pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Ac
       for (int i = 0; i < 16; ++i)
         for (int c = 0; c < columns_padded; c += lanes)
           store_pair(at(k, c), i, c % C::kPanel, split(state(k + i, c), state(k + i + 16, c)));
-    int32_t result = 0;
-    for (int i = 0; i < lanes; ++i) result = most(result, largest[i]);
-    return bit_cast<float>(result);
+    return peak.value();
 #endif
   }
   for (int k = 0; k < round_up(key_dim, C::kDepthAlign); k += C::kPair)

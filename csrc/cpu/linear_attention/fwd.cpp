@@ -18,6 +18,7 @@ class Forward {
 
   Forward(const LinearAttentionParams& params, Scratch& scratch, int group)
       : heads(group), p(params), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())),
+        results(p.batch * p.tokens * p.heads * p.value_dim * static_cast<int64_t>(sizeof(T))),
         ahead(tile_products<C>(kChunk, value_dim, key_dim + kChunk) + tile_products<C>(key_dim, value_dim, kChunk)) {
     kp = padded(key_dim), vp = padded(value_dim);
     kd = round_up(key_dim, C::kDepthAlign);
@@ -54,7 +55,8 @@ class Forward {
     for (int64_t t = first; t < last; t += kChunk)
       for (int i = 0; i < heads; ++i) {
         ahead.clear();
-        if (outputs) ahead.add(head[i].o.from(t), static_cast<int>(least<int64_t>(kChunk, last - t)), static_cast<int>(p.value_dim));
+        if (outputs && !results.past_caches)
+          ahead.add(head[i].o.from(t), static_cast<int>(least<int64_t>(kChunk, last - t)), static_cast<int>(p.value_dim));
         coming(head[(i + 1) % heads], i + 1 < heads ? t : t + kChunk, last, outputs);
         chunk(head[i], t, static_cast<int>(least<int64_t>(kChunk, last - t)), before[i], before[i] || t > first, outputs);
       }
@@ -154,21 +156,18 @@ class Forward {
   }
 
   void write(Head& h, int64_t t, int n) {
-    constexpr int lanes = kLanes<A>;
     const int columns = static_cast<int>(p.value_dim);
     for (int i = 0; i < n; ++i) {
       const A* const from = out + i * vp;
       T* const to = h.o[t + i];
-      A inverse = 1;
       if (p.normalize) {
         const A sum = from[columns] + static_cast<A>(kNormalizeEpsilon);
         *h.denominator[t + i] = sum;
-        inverse = A(1) / sum;
+        const A inverse = A(1) / sum;
+        results.row(to, columns, [&](int c) { return Vec<A>(load(from + c) * inverse); });
+      } else {
+        results.row(to, columns, [&](int c) { return load(from + c); });
       }
-      if (p.normalize)
-        for (int c = 0; c < columns; c += lanes) store_upto(to + c, load(from + c) * inverse, columns - c);
-      else
-        for (int c = 0; c < columns; c += lanes) store_upto(to + c, load(from + c), columns - c);
     }
   }
 
@@ -176,6 +175,7 @@ class Forward {
   const int key_dim, value_dim;  // value_dim with the column of ones
   int kp, vp, kd;
   int64_t lda, panel;
+  const ResultWriter results;
   Ahead ahead;
   Head head[kHeads];
   E* a;       // [kChunk, kd | kChunk]
@@ -230,6 +230,7 @@ void run(const LinearAttentionParams& p, const Parallel& parallel, const Chains&
 template <class T>
 void run(const LinearAttentionParams& p, const Parallel& parallel) {
   using A = Wide<T>;
+  want_huge_pages(p.out, static_cast<size_t>(p.batch * p.tokens * p.heads * p.value_dim) * sizeof(T));
   clear_rest<T, A>(p);
   if (p.cu_seqlens && p.checkpoints)  // some tiles have no segment
     __builtin_memset(p.checkpoints, 0, sizeof(A) * p.tiles() * p.heads * p.key_dim * p.value_dim_state());
