@@ -167,6 +167,11 @@ def check_name(backend: str, argument: str = "backend") -> str:
     return backend
 
 
+def default() -> str:
+    """The backend of calls that name none."""
+    return _default
+
+
 class use_backend(contextlib.AbstractContextManager):
     """Sets the default of every op's `backend` argument, for the process, or for a `with` block.
 
@@ -189,7 +194,7 @@ def resolve(op: Op, query: Query, backend: str) -> str:
     """The name of the backend that serves the call, or BackendUnavailable."""
     requested = check_name(backend)
     if requested == "auto":
-        requested = check_name(_default, "PYKERNELS_BACKEND")
+        requested = check_name(default(), "PYKERNELS_BACKEND")
     env = environment()
     choice = choose(op, query, requested, env)
     if choice.backend is not None:

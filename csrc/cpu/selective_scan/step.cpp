@@ -59,7 +59,7 @@ void step(const SelectiveScanStepParams& p, const Parallel& parallel) {
       gather(x, p.dtype, p.x, p.x_stride);
       if (p.z != nullptr) gather(gate, p.dtype, p.z, p.z_stride);
       if (p.delta_bias != nullptr) {
-        gather(parameter, wide, p.delta_bias, p.delta_bias_stride);
+        gather(parameter, p.delta_bias_dtype, p.delta_bias, p.delta_bias_stride);
         for (int64_t i = 0; i < count; i += lanes) store(dt + i, load(dt + i) + load(parameter + i));
       }
       if (p.delta_softplus)
@@ -93,7 +93,7 @@ void step(const SelectiveScanStepParams& p, const Parallel& parallel) {
             for (int64_t n = 0; n < p.state; ++n) states[n * p.states_stride.state + part] = h[part * padded + n];
         store(sums + i * lanes, sum);
       }
-      if (p.D != nullptr) gather(parameter, wide, p.D, p.D_stride);
+      if (p.D != nullptr) gather(parameter, p.D_dtype, p.D, p.D_stride);
       for (int64_t i = 0; i < count; i += lanes) {
         Vec<S> rows[lanes];
 #pragma GCC unroll 16
