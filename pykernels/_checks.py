@@ -39,7 +39,7 @@ def by_metadata(function: Callable) -> Callable:
         look = [function, backends.default()]
         for x in args:
             if isinstance(x, Tensor):
-                look += x.shape, x.stride(), x.dtype, x.device
+                look += x.shape, x.is_contiguous() or x.stride(), x.dtype, x.is_cpu or x.device
             else:
                 look += type(x), x
         look = tuple(look)
