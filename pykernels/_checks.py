@@ -176,12 +176,11 @@ def state_indices(name: str, x: object, batch: int, slots: int, device: torch.de
 
 
 def inference(function: str, alternative: str, **tensors: Tensor | None) -> None:
-    """Raises when autograd would follow an in-place function."""
-    if torch.is_grad_enabled():
-        for name, x in tensors.items():
-            if x is not None and x.requires_grad:
-                raise RuntimeError(f"{name} requires grad, but {function} is for inference (it overwrites its state): call it "
-                                   f"under torch.no_grad(), or use {alternative}")
+    """In grad mode: raises when autograd would follow an in-place function."""
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad:
+            raise RuntimeError(f"{name} requires grad, but {function} is for inference (it overwrites its state): call it "
+                               f"under torch.no_grad(), or use {alternative}")
 
 
 def writable(name: str, x: Tensor) -> None:

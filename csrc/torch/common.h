@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <vector>
@@ -39,9 +40,19 @@ inline ScalarType accumulator_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Contiguous. torch::stable::empty looks its op up by name at every call.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  const std::vector<int64_t> shape(sizes);
-  return torch::stable::empty({shape.data(), shape.size()}, dtype, std::nullopt, like.device());
+  constexpr size_t kMostAxes = 8;
+  STD_TORCH_CHECK(sizes.size() <= kMostAxes, "pykernels: too many axes");
+  int64_t strides[kMostAxes], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes.begin()[i], 1)) strides[i] = stride;
+  int32_t device = 0, index = 0;
+  AtenTensorHandle result = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                  static_cast<int32_t>(dtype), device, index, &result));
+  return Tensor(result);
 }
 
 // The kernels take any strides but need the last axis contiguous; a tensor that lacks it is copied.

@@ -11,9 +11,6 @@ constexpr int64_t kRun = 64;  // channels of a task
 // Fewer states than this are not worth waking another thread for.
 constexpr int64_t kStatesPerThread = 1 << 16;
 
-// Channels ahead of their turn that states and A are fetched.
-constexpr int64_t kAhead = 32;
-
 // dst[part][n] of the row of states at src; parts are `padded` apart.
 template <class S, int P>
 PYKERNELS_INLINE void load_row(S* dst, int64_t padded, DType dtype, const void* src, int64_t offset, int64_t stride, int64_t state) {
@@ -48,11 +45,8 @@ PYKERNELS_INLINE Vec<S> advance(S* h, const S* a, const S* b, const S* c, int64_
 template <class S>
 void advance_in_place(S* h, int64_t h_stride, const S* a, int64_t a_stride, const S* b, const S* c, const S* dt, const S* x, S* sums,
                       int64_t count, int64_t state) {
-  for (int64_t i = 0; i < count; ++i, h += h_stride, a += a_stride) {
-    for (int64_t n = 0; n < state; n += 64 / static_cast<int64_t>(sizeof(S)))
-      __builtin_prefetch(h + n + kAhead * h_stride, 1), __builtin_prefetch(a + n + kAhead * a_stride);
+  for (int64_t i = 0; i < count; ++i, h += h_stride, a += a_stride)
     store(sums + i * kLanes<S>, advance<S, 1>(h, a, b, c, 0, state, dt[i], x[i]));
-  }
 }
 
 template <class S, int P>

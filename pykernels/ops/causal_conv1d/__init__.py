@@ -149,7 +149,8 @@ def causal_conv1d_step(x: Tensor, state: Tensor, weight: Tensor, *, bias: Tensor
     chosen, ready = _check_step(x, state, weight, bias, activation, state_indices is not None, backend)
     if state_indices is not None:
         state_indices = _checks.state_indices("state_indices", state_indices, x.shape[0], state.shape[0], x.device)
-    _checks.inference("causal_conv1d_step", "causal_conv1d", x=x, state=state, weight=weight, bias=bias)
+    if torch.is_grad_enabled():
+        _checks.inference("causal_conv1d_step", "causal_conv1d", x=x, state=state, weight=weight, bias=bias)
     if not ready:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         weight, bias = weight.to(wide), None if bias is None else bias.to(wide)

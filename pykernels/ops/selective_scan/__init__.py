@@ -232,8 +232,9 @@ def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: T
     chosen, ready = _check_step(x, state, delta, A, B, C, D, z, delta_bias, delta_softplus, state_indices is not None, backend)
     if state_indices is not None:
         state_indices = _checks.state_indices("state_indices", state_indices, x.shape[0], state.shape[0], x.device)
-    _checks.inference("selective_scan_step", "selective_scan", x=x, state=state, delta=delta, A=A, B=B, C=C, D=D, z=z,
-                      delta_bias=delta_bias)
+    if torch.is_grad_enabled():
+        _checks.inference("selective_scan_step", "selective_scan", x=x, state=state, delta=delta, A=A, B=B, C=C, D=D, z=z,
+                          delta_bias=delta_bias)
     arguments = x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus
     if not ready:
         arguments = _step_arguments(chosen, *arguments)
