@@ -29,7 +29,7 @@ inline const void* states_data(const std::optional<Tensor>& x, ScalarType dtype,
 inline Tensor empty_states(std::initializer_list<int64_t> sizes, bool is_complex, const Tensor& u) {
   std::vector<int64_t> shape(sizes);
   if (is_complex) shape.push_back(2);
-  return torch::stable::empty({shape.data(), shape.size()}, accumulator_of(u), std::nullopt, u.device());
+  return empty(shape, accumulator_of(u), u);
 }
 
 inline Projection projection(const Tensor& x, const Tensor& u, SelectiveScanParams& p, const char* name, std::vector<Tensor>& owner) {
