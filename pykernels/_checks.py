@@ -2,13 +2,58 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from . import backends
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# What `by_metadata` remembers. Beyond so many calls, shapes are such that they keep changing: it starts anew.
+_remembered: dict[tuple, object] = {}
+_MOST_REMEMBERED = 4096
+
+
+def forget() -> None:
+    """Forgets what `by_metadata` remembers."""
+    _remembered.clear()
+
+
+def by_metadata(function: Callable) -> Callable:
+    """`function`, its results remembered by its tensors' shapes, strides, dtypes and devices and its other arguments.
+
+    For checks and choices that depend on nothing else (but on the default backend): calls that look alike, as the steps of a
+    loop do, pay for them once. A call that raises raises again.
+    """
+
+    @functools.wraps(function)
+    def remembering(*args):
+        if torch.compiler.is_compiling():  # sizes may be symbols
+            return function(*args)
+        look = [function, backends.default()]
+        for x in args:
+            if isinstance(x, Tensor):
+                look += x.shape, x.is_contiguous() or x.stride(), x.dtype, x.is_cpu or x.device
+            else:
+                look += type(x), x
+        look = tuple(look)
+        try:
+            result = _remembered.get(look)
+        except TypeError:  # something unhashable: a symbol, or an argument of a wrong type
+            return function(*args)
+        if result is None:
+            if len(_remembered) >= _MOST_REMEMBERED:
+                forget()
+            result = _remembered[look] = function(*args)
+        return result
+
+    return remembering
 
 
 def values_checked(device: torch.device) -> bool:
@@ -131,12 +176,11 @@ def state_indices(name: str, x: object, batch: int, slots: int, device: torch.de
 
 
 def inference(function: str, alternative: str, **tensors: Tensor | None) -> None:
-    """Raises when autograd would follow an in-place function."""
-    if torch.is_grad_enabled():
-        for name, x in tensors.items():
-            if x is not None and x.requires_grad:
-                raise RuntimeError(f"{name} requires grad, but {function} is for inference (it overwrites its state): call it "
-                                   f"under torch.no_grad(), or use {alternative}")
+    """In grad mode: raises when autograd would follow an in-place function."""
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad:
+            raise RuntimeError(f"{name} requires grad, but {function} is for inference (it overwrites its state): call it "
+                               f"under torch.no_grad(), or use {alternative}")
 
 
 def writable(name: str, x: Tensor) -> None:

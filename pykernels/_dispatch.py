@@ -60,8 +60,10 @@ def register(name: str, schemas: Mapping[str, str], fakes: Mapping[str, Callable
 
     The native library defines its parts itself; those of Triton are the functions of the module named `triton`, imported at the
     first call since that takes a second. `mutated` gives the positions of the arguments that a part overwrites.
-    -> run(part, backend, *args), which calls one.
+    -> run(part, backend, *args), which calls one; one that overwrites below autograd, so that gradients must be ruled out.
     """
+    ops: dict[tuple[str, str], torch._ops.OpOverload] = {}
+    mutated = {} if mutated is None else mutated
 
     def of_triton(part: str) -> Callable:
         def implementation(*args):
@@ -76,11 +78,18 @@ def register(name: str, schemas: Mapping[str, str], fakes: Mapping[str, Callable
         for backend in ("cpu", "cuda", "triton"):
             full = f"{name}_{part}_{backend}"
             if hasattr(getattr(torch.ops, NAMESPACE), full):
+                ops[part, backend] = op(full)
                 register_fake(full, fakes[part])
-                if mutated is not None and part in mutated:
+                if part in mutated:
                     bump_versions(full, mutated[part])
 
     def run(part: str, backend: str, *args):
-        return op(f"{name}_{part}_{backend}")(*args)
+        call = ops.get((part, backend)) or op(f"{name}_{part}_{backend}")
+        if part not in mutated or torch.compiler.is_compiling():
+            return call(*args)
+        # What the dispatcher would do on the way down to the kernel, without the microseconds that its layers in Python take.
+        torch.autograd.graph.increment_version([args[i] for i in mutated[part]])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return call(*args)
 
     return run

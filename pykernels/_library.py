@@ -86,6 +86,12 @@ def cuda_kernels(op: str, capability: tuple[int, int]) -> str | None:
     return describe(10 * capability[0] + capability[1]).decode()
 
 
+def allocate_by_dispatch(on: bool) -> None:
+    """Whether native ops get new tensors through torch's dispatcher, so that torch can fill them (for tests)."""
+    if _load()[0] is not None:
+        _require().pykernels_allocate_by_dispatch(on)
+
+
 def release_scratch() -> None:
     """Frees the scratch memory that the cpu kernels keep per thread between calls."""
     if _load()[0] is not None:

@@ -167,6 +167,11 @@ def check_name(backend: str, argument: str = "backend") -> str:
     return backend
 
 
+def default() -> str:
+    """The backend of calls that name none."""
+    return _default
+
+
 class use_backend(contextlib.AbstractContextManager):
     """Sets the default of every op's `backend` argument, for the process, or for a `with` block.
 
@@ -187,7 +192,7 @@ class use_backend(contextlib.AbstractContextManager):
 
 def asked_for(backend: str) -> str:
     """An op's argument `backend`, or where that is "auto" the default."""
-    return check_name(_default, "PYKERNELS_BACKEND") if check_name(backend) == "auto" else backend
+    return check_name(default(), "PYKERNELS_BACKEND") if check_name(backend) == "auto" else backend
 
 
 def resolve(op: Op, query: Query, backend: str) -> str:

@@ -51,7 +51,7 @@ def test_exports_only_its_plain_c_functions():
     ops = ("flash_attention", "linear_attention", "fft_conv") if _library.cuda_build() is not None else ()
     of_cuda = {f"pykernels_{op}_kernels" for op in ops}
     assert exported == {"pykernels_active_isa", "pykernels_built_isas", "pykernels_machine_has_isa", "pykernels_set_isa",
-                        "pykernels_release_scratch", "pykernels_cuda_build"} | of_cuda
+                        "pykernels_release_scratch", "pykernels_cuda_build", "pykernels_allocate_by_dispatch"} | of_cuda
 
 
 def _kernel_objects() -> list[tuple[str, str]]:

@@ -68,26 +68,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(Launch&& launch, const Tenso
   return {dx, dweight, dbias, dinitial_state};
 }
 
+// x [B, D] or [B, D, T]; weight and bias in the compute type or x's.
 template <class Launch>
 Tensor conv_step(Launch&& launch, const Tensor& x, Tensor& state, const Tensor& weight, const std::optional<Tensor>& bias,
                  const std::optional<Tensor>& state_indices, bool silu) {
-  STD_TORCH_CHECK(x.dim() == 3 && state.dim() == 3, "pykernels: x and state need 3 axes");
+  STD_TORCH_CHECK((x.dim() == 2 || x.dim() == 3) && state.dim() == 3, "pykernels: x needs 2 or 3 axes, state 3");
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) >= 1, "pykernels: weight needs 2 axes and a width of at least 1");
   Owner owner;
   CausalConv1dStepParams p{};
+  const bool one = x.dim() == 2;
   p.dtype = dtype_of(x);
-  p.batch = x.size(0), p.channels = x.size(1), p.tokens = x.size(2), p.width = weight.size(1), p.slots = state.size(0);
+  p.batch = x.size(0), p.channels = x.size(1), p.tokens = one ? 1 : x.size(2);
+  p.width = weight.size(1), p.slots = state.size(0);
   STD_TORCH_CHECK(state_indices || p.slots == p.batch, "pykernels: state needs one slot per batch entry, or state_indices");
   check_same_dtype(state, x, "state");
   check_shape(state, {p.slots, p.channels, p.width - 1}, "state");
-  p.x = x.const_data_ptr(), p.x_stride = channel_strides(x);
+  p.x = x.const_data_ptr(), p.x_stride = {x.stride(0), x.stride(1), one ? 1 : x.stride(2)};
   p.state = state.mutable_data_ptr(), p.state_stride = channel_strides(state);
-  p.weight = contiguous_data(weight, accumulator_of(x), {p.channels, p.width}, "weight", owner);
-  p.bias = contiguous_data(bias, accumulator_of(x), {p.channels}, "bias", owner);
+  check_wide(weight, x, "weight");
+  p.weight = contiguous_data(weight, weight.scalar_type(), {p.channels, p.width}, "weight", owner);
+  p.weight_dtype = dtype_of(weight);
+  if (bias) {
+    check_wide(*bias, x, "bias");
+    p.bias = contiguous_data(bias, bias->scalar_type(), {p.channels}, "bias", owner);
+    p.bias_dtype = dtype_of(*bias);
+  }
   p.state_indices = indices_data(state_indices, p.batch, "state_indices");
   p.silu = silu;
-  Tensor out = empty_like_layout(x);
-  p.out = out.mutable_data_ptr(), p.out_stride = channel_strides(out);
+  Tensor out = one ? empty({p.batch, p.channels}, x.scalar_type(), x) : empty_like_layout(x);
+  p.out = out.mutable_data_ptr(), p.out_stride = {out.stride(0), out.stride(1), one ? 1 : out.stride(2)};
   launch(p, x);
   return out;
 }

@@ -8,6 +8,12 @@ namespace pykernels::bindings {
 
 inline ChannelStrides channel_strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
+inline void check_wide(const Tensor& x, const Tensor& main, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == main.scalar_type() ||
+                      (x.scalar_type() == ScalarType::Float && main.scalar_type() != ScalarType::Double),
+                  "pykernels: ", name, " must have the main dtype or float32");
+}
+
 // A new [B, D, L] laid out as x is: token by token when x is, else channel by channel.
 inline Tensor empty_like_layout(const Tensor& x) {
   if (x.stride(1) == 1 && x.stride(2) != 1) {

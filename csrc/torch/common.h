@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <vector>
@@ -39,9 +40,22 @@ inline ScalarType accumulator_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  const std::vector<int64_t> shape(sizes);
-  return torch::stable::empty({shape.data(), shape.size()}, dtype, std::nullopt, like.device());
+// Whether new tensors go through torch's dispatcher, which the tests' poisoning of fresh memory needs. It takes a microsecond each.
+extern bool allocates_by_dispatch;
+
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
+  if (allocates_by_dispatch) return torch::stable::new_empty(like, sizes, dtype);
+  constexpr size_t kMostAxes = 8;
+  STD_TORCH_CHECK(sizes.size() <= kMostAxes, "pykernels: too many axes");
+  int64_t strides[kMostAxes], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  int32_t device = 0, index = 0;
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                         static_cast<int32_t>(dtype), device, index, &result));
+  return Tensor(result);
 }
 
 // The kernels take any strides but need the last axis contiguous; a tensor that lacks it is copied.

@@ -8,12 +8,6 @@
 
 namespace pykernels::bindings {
 
-inline void check_wide(const Tensor& x, const Tensor& main, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == main.scalar_type() ||
-                      (x.scalar_type() == ScalarType::Float && main.scalar_type() != ScalarType::Double),
-                  "pykernels: ", name, " must have u's dtype or float32");
-}
-
 // Checks sizes, with a last axis of 2 if complex.
 inline void check_states(const Tensor& x, std::initializer_list<int64_t> sizes, bool is_complex, const char* name) {
   std::vector<int64_t> expected(sizes);
@@ -35,7 +29,7 @@ inline const void* states_data(const std::optional<Tensor>& x, ScalarType dtype,
 inline Tensor empty_states(std::initializer_list<int64_t> sizes, bool is_complex, const Tensor& u) {
   std::vector<int64_t> shape(sizes);
   if (is_complex) shape.push_back(2);
-  return torch::stable::empty({shape.data(), shape.size()}, accumulator_of(u), std::nullopt, u.device());
+  return empty(shape, accumulator_of(u), u);
 }
 
 inline Projection projection(const Tensor& x, const Tensor& u, SelectiveScanParams& p, const char* name, std::vector<Tensor>& owner) {
@@ -163,69 +157,86 @@ ScanGradients scan_bwd(Launch&& launch, const Tensor& dout, const std::optional<
   return {du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state};
 }
 
-// Axes are [batch, head, channel, state], of which `present` says which ones the tensor has.
-inline SelectiveScanStepParams::Strides step_strides(const Tensor& x, bool batch, bool head, bool channel, bool state) {
-  SelectiveScanStepParams::Strides s{};
-  int64_t axis = 0;
-  if (batch) s.batch = x.stride(axis++);
-  if (head) s.head = x.stride(axis++);
-  if (channel) s.channel = x.stride(axis++);
-  if (state) s.state = x.stride(axis++);
-  return s;
-}
-
+// x [B, D] or, in heads, [B, H, P], and so the other tensors' axes of channels; B and C [B, N] or [B, G, N]. Without heads, each group
+// of channels is one.
 template <class Launch>
 Tensor scan_step(Launch&& launch, const Tensor& x, Tensor& state, const Tensor& delta, const Tensor& A, const Tensor& B,
                  const Tensor& C, const std::optional<Tensor>& D, const std::optional<Tensor>& z,
                  const std::optional<Tensor>& delta_bias, const std::optional<Tensor>& state_indices, bool delta_softplus) {
-  STD_TORCH_CHECK(x.dim() == 3, "pykernels: x needs 3 axes");
+  using Strides = SelectiveScanStepParams::Strides;
+  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "pykernels: x needs 2 or 3 axes");
   SelectiveScanStepParams p{};
-  p.is_complex = A.dim() == 4;
-  STD_TORCH_CHECK(A.dim() == 3 || A.dim() == 4, "pykernels: A needs 3 axes, or 4 when complex");
+  const bool in_heads = x.dim() == 3;
+  p.is_complex = A.dim() == x.dim() + 1;
+  STD_TORCH_CHECK(p.is_complex || A.dim() == x.dim(), "pykernels: A needs as many axes as x, or one more when complex");
   p.dtype = dtype_of(x), p.delta_dtype = dtype_of(delta);
-  p.batch = x.size(0), p.heads = x.size(1), p.channels = x.size(2), p.state = A.size(2), p.slots = state.size(0);
+  const auto groups_of = [&](const Tensor& y) { return y.dim() == 3 + p.is_complex ? y.size(1) : 1; };
+  p.groups = groups_of(B), p.batch = x.size(0);
+  const int64_t all = x.size(1);  // heads, or channels
+  STD_TORCH_CHECK(p.groups > 0 && all % p.groups == 0, "pykernels: the groups of B do not divide the heads");
+  p.heads = in_heads ? all : p.groups, p.channels = in_heads ? x.size(2) : all / p.groups;
+  STD_TORCH_CHECK(state.dim() >= 1, "pykernels: state needs slots");
+  p.state = A.size(1 + in_heads), p.slots = state.size(0);
   STD_TORCH_CHECK(p.state >= 1, "pykernels: A needs at least one state");
   STD_TORCH_CHECK(state_indices || p.slots == p.batch, "pykernels: state needs one slot per batch entry, or state_indices");
+
+  // Checks the sizes of y, which has the axes of x's channels and those of a batch and of states that are asked for, -> strides.
+  constexpr int64_t kNone = -1;
+  const auto check_states_axis = [&](const Tensor& y, int64_t axis, const char* name) {
+    STD_TORCH_CHECK(y.dim() == axis + 1 + p.is_complex && y.size(axis) == p.state, "pykernels: ", name, " has the wrong states");
+    // The imaginary part must follow the real one.
+    STD_TORCH_CHECK(!p.is_complex || (y.size(axis + 1) == 2 && y.stride(axis + 1) == 1), "pykernels: ", name,
+                    " must be contiguous pairs");
+    return y.stride(axis);
+  };
+  const auto channel_axes = [&](const Tensor& y, int64_t batch, bool states, const char* name) {
+    Strides s{};
+    int64_t axis = 0;
+    const auto next = [&](int64_t size) {
+      STD_TORCH_CHECK(axis < y.dim() && y.size(axis) == size, "pykernels: ", name, " has the wrong size on axis ", axis);
+      return y.stride(axis++);
+    };
+    if (batch != kNone) s.batch = next(batch);
+    if (in_heads)
+      s.head = next(p.heads), s.channel = next(p.channels);
+    else
+      s.channel = next(all), s.head = s.channel * p.channels;
+    if (states)
+      s.state = check_states_axis(y, axis, name);
+    else
+      STD_TORCH_CHECK(y.dim() == axis, "pykernels: ", name, " has too many axes");
+    return s;
+  };
   const ScalarType wide = accumulator_of(x);
-  check_dtype(state, wide, "state");
-  check_states(state, {p.slots, p.heads, p.channels, p.state}, p.is_complex, "state");
-  check_dtype(A, wide, "A");
-  check_states(A, {p.heads, p.channels, p.state}, p.is_complex, "A");
-  check_wide(delta, x, "delta");
-  check_shape(delta, {p.batch, p.heads, p.channels}, "delta");
-  p.groups = B.size(1);
-  STD_TORCH_CHECK(p.groups > 0 && p.heads % p.groups == 0, "pykernels: the groups of B do not divide the heads");
-  for (const auto& [projection, name] : {std::pair{&B, "B"}, std::pair{&C, "C"}}) {
-    p.is_complex ? check_dtype(*projection, wide, name) : check_wide(*projection, x, name);
-    check_states(*projection, {p.batch, p.groups, p.state}, p.is_complex, name);
-  }
-  // The imaginary part must follow the real one.
-  for (const Tensor* pair : {static_cast<const Tensor*>(&state), &A, &B, &C})
-    STD_TORCH_CHECK(!p.is_complex || pair->stride(pair->dim() - 1) == 1, "pykernels: complex pairs must be contiguous");
-  p.states = state.mutable_data_ptr(), p.states_stride = step_strides(state, true, true, true, true);
-  p.x = x.const_data_ptr(), p.x_stride = step_strides(x, true, true, true, false);
-  p.delta = delta.const_data_ptr(), p.delta_stride = step_strides(delta, true, true, true, false);
-  p.A = A.const_data_ptr(), p.A_stride = step_strides(A, false, true, true, true);
-  p.B = B.const_data_ptr(), p.B_stride = step_strides(B, true, true, false, true), p.B_dtype = dtype_of(B);
-  p.C = C.const_data_ptr(), p.C_stride = step_strides(C, true, true, false, true), p.C_dtype = dtype_of(C);
+  check_dtype(state, wide, "state"), check_dtype(A, wide, "A"), check_wide(delta, x, "delta");
+  p.states = state.mutable_data_ptr(), p.states_stride = channel_axes(state, p.slots, true, "state");
+  p.x = x.const_data_ptr(), p.x_stride = channel_axes(x, p.batch, false, "x");
+  p.delta = delta.const_data_ptr(), p.delta_stride = channel_axes(delta, p.batch, false, "delta");
+  p.A = A.const_data_ptr(), p.A_stride = channel_axes(A, kNone, true, "A");
+  const auto projection = [&](const Tensor& y, const void*& data, Strides& s, DType& dtype, const char* name) {
+    p.is_complex ? check_dtype(y, wide, name) : check_wide(y, x, name);
+    const bool grouped = y.dim() == 3 + p.is_complex;
+    STD_TORCH_CHECK(groups_of(y) == p.groups && y.size(0) == p.batch, "pykernels: ", name, " has the wrong batch or groups");
+    data = y.const_data_ptr(), dtype = dtype_of(y);
+    s = {y.stride(0), grouped ? y.stride(1) : 0, 0, check_states_axis(y, 1 + grouped, name)};
+  };
+  projection(B, p.B, p.B_stride, p.B_dtype, "B");
+  projection(C, p.C, p.C_stride, p.C_dtype, "C");
   if (z) {
     check_same_dtype(*z, x, "z");
-    check_shape(*z, {p.batch, p.heads, p.channels}, "z");
-    p.z = z->const_data_ptr(), p.z_stride = step_strides(*z, true, true, true, false);
+    p.z = z->const_data_ptr(), p.z_stride = channel_axes(*z, p.batch, false, "z");
   }
-  const auto parameter = [&](const std::optional<Tensor>& y, const void*& data, SelectiveScanStepParams::Strides& strides,
-                             const char* name) {
+  const auto parameter = [&](const std::optional<Tensor>& y, const void*& data, Strides& s, DType& dtype, const char* name) {
     if (!y) return;
-    check_dtype(*y, wide, name);
-    check_shape(*y, {p.heads, p.channels}, name);
-    data = y->const_data_ptr(), strides = step_strides(*y, false, true, true, false);
+    check_wide(*y, x, name);
+    data = y->const_data_ptr(), dtype = dtype_of(*y), s = channel_axes(*y, kNone, false, name);
   };
-  parameter(D, p.D, p.D_stride, "D");
-  parameter(delta_bias, p.delta_bias, p.delta_bias_stride, "delta_bias");
+  parameter(D, p.D, p.D_stride, p.D_dtype, "D");
+  parameter(delta_bias, p.delta_bias, p.delta_bias_stride, p.delta_bias_dtype, "delta_bias");
   p.state_indices = indices_data(state_indices, p.batch, "state_indices");
   p.delta_softplus = delta_softplus;
-  Tensor out = empty({p.batch, p.heads, p.channels}, x.scalar_type(), x);
-  p.out = out.mutable_data_ptr(), p.out_stride = step_strides(out, true, true, true, false);
+  Tensor out = in_heads ? empty({p.batch, p.heads, p.channels}, x.scalar_type(), x) : empty({p.batch, all}, x.scalar_type(), x);
+  p.out = out.mutable_data_ptr(), p.out_stride = channel_axes(out, p.batch, false, "out");
   launch(p, x);
   return out;
 }

@@ -48,9 +48,11 @@ def poisoned_memory() -> Iterator[None]:
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    _library.allocate_by_dispatch(True)
     try:
         yield
     finally:
+        _library.allocate_by_dispatch(False)
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 

@@ -89,13 +89,15 @@ def conv_bwd(dout, dfinal_state, x, weight, bias, initial_state, cu_seqlens, sil
 
 
 def conv_step(x, state, weight, bias, state_indices, silu):
+    if x.dim() == 2:
+        return conv_step(x[..., None], state, weight, bias, state_indices, silu)[..., 0]
     weight, bias = _contiguous(weight, bias)
     batch, channels, tokens = x.shape
     out = guarded(x.shape, x.dtype, x)
     host_build.load().causal_conv1d_step({
         "dtype": _DTYPES[x.dtype], "batch": batch, "channels": channels, "tokens": tokens, "width": weight.shape[1],
-        "slots": state.shape[0], "silu": silu,
-        **fields(x=x, state=state, weight=weight, bias=bias, state_indices=state_indices, out=out)})
+        "slots": state.shape[0], "silu": silu, "weight_dtype": _DTYPES[weight.dtype],
+        "bias_dtype": _DTYPES[(weight if bias is None else bias).dtype], **fields(x=x, state=state, weight=weight, bias=bias, state_indices=state_indices, out=out)})
     check_guards(out)
     return out
 
@@ -165,11 +167,14 @@ def scan_bwd(dout, dfinal_state, *inputs):
     return tuple(gradients.values())
 
 
-def scan_step(x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus):
+def scan_step(*arguments):
+    shape = arguments[0].shape
+    x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus = scan_registration.in_heads(*arguments)
     batch, heads, channels = x.shape
     out = guarded(x.shape, x.dtype)
     f = {"dtype": _DTYPES[x.dtype], "delta_dtype": _DTYPES[delta.dtype], "B_dtype": _DTYPES[B.dtype],
-         "C_dtype": _DTYPES[C.dtype], "batch": batch, "heads": heads, "channels": channels, "state": A.shape[2],
+         "C_dtype": _DTYPES[C.dtype], "D_dtype": _DTYPES[(x if D is None else D).dtype],
+         "delta_bias_dtype": _DTYPES[(x if delta_bias is None else delta_bias).dtype], "batch": batch, "heads": heads, "channels": channels, "state": A.shape[2],
          "groups": B.shape[1], "slots": state.shape[0], "delta_softplus": delta_softplus,
          "state_indices": 0 if state_indices is None else state_indices.data_ptr()}
     # The axes that each has of batch, head, channel and state.
@@ -181,7 +186,7 @@ def scan_step(x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_s
                 f[name + "_stride"] = [tensor.stride(axes.index(axis)) if axis in axes else 0 for axis in "bhcn"]
     host_build.load().selective_scan_step(f)
     check_guards(out)
-    return out
+    return out.view(shape)
 
 
 for _part, _run in (("fwd", scan_fwd), ("bwd", scan_bwd), ("step", scan_step)):

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from pykernels import backends
+from pykernels import _checks, backends
 
 
 def samples(matrix: Iterable[tuple], dtypes: Iterable[torch.dtype]) -> pytest.MarkDecorator:
@@ -35,4 +35,6 @@ def on_the_host(*modules: ModuleType) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "resolve", resolve))
+        stack.callback(_checks.forget)
+        _checks.forget()
         yield

@@ -67,6 +67,7 @@ SelectiveScanStepParams scan_step_params(const py::dict& f) {
   SelectiveScanStepParams p{};
   p.dtype = dtype(f, "dtype"), p.delta_dtype = dtype(f, "delta_dtype");
   p.B_dtype = dtype(f, "B_dtype"), p.C_dtype = dtype(f, "C_dtype");
+  p.D_dtype = dtype(f, "D_dtype"), p.delta_bias_dtype = dtype(f, "delta_bias_dtype");
   p.batch = number(f, "batch"), p.heads = number(f, "heads"), p.channels = number(f, "channels");
   p.state = number(f, "state"), p.groups = number(f, "groups"), p.slots = number(f, "slots");
   p.states = pointer<void>(f, "states"), p.states_stride = step_strides(f, "states");

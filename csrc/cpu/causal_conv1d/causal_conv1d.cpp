@@ -347,7 +347,60 @@ void backward(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
   });
 }
 
-// Lanes are channels here: a step has few tokens. Tokens are taken one by one, each shifting the taps kept in scratch.
+// One token of `count` channels whose states follow one another: lanes are channels.
+template <int W, class T, class P>
+void step_in_place(T* out, T* state, const T* x, const P* weight, const P* bias, bool silu, int64_t count) {
+  using S = Wide<T>;
+  constexpr int lanes = kLanes<S>;
+  for (int64_t i = 0; i < count; i += lanes, state += (W - 1) * lanes, weight += W * lanes) {
+    const int64_t left = count - i;
+    Vec<S> e[W - 1], taps[W], y = bias != nullptr ? load_upto(bias + i, left) : Vec<S>{};
+#pragma GCC unroll 4
+    for (int w = 0; w < W - 1; ++w) e[w] = load_upto(state + w * lanes, left * (W - 1) - w * lanes);
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) taps[w] = load_upto(weight + w * lanes, left * W - w * lanes);
+    const Vec<S> newest = load_upto(x + i, left);
+    deinterleave(e), deinterleave(taps);
+#pragma GCC unroll 4
+    for (int w = 0; w < W - 1; ++w) y = y + e[w] * taps[w];
+    y = y + newest * taps[W - 1];
+    if (silu) y = y * sigmoid<S>(y);
+    store_exact_upto(out + i, y, left);
+#pragma GCC unroll 4
+    for (int w = 0; w < W - 2; ++w) e[w] = e[w + 1];
+    e[W - 2] = newest;
+    interleave(e);
+#pragma GCC unroll 4
+    for (int w = 0; w < W - 1; ++w) store_exact_upto(state + w * lanes, e[w], left * (W - 1) - w * lanes);
+  }
+}
+
+// `count` channels of the state `slot` and of batch entry b by step_in_place, if they lie in memory as it takes them; -> whether so.
+template <class S, class T>
+bool step_in_place(const CausalConv1dStepParams& p, int64_t b, int64_t slot, int64_t channel, int64_t count) {
+  const int64_t width = p.width;
+  if (p.tokens != 1 || width < 2 || width > 4 || p.x_stride.channel != 1 || p.state_stride.channel != width - 1 ||
+      (p.state_stride.token != 1 && width > 2))
+    return false;
+  constexpr DType kWide = sizeof(S) == 8 ? DType::kFloat64 : DType::kFloat32;
+  const auto with = [&]<class P>(const P* weight, const P* bias) {
+    const auto run = [&](auto function) {
+      function(static_cast<T*>(p.out) + b * p.out_stride.batch + channel * p.out_stride.channel,
+               static_cast<T*>(p.state) + slot * p.state_stride.batch + channel * (width - 1),
+               static_cast<const T*>(p.x) + b * p.x_stride.batch + channel, weight + channel * width,
+               bias == nullptr ? bias : bias + channel, p.silu, count);
+    };
+    run(width == 2 ? step_in_place<2, T, P> : width == 3 ? step_in_place<3, T, P> : step_in_place<4, T, P>);
+  };
+  if (p.bias != nullptr && p.bias_dtype != p.weight_dtype) return false;
+  if (p.weight_dtype == kWide)
+    with(static_cast<const S*>(p.weight), static_cast<const S*>(p.bias));
+  else
+    with(static_cast<const T*>(p.weight), static_cast<const T*>(p.bias));
+  return true;
+}
+
+// Tokens are taken one by one, each shifting the taps kept in scratch; lanes are channels here too.
 template <class S>
 void step(const CausalConv1dStepParams& p, const Parallel& parallel) {
   constexpr int lanes = kLanes<S>;
@@ -371,12 +424,14 @@ void step(const CausalConv1dStepParams& p, const Parallel& parallel) {
       const bool valid = slot >= 0 && slot < p.slots;
       const int64_t state_offset = slot * p.state_stride.batch + channel * p.state_stride.channel;
       if (valid) {
+        const auto in_place = [&]<class T>(T*) { return step_in_place<S, T>(p, b, slot, channel, count); };
+        if (for_dtype<S>(p.dtype, in_place)) continue;
         load_tile(e, block, p.dtype, p.state, state_offset, p.state_stride.token, p.state_stride.channel, state, count);
         load_tile(e + state * block, block, p.dtype, p.x, b * p.x_stride.batch + channel * p.x_stride.channel, p.x_stride.token,
                   p.x_stride.channel, p.tokens, count);
-        load_tile(weight, block, static_cast<const S*>(p.weight) + channel * p.width, 1, p.width, p.width, count);
+        load_tile(weight, block, p.weight_dtype, p.weight, channel * p.width, 1, p.width, p.width, count);
         if (p.bias != nullptr)
-          load_tile(bias, block, static_cast<const S*>(p.bias) + channel, 0, 1, 1, count);
+          load_tile(bias, block, p.bias_dtype, p.bias, channel, 0, 1, 1, count);
         else
           for (int64_t i = 0; i < block; ++i) bias[i] = 0;
       }

@@ -82,32 +82,80 @@ void store_tile(T* dst, int64_t row, int64_t column, const Wide<T>* src, int64_t
   }
 }
 
-// The same for a dtype known at run time; `offset`, in elements, is added to the pointer. S = double goes with fp64 alone.
+// f(null pointer to the type that dtype stands for), and what it returns. S = double goes with fp64 alone.
+template <class S, class F>
+PYKERNELS_INLINE auto for_dtype(DType dtype, F&& f) {
+  if constexpr (sizeof(S) == 8)
+    return f(static_cast<double*>(nullptr));
+  else if (dtype == DType::kFloat32)
+    return f(static_cast<float*>(nullptr));
+  else if (dtype == DType::kBFloat16)
+    return f(static_cast<BFloat16*>(nullptr));
+  else
+    return f(static_cast<Float16*>(nullptr));
+}
+
+// The same for a dtype known at run time; `offset`, in elements, is added to the pointer.
 template <class S>
 void load_tile(S* dst, int64_t ld, DType dtype, const void* src, int64_t offset, int64_t row, int64_t column, int64_t rows,
                int64_t columns) {
-  if constexpr (sizeof(S) == 8) {
-    load_tile(dst, ld, static_cast<const double*>(src) + offset, row, column, rows, columns);
-  } else if (dtype == DType::kFloat32) {
-    load_tile(dst, ld, static_cast<const float*>(src) + offset, row, column, rows, columns);
-  } else if (dtype == DType::kBFloat16) {
-    load_tile(dst, ld, static_cast<const BFloat16*>(src) + offset, row, column, rows, columns);
-  } else {
-    load_tile(dst, ld, static_cast<const Float16*>(src) + offset, row, column, rows, columns);
-  }
+  for_dtype<S>(dtype, [&]<class T>(T*) { load_tile(dst, ld, static_cast<const T*>(src) + offset, row, column, rows, columns); });
 }
 template <class S>
 void store_tile(DType dtype, void* dst, int64_t offset, int64_t row, int64_t column, const S* src, int64_t ld, int64_t rows,
                 int64_t columns) {
-  if constexpr (sizeof(S) == 8) {
-    store_tile(static_cast<double*>(dst) + offset, row, column, src, ld, rows, columns);
-  } else if (dtype == DType::kFloat32) {
-    store_tile(static_cast<float*>(dst) + offset, row, column, src, ld, rows, columns);
-  } else if (dtype == DType::kBFloat16) {
-    store_tile(static_cast<BFloat16*>(dst) + offset, row, column, src, ld, rows, columns);
-  } else {
-    store_tile(static_cast<Float16*>(dst) + offset, row, column, src, ld, rows, columns);
-  }
+  for_dtype<S>(dtype, [&]<class T>(T*) { store_tile(static_cast<T*>(dst) + offset, row, column, src, ld, rows, columns); });
+}
+
+namespace detail {
+// Lane i of `row`, or of `next` where it is next's, vector number Number: lane i of the result is entry source(i) of all vectors in a
+// row. `row` holds what the vectors before `next` have.
+template <int Number, class Source, class V, size_t... I>
+PYKERNELS_INLINE V collect(V row, V next, std::index_sequence<I...>) {
+  constexpr int lanes = sizeof...(I);
+  constexpr auto from = [](int i) {
+    const int entry = Source::of(i, lanes), lane = entry % lanes;
+    return entry / lanes == Number ? lanes + lane : Number == 1 && entry < lanes ? lane : i;
+  };
+  return __builtin_shufflevector(row, next, from(I)...);
+}
+template <class Source, int Number = 1, class V, int N>
+PYKERNELS_INLINE V collect_from(V row, const V (&rows)[N]) {
+  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+  if constexpr (Number < N)
+    return collect_from<Source, Number + 1>(collect<Number, Source>(row, rows[Number], std::make_index_sequence<lanes>{}), rows);
+  else
+    return row;
+}
+template <int N, int Column>
+struct OfColumn {
+  static constexpr int of(int i, int) { return i * N + Column; }
+};
+template <int N, int Part>
+struct OfPart {
+  static constexpr int of(int i, int lanes) { return (Part * lanes + i) % N * lanes + (Part * lanes + i) / N; }
+};
+}  // namespace detail
+
+// Lane i of columns[j] becomes entry i * N + j of the vectors in a row: the columns of a matrix of N columns, given its memory.
+template <class V, int N, size_t... J>
+PYKERNELS_INLINE void deinterleave(V (&columns)[N], std::index_sequence<J...>) {
+  const V result[N] = {detail::collect_from<detail::OfColumn<N, J>>(columns[0], columns)...};
+  ((columns[J] = result[J]), ...);
+}
+template <class V, int N>
+PYKERNELS_INLINE void deinterleave(V (&columns)[N]) {
+  deinterleave(columns, std::make_index_sequence<N>{});
+}
+// Its inverse.
+template <class V, int N, size_t... J>
+PYKERNELS_INLINE void interleave(V (&columns)[N], std::index_sequence<J...>) {
+  const V result[N] = {detail::collect_from<detail::OfPart<N, J>>(columns[0], columns)...};
+  ((columns[J] = result[J]), ...);
+}
+template <class V, int N>
+PYKERNELS_INLINE void interleave(V (&columns)[N]) {
+  interleave(columns, std::make_index_sequence<N>{});
 }
 
 // 1 / x for normal x up to 2^126 in magnitude, within 1 ulp or so; a quarter of a division's time on AVX-512.

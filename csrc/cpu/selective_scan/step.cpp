@@ -17,12 +17,44 @@ PYKERNELS_INLINE void load_row(S* dst, int64_t padded, DType dtype, const void* 
   for (int part = 0; part < P; ++part) load_tile(dst + part * padded, padded, dtype, src, offset + part, 0, stride, 1, state);
 }
 
+// One channel's states h, in place, given its row of A; -> C . h over lanes. Parts of complex rows are `padded` apart.
+template <class S, int P>
+PYKERNELS_INLINE Vec<S> advance(S* h, const S* a, const S* b, const S* c, int64_t padded, int64_t state, S dt, S x) {
+  constexpr int lanes = kLanes<S>;
+  const Vec<S> dt_i = splat(dt), rate = decay_rate<S>(dt_i), dtx = splat(dt * x);
+  Vec<S> sum{};
+  const auto vector = [&](int64_t n, int64_t left) __attribute__((always_inline)) {
+    const auto row = [&](const S* from) -> Number<S, P> {
+      if constexpr (P == 1)
+        return {load_upto(from + n, left)};
+      else
+        return {load_upto(from + n, left), load_upto(from + padded + n, left)};
+    };
+    const Number<S, P> next = multiply_add<S, P>(decay<S, P>(dt_i, rate, row(a)), row(h), scale<S, P>(dtx, row(b)));
+    store_upto(h + n, next.re, left);
+    if constexpr (P == 2) store_upto(h + padded + n, next.im, left);
+    sum = real_multiply_add<S, P>(row(c), next, sum);
+  };
+  int64_t n = 0;
+  for (; n + lanes <= state; n += lanes) vector(n, lanes);
+  if (n < state) vector(n, state - n);
+  return sum;
+}
+
+// The real states of `count` channels where they lie.
+template <class S>
+void advance_in_place(S* h, int64_t h_stride, const S* a, int64_t a_stride, const S* b, const S* c, const S* dt, const S* x, S* sums,
+                      int64_t count, int64_t state) {
+  for (int64_t i = 0; i < count; ++i, h += h_stride, a += a_stride)
+    store(sums + i * kLanes<S>, advance<S, 1>(h, a, b, c, 0, state, dt[i], x[i]));
+}
+
 template <class S, int P>
 void step(const SelectiveScanStepParams& p, const Parallel& parallel) {
   constexpr int lanes = kLanes<S>;
   constexpr DType wide = sizeof(S) == 8 ? DType::kFloat64 : DType::kFloat32;
   const int64_t runs = (p.channels + kRun - 1) / kRun, padded = round_up(p.state, lanes);
-  const bool in_place = P == 1 && p.states_stride.state == 1, a_in_place = P == 1 && p.A_stride.state == 1;
+  const bool in_place = P == 1 && p.states_stride.state == 1 && p.A_stride.state == 1;
   Parallel worthwhile = parallel;
   worthwhile.threads = static_cast<int>(
       least<int64_t>(parallel.threads, 1 + p.batch * p.heads * p.channels * p.state * P / kStatesPerThread));
@@ -59,41 +91,29 @@ void step(const SelectiveScanStepParams& p, const Parallel& parallel) {
       gather(x, p.dtype, p.x, p.x_stride);
       if (p.z != nullptr) gather(gate, p.dtype, p.z, p.z_stride);
       if (p.delta_bias != nullptr) {
-        gather(parameter, wide, p.delta_bias, p.delta_bias_stride);
+        gather(parameter, p.delta_bias_dtype, p.delta_bias, p.delta_bias_stride);
         for (int64_t i = 0; i < count; i += lanes) store(dt + i, load(dt + i) + load(parameter + i));
       }
       if (p.delta_softplus)
         for (int64_t i = 0; i < count; i += lanes) store(dt + i, softplus<S>(load(dt + i), exact_exp<S>(-abs<S>(load(dt + i)))));
 
-      for (int64_t i = 0; i < count; ++i) {
-        S* const states = static_cast<S*>(p.states) + slot * p.states_stride.batch + head * p.states_stride.head +
-                          (first + i) * p.states_stride.channel;
-        const int64_t a_offset = head * p.A_stride.head + (first + i) * p.A_stride.channel;
-        const S* a_row = static_cast<const S*>(p.A) + a_offset;
-        if (!a_in_place) load_row<S, P>(a, padded, wide, p.A, a_offset, p.A_stride.state, p.state), a_row = a;
-        if (!in_place) load_row<S, P>(h, padded, wide, states, 0, p.states_stride.state, p.state);
-        S* const h_row = in_place ? states : h;
-        const Vec<S> dt_i = splat(dt[i]), rate = decay_rate<S>(dt_i), dtx = splat(dt[i] * x[i]);
-        Vec<S> sum{};
-        for (int64_t n = 0; n < p.state; n += lanes) {
-          const int64_t left = p.state - n;
-          const auto row = [&](const S* from) -> Number<S, P> {
-            if constexpr (P == 1)
-              return {load_upto(from + n, left)};
-            else
-              return {load_upto(from + n, left), load_upto(from + padded + n, left)};
-          };
-          const Number<S, P> next = multiply_add<S, P>(decay<S, P>(dt_i, rate, row(a_row)), row(h_row), scale<S, P>(dtx, row(b)));
-          store_upto(h_row + n, next.re, left);
-          if constexpr (P == 2) store_upto(h_row + padded + n, next.im, left);
-          sum = real_multiply_add<S, P>(row(c), next, sum);
-        }
-        if (!in_place)
+      S* const states = static_cast<S*>(p.states) + slot * p.states_stride.batch + head * p.states_stride.head +
+                        first * p.states_stride.channel;
+      const int64_t a_offset = head * p.A_stride.head + first * p.A_stride.channel;
+      if (in_place) {
+        advance_in_place<S>(states, p.states_stride.channel, static_cast<const S*>(p.A) + a_offset, p.A_stride.channel, b, c, dt, x,
+                            sums, count, p.state);
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          S* const row = states + i * p.states_stride.channel;
+          load_row<S, P>(a, padded, wide, p.A, a_offset + i * p.A_stride.channel, p.A_stride.state, p.state);
+          load_row<S, P>(h, padded, wide, row, 0, p.states_stride.state, p.state);
+          store(sums + i * lanes, advance<S, P>(h, a, b, c, padded, p.state, dt[i], x[i]));
           for (int part = 0; part < P; ++part)
-            for (int64_t n = 0; n < p.state; ++n) states[n * p.states_stride.state + part] = h[part * padded + n];
-        store(sums + i * lanes, sum);
+            for (int64_t n = 0; n < p.state; ++n) row[n * p.states_stride.state + part] = h[part * padded + n];
+        }
       }
-      if (p.D != nullptr) gather(parameter, wide, p.D, p.D_stride);
+      if (p.D != nullptr) gather(parameter, p.D_dtype, p.D, p.D_stride);
       for (int64_t i = 0; i < count; i += lanes) {
         Vec<S> rows[lanes];
 #pragma GCC unroll 16

@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   T* const state = row_of<T>(p.state, p.state_stride, slot, channel);
-  const float* const weight = static_cast<const float*>(p.weight) + channel * width;
-  const float bias = p.bias != nullptr ? static_cast<const float*>(p.bias)[channel] : 0.0f;
+  const auto weight = [&](int64_t w) { return load_either<T>(p.weight, p.weight_dtype, channel * width + w); };
+  const float bias = p.bias != nullptr ? load_either<T>(p.bias, p.bias_dtype, channel) : 0.0f;
   // Of the state followed by x.
   const auto entry = [&](int64_t j) {
     return j < width - 1 ? state[j * p.state_stride.token] : x[(j - (width - 1)) * p.x_stride.token];
@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(kThreads)
     float y = bias;
     if constexpr (W > 0) {
 #pragma unroll
-      for (int w = 0; w < W; ++w) y += weight[w] * widen(entry(t + w));
+      for (int w = 0; w < W; ++w) y += weight(w) * widen(entry(t + w));
     } else {
-      for (int64_t w = 0; w < width; ++w) y += weight[w] * widen(entry(t + w));
+      for (int64_t w = 0; w < width; ++w) y += weight(w) * widen(entry(t + w));
     }
     out[t * p.out_stride.token] = narrow<T>(p.silu ? silu(y) : y);
   }

@@ -28,6 +28,13 @@ __device__ __forceinline__ T narrow(float x) {
     return {static_cast<uint16_t>(ptx::pack<T>(x, 0.0f))};
 }
 
+// Element i of data in fp32 or in T, as dtype says.
+template <class T>
+__device__ __forceinline__ float load_either(const void* data, DType dtype, int64_t i) {
+  if (std::is_same_v<T, float> || dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
+  return widen(static_cast<const T*>(data)[i]);
+}
+
 // kCount neighbours as one access of the hardware, or as several of 16 bytes: p is aligned to the smaller of those.
 template <int kCount, class T>
 struct Neighbours {

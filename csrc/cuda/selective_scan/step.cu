@@ -12,11 +12,6 @@ __device__ __forceinline__ int64_t offset_of(const SelectiveScanStepParams::Stri
                                              int64_t head, int64_t channel) {
   return batch * stride.batch + head * stride.head + channel * stride.channel;
 }
-template <class T>
-__device__ __forceinline__ float load(const void* data, DType dtype, int64_t offset) {
-  if (std::is_same_v<T, float> || dtype == DType::kFloat32) return static_cast<const float*>(data)[offset];
-  return widen(static_cast<const T*>(data)[offset]);
-}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -31,9 +26,9 @@ __global__ void __launch_bounds__(kThreads)
   float u = 0.0f, y = 0.0f;
   if (active) {
     u = widen(static_cast<const T*>(p.x)[offset_of(p.x_stride, batch, head, channel)]);
-    float dt = load<T>(p.delta, p.delta_dtype, offset_of(p.delta_stride, batch, head, channel));
+    float dt = load_either<T>(p.delta, p.delta_dtype, offset_of(p.delta_stride, batch, head, channel));
     if (p.delta_bias != nullptr)
-      dt += static_cast<const float*>(p.delta_bias)[offset_of(p.delta_bias_stride, 0, head, channel)];
+      dt += load_either<T>(p.delta_bias, p.delta_bias_dtype, offset_of(p.delta_bias_stride, 0, head, channel));
     if (p.delta_softplus) dt = softplus(dt);
     const float rate = dt * kLog2E, input = dt * u;
     const int64_t group = head / (p.heads / p.groups);
@@ -42,13 +37,13 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t B = offset_of(p.B_stride, batch, group, 0), C = offset_of(p.C_stride, batch, group, 0);
     for (int64_t n = lane; n < p.state; n += kLanes) {
       float& h = state[n * p.states_stride.state];
-      h = ptx::exp2(rate * A[n * p.A_stride.state]) * h + input * load<T>(p.B, p.B_dtype, B + n * p.B_stride.state);
-      y += h * load<T>(p.C, p.C_dtype, C + n * p.C_stride.state);
+      h = ptx::exp2(rate * A[n * p.A_stride.state]) * h + input * load_either<T>(p.B, p.B_dtype, B + n * p.B_stride.state);
+      y += h * load_either<T>(p.C, p.C_dtype, C + n * p.C_stride.state);
     }
   }
   y = sum_lanes(y);
   if (!there || lane > 0) return;
-  if (active && p.D != nullptr) y += static_cast<const float*>(p.D)[offset_of(p.D_stride, 0, head, channel)] * u;
+  if (active && p.D != nullptr) y += load_either<T>(p.D, p.D_dtype, offset_of(p.D_stride, 0, head, channel)) * u;
   if (active && p.z != nullptr)
     y *= silu(widen(static_cast<const T*>(p.z)[offset_of(p.z_stride, batch, head, channel)]));
   static_cast<T*>(p.out)[offset_of(p.out_stride, batch, head, channel)] = narrow<T>(y);

@@ -62,8 +62,9 @@ struct CausalConv1dStepParams {
   ChannelStrides x_stride;
   void* state;  // [slots, D, W - 1]
   ChannelStrides state_stride;
-  const void* weight;  // as above
+  const void* weight;  // as above, but in the compute type or x's
   const void* bias;
+  DType weight_dtype, bias_dtype;
   const int32_t* state_indices;  // [B], or null
   bool silu;
   void* out;

@@ -81,9 +81,10 @@ struct SelectiveScanBackwardParams {
 // One token of each batch entry against states that are read and replaced. state [slots, H, P, N] is indexed by
 // state_indices[b], or b without them; an entry whose index is outside [0, slots) is padding: out is zero, no state is touched.
 // x, dt, z and out [B, H, P], A [H, P, N], D and dt_bias [H, P], B and C [B, G, N], any strides; head h reads group h / (H / G).
+// A in the compute type, delta, B, C, D and delta_bias in that or x's.
 struct SelectiveScanStepParams {
   DType dtype;        // of x, z and out
-  DType delta_dtype, B_dtype, C_dtype;
+  DType delta_dtype, B_dtype, C_dtype, D_dtype, delta_bias_dtype;
   int64_t batch, heads, channels, state, groups, slots;  // channels: P
   bool is_complex;
   struct Strides {

@@ -146,24 +146,32 @@ def causal_conv1d_step(x: Tensor, state: Tensor, weight: Tensor, *, bias: Tensor
             overwritten.
         BackendUnavailable: the backend asked for can't serve this call.
     """
+    chosen, ready = _check_step(x, state, weight, bias, activation, state_indices is not None, backend)
+    if state_indices is not None:
+        state_indices = _checks.state_indices("state_indices", state_indices, x.shape[0], state.shape[0], x.device)
+    if torch.is_grad_enabled():
+        _checks.inference("causal_conv1d_step", "causal_conv1d", x=x, state=state, weight=weight, bias=bias)
+    if not ready:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+    silu = activation == "silu"
+    if chosen == "reference":
+        tokens = x if x.dim() == 3 else x[..., None]
+        return reference.causal_conv1d_step(tokens, state, weight, bias, state_indices, silu).view(x.shape)
+    return registration.run("step", chosen, x, state, weight, bias, state_indices, silu)
+
+
+@_checks.by_metadata
+def _check_step(x: object, state: object, weight: object, bias: object, activation: object, indexed: bool,
+                backend: object) -> tuple[str, bool]:
+    """-> the backend that serves a step, and whether it takes weight and bias as they are."""
     if not isinstance(x, Tensor) or x.dim() not in (2, 3):
         _checks.tensor("x", x, "B D" if isinstance(x, Tensor) and x.dim() < 2 else "B D T")
-    tokens = x if x.dim() == 3 else x[..., None]
-    silu = _check_parameters(tokens, weight, bias, activation)
-    batch, channels, _ = tokens.shape
+    _check_parameters(x, weight, bias, activation)
     _checks.tensor("state", state, "slots D W-1")
     _checks.same_dtype("state", state, "x", x)
     _checks.same_device("state", state, "x", x)
-    _checks.shape("state", state, {"slots": batch if state_indices is None else None, "D": channels,
-                                   "W-1": weight.shape[1] - 1})
-    if state_indices is not None:
-        state_indices = _checks.state_indices("state_indices", state_indices, batch, state.shape[0], x.device)
-    _checks.inference("causal_conv1d_step", "causal_conv1d", x=x, state=state, weight=weight, bias=bias)
+    _checks.shape("state", state, {"slots": None if indexed else x.shape[0], "D": x.shape[1], "W-1": weight.shape[1] - 1})
     _checks.writable("state", state)
     chosen = resolve(OP, Query(x.device.type, x.dtype, {"width": weight.shape[1]}), backend)
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight, bias = weight.to(compute), None if bias is None else bias.to(compute)
-    arguments = tokens, state, weight, bias, state_indices, silu
-    out = reference.causal_conv1d_step(*arguments) if chosen == "reference" else registration.run("step", chosen,
-                                                                                                  *arguments)
-    return out if x.dim() == 3 else out[..., 0]
+    return chosen, chosen != "reference" and x.dtype != torch.float64

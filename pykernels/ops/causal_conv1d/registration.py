@@ -1,6 +1,7 @@
 """The causal convolution as PyTorch ops: fakes, and autograd around whichever backend runs.
 
-Each backend has its own ops, `causal_conv1d_{fwd,bwd,step}_<backend>`, with one schema for all.
+Each backend has its own ops, `causal_conv1d_{fwd,bwd,step}_<backend>`, with one schema for all. weight and bias are in the compute
+dtype; those of a step in that or x's, and its x is [B, D] or [B, D, T].
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _fake_bwd(dout, dfinal_state, x, weight, bias, initial_state, cu_seqlens, si
 
 
 def _fake_step(x, state, weight, bias, state_indices, silu):
-    return empty_like_layout(x)
+    return x.new_empty(x.shape) if x.dim() == 2 else empty_like_layout(x)
 
 
 run = _dispatch.register("causal_conv1d", SCHEMAS, {"fwd": _fake_fwd, "bwd": _fake_bwd, "step": _fake_step},

@@ -233,9 +233,10 @@ def causal_conv1d_step_kernel(x, state, weight, bias, state_indices, out, stride
     for t in range(0, T):
         b_y = tl.zeros([BD], dtype=tl.float32)
         for w in range(0, W):
-            b_y += load(weight + o_d * W + w, m_in) * _entry(p_x, p_s, m_in, t + w, stride_xt, stride_st, W)
+            b_w = load(weight + o_d * W + w, m_in).to(tl.float32)
+            b_y += b_w * _entry(p_x, p_s, m_in, t + w, stride_xt, stride_st, W)
         if bias is not None:
-            b_y += load(bias + o_d, m_in)
+            b_y += load(bias + o_d, m_in).to(tl.float32)
         if SILU:
             b_y = b_y * tl.sigmoid(b_y)
         store(out + i_b * stride_ob + o_d * stride_oc + t * stride_ot, b_y, m_d)
@@ -287,7 +288,7 @@ def fwd(x, weight, bias, initial_state, cu_seqlens, silu):
     BD, BT = _blocks(x)
     grid = _tiles(x, BT, cu_seqlens)
     launch(causal_conv1d_fwd_kernel, (grid["tiles"] * triton.cdiv(channels, BD) * batch,), x.device, x=x,
-           weight=weight, bias=bias,
+           weight=weight, bias=None if bias is None else bias.contiguous(),
            state=initial_state, out=out, cu_seqlens=cu_seqlens, D=channels, L=length, W=width, SILU=silu, BD=BD, BT=BT,
            **grid,
            **_strides(x=x, o=out), **_COMPILED)
@@ -300,7 +301,7 @@ def bwd(dout, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu):
     batch, channels, length = x.shape
     width = weight.shape[1]
     weight = weight.contiguous()
-    initial_state, dfinal_state = (None if s is None else s.contiguous() for s in (initial_state, dfinal_state))
+    bias, initial_state, dfinal_state = (None if s is None else s.contiguous() for s in (bias, initial_state, dfinal_state))
     dx = empty_like_layout(x)
     BD, BT = _blocks(x)
     grid = _tiles(x, BT, cu_seqlens)
@@ -325,12 +326,14 @@ def bwd(dout, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu):
 
 
 def step(x, state, weight, bias, state_indices, silu):
+    if x.dim() == 2:
+        return step(x[..., None], state, weight, bias, state_indices, silu)[..., 0]
     batch, channels, tokens = x.shape
     out = empty_like_layout(x)
     BD = 128
     launch(causal_conv1d_step_kernel, (batch * triton.cdiv(channels, BD),), x.device, x=x, state=state,
            weight=weight.contiguous(),
-           bias=bias, state_indices=state_indices, out=out, D=channels, slots=state.shape[0], T=tokens,
+           bias=None if bias is None else bias.contiguous(), state_indices=state_indices, out=out, D=channels, slots=state.shape[0], T=tokens,
            W=weight.shape[1], SILU=silu,
            BD=BD, **_strides(x=x, s=state, o=out), **_COMPILED)
     return out

@@ -82,13 +82,6 @@ def _projection(x: Tensor, u: Tensor, state: torch.dtype) -> Tensor:
     return x[:, None] if x.dim() == 3 else x
 
 
-def _split(x: Tensor | None, axis: int, groups: int) -> Tensor | None:
-    """The channels on `axis` as [groups, channels of a group]."""
-    if x is None:
-        return None
-    return x.unsqueeze(axis) if groups == 1 else x.unflatten(axis, (groups, x.shape[axis] // groups))
-
-
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor | None = None,
                    z: Tensor | None = None,
                    delta_bias: Tensor | None = None, delta_softplus: bool = False, initial_state: Tensor | None = None,
@@ -234,6 +227,24 @@ def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: T
             overwritten.
         BackendUnavailable: the backend asked for can't serve this call.
     """
+    chosen, ready = _check_step(x, state, delta, A, B, C, D, z, delta_bias, delta_softplus, state_indices is not None, backend)
+    if state_indices is not None:
+        state_indices = _checks.state_indices("state_indices", state_indices, x.shape[0], state.shape[0], x.device)
+    if torch.is_grad_enabled():
+        _checks.inference("selective_scan_step", "selective_scan", x=x, state=state, delta=delta, A=A, B=B, C=C, D=D, z=z,
+                          delta_bias=delta_bias)
+    arguments = x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus
+    if not ready:
+        arguments = _step_arguments(chosen, *arguments)
+    if chosen == "reference":
+        return reference.selective_scan_step(*registration.in_heads(*arguments)).view(x.shape)
+    return registration.run("step", chosen, *arguments)
+
+
+@_checks.by_metadata
+def _check_step(x: object, state: object, delta: object, A: object, B: object, C: object, D: object, z: object, delta_bias: object,
+                delta_softplus: object, indexed: bool, backend: object) -> tuple[str, bool]:
+    """-> the backend that serves a step, and whether it takes the arguments as they are."""
     if not isinstance(x, Tensor) or x.dim() not in (2, 3):
         _checks.tensor("x", x, "B D" if isinstance(x, Tensor) and x.dim() < 2 else "B H P")
     _checks.main_dtype("x", x)
@@ -252,18 +263,18 @@ def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: T
     _checks.shape("A", A, {**axes, "N": None})
     dtype = _check_A(A, "x", x)
     n = A.shape[-1]
+    groups = []
     for name, y in (("B", B), ("C", C)):
         if not isinstance(y, Tensor) or y.dim() not in (2, 3):
             _checks.tensor(name, y, "B G N")
-        if y.dim() == 3 and (y.shape[1] == 0 or x.shape[1] % y.shape[1] != 0):
+        groups.append(y.shape[1] if y.dim() == 3 else 1)
+        if groups[-1] == 0 or x.shape[1] % groups[-1] != 0:
             raise ValueError(f"{name} must have a number of groups G that divides x's {x.shape[1]} "
-                             f"{'channels' if x.dim() == 2 else 'heads'}, got {y.shape[1]}")
+                             f"{'channels' if x.dim() == 2 else 'heads'}, got {groups[-1]}")
         _checks.shape(name, y, {"B": batch, "N": n} if y.dim() == 2 else {"B": batch, "G": None, "N": n})
         _check_projection(name, y, "x", x, dtype)
-    B, C = (y[:, None] if y.dim() == 2 else y for y in (B, C))
-    groups = B.shape[1]
-    if C.shape[1] != groups:
-        raise ValueError(f"C must have B's {groups} groups, got {C.shape[1]}")
+    if groups[0] != groups[1]:
+        raise ValueError(f"C must have B's {groups[0]} groups, got {groups[1]}")
     for name, y in (("D", D), ("delta_bias", delta_bias)):
         if y is not None:
             _checks.tensor(name, y, names)
@@ -271,33 +282,24 @@ def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: T
             _checks.parameter(name, y, "x", x)
     _checks.flag("delta_softplus", delta_softplus)
     _checks.tensor("state", state, f"slots {names} N")
-    _checks.shape("state", state, {"slots": batch if state_indices is None else None, **axes, "N": n})
+    _checks.shape("state", state, {"slots": None if indexed else batch, **axes, "N": n})
     if state.dtype != dtype:
         raise TypeError(f"state must be {dtype} beside x's {x.dtype} and A's {A.dtype}, got {state.dtype}")
     _checks.same_device("state", state, "x", x)
-    if state_indices is not None:
-        state_indices = _checks.state_indices("state_indices", state_indices, batch, state.shape[0], x.device)
-    _checks.inference("selective_scan_step", "selective_scan", x=x, state=state, delta=delta, A=A, B=B, C=C, D=D, z=z,
-                      delta_bias=delta_bias)
     _checks.writable("state", state)
     options = frozenset(["complex"]) if dtype.is_complex else frozenset()
     chosen = resolve(OP, Query(x.device.type, x.dtype, {"state": n}, options), backend)
+    return chosen, chosen != "reference" and x.dtype != torch.float64 and A.dtype == torch.float32
+
+
+def _step_arguments(chosen: str, x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+                    z: Tensor | None, delta_bias: Tensor | None, state_indices: Tensor | None, delta_softplus: bool) -> tuple:
+    """The arguments in the dtypes that the backends take them in, complex ones as real ones."""
     compute = _compute(x.dtype)
-    A = A.to(dtype)
-    if dtype.is_complex or x.dtype == torch.float64:
-        B, C = B.to(dtype), C.to(dtype)
+    A = A.to(state.dtype)
+    if state.is_complex() or x.dtype == torch.float64:
+        B, C = B.to(state.dtype), C.to(state.dtype)
     if x.dtype == torch.float64:
         delta = delta.to(compute)
-    D, delta_bias = _to_compute(D, compute), _to_compute(delta_bias, compute)
-    heads = x
-    if x.dim() == 2:  # a head per group
-        heads, state, delta, z = (_split(y, 1, groups) for y in (x, state, delta, z))
-        A, D, delta_bias = (_split(y, 0, groups) for y in (A, D, delta_bias))
-    arguments = heads, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus
-    if chosen == "reference":
-        out = reference.selective_scan_step(*arguments)
-    else:
-        if dtype.is_complex:
-            arguments = *map(registration.real, arguments[:-1]), delta_softplus
-        out = registration.run("step", chosen, *arguments)
-    return out.flatten(1) if x.dim() == 2 else out
+    tensors = x, state, delta, A, B, C, _to_compute(D, compute), z, _to_compute(delta_bias, compute), state_indices
+    return *(tensors if chosen == "reference" else map(registration.real, tensors)), delta_softplus

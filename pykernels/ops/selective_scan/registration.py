@@ -1,7 +1,8 @@
 """The selective scan as PyTorch ops: fakes, and autograd around whichever backend runs.
 
 Each backend has its own ops, `selective_scan_{fwd,bwd,step}_<backend>`, with one schema for all. They take complex
-tensors as real ones with a last axis of 2. What chunk_states holds is the backend's own affair.
+tensors as real ones with a last axis of 2. What chunk_states holds is the backend's own affair. A step's x is [B, D], or in
+heads [B, H, P], as are state, delta, z, A, D and delta_bias; B and C are [B, N] or [B, G, N]; D and delta_bias may be in x's dtype.
 """
 
 from __future__ import annotations
@@ -60,6 +61,20 @@ run = _dispatch.register("selective_scan", SCHEMAS, {"fwd": _fake_fwd, "bwd": _f
 def real(x: Tensor | None) -> Tensor | None:
     """Complex as a real view with a last axis of 2."""
     return torch.view_as_real(x.resolve_conj()) if x is not None and x.is_complex() else x
+
+
+def in_heads(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+             delta_bias: Tensor | None, *settings) -> tuple:
+    """A step's arguments in heads, one for each group where they are [B, D], and with groups."""
+    grouped = 3 + A.dim() - x.dim()  # axes, of which pairs of real numbers have one more
+    B, C = (y[:, None] if y.dim() < grouped else y for y in (B, C))
+    if x.dim() == 2:
+        def split(y: Tensor | None, axis: int) -> Tensor | None:
+            return y if y is None else y.unflatten(axis, (B.shape[1], y.shape[axis] // B.shape[1]))
+
+        x, state, delta, z = (split(y, 1) for y in (x, state, delta, z))
+        A, D, delta_bias = (split(y, 0) for y in (A, D, delta_bias))
+    return x, state, delta, A, B, C, D, z, delta_bias, *settings
 
 
 def forward(backend: str, keep_states: bool, *inputs) -> tuple[Tensor, Tensor, Tensor]:

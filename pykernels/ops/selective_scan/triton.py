@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..._dispatch import empty_like_layout
 from ..._triton import INTERPRET, clamped, find_sequence, launch, load, store, target, tiles_packed
-from .registration import CHUNK
+from .registration import CHUNK, in_heads
 
 # Runtime values on which compiled code must not be specialised: they change from call to call.
 _VARYING = ["L", "chunks", "sequences"]
@@ -419,7 +419,7 @@ def selective_scan_step_kernel(x, state, delta, A, B, C, skip, z, delta_bias, st
     b_x = load(x + i_b * stride_xb + i_h * stride_xh + o_p * stride_xp, m_in).to(tl.float32)
     b_dt = load(delta + i_b * stride_sb + i_h * stride_sh + o_p * stride_sp, m_in).to(tl.float32)
     if delta_bias is not None:
-        b_dt += load(delta_bias + i_h * stride_bh + o_p * stride_bp, m_in)
+        b_dt += load(delta_bias + i_h * stride_bh + o_p * stride_bp, m_in).to(tl.float32)
     if SOFTPLUS:
         b_dt = _softplus(b_dt)
     b_A = load(A + i_h * stride_Ah + (o_p[:, None] * stride_Ap + o_n[None, :] * stride_An), m_s)
@@ -430,7 +430,7 @@ def selective_scan_step_kernel(x, state, delta, A, B, C, skip, z, delta_bias, st
     tl.store(p_h, b_h, mask=m_s)
     b_y = tl.sum(tl.where(m_s, b_h * b_C[None, :], 0.0), 1)
     if skip is not None:
-        b_y += load(skip + i_h * stride_Dh + o_p * stride_Dp, m_in) * b_x
+        b_y += load(skip + i_h * stride_Dh + o_p * stride_Dp, m_in).to(tl.float32) * b_x
     if z is not None:
         b_z = load(z + i_b * stride_zb + i_h * stride_zh + o_p * stride_zp, m_in).to(tl.float32)
         b_y = b_y * (b_z * _sigmoid(b_z))
@@ -535,7 +535,9 @@ def bwd(dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, initial_state, 
     return du, ddelta, dA.sum(0).t().contiguous(), dB, dC, dskip, dz, ddelta_bias, dinitial_state
 
 
-def step(x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus):
+def step(*arguments):
+    shape = arguments[0].shape
+    x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus = in_heads(*arguments)
     batch, heads, channels = x.shape
     n = A.shape[2]
     out = x.new_empty(x.shape)
@@ -549,4 +551,4 @@ def step(x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_softpl
            **_strides("bhpn", h=state), **_strides("hpn", A=A), **_strides("bgn", B=B, C=C), **_strides("hp", D=D,
                                                                                                         b=delta_bias),
            **_COMPILED)
-    return out
+    return out.view(shape)
