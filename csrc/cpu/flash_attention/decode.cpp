@@ -3,7 +3,8 @@
 // Rows. The query heads that share a key head, times the queries: row r of (batch entry, key head) is query r / group of head
 // r % group. All of them are served while a key is at hand, so that the cache is read once: this is bound by memory.
 // Tasks. One is (batch entry, chunk of kChunk keys, some key heads). It reads the keys (scores), makes the weights of all of
-// them at once, reads the values, and leaves o, m and l of each row; a second pass adds up the chunks of a head in their order.
+// them at once, reads the values, and leaves o, m and l of each row; whoever does the last chunk of some heads adds up all of them,
+// in their order.
 // The chunks depend on the lengths alone, so results are the same whatever the batch and the number of threads.
 // Order. A chunk is cut into kStreams equal pieces, read side by side, each in the order of memory: where the heads of a token lie
 // side by side in the cache, a task takes several and reads whole tokens. One core reads four streams, with software fetching
@@ -28,7 +29,7 @@ constexpr int kStreams = 4;        // also the keys whose values are added at a 
 constexpr int kAheadBytes = 1024;  // of each stream, that are fetched ahead,
 constexpr int kAheadSteps = 4;     // but for short rows
 constexpr int kTaskRows = 64;      // of all heads of a task, whose scores and results stay in the nearer caches
-constexpr int kTasksPerThread = 4;  // below this, tasks take fewer heads
+constexpr int kTasksPerThread = 16;  // below this, tasks take fewer heads: threads start at different times
 constexpr int kFewRows = 16;       // beyond these the products bound the time, not the memory...
 constexpr int kFewRowsAlone = 64;  // ...unless there are fewer key heads than threads, and chunks keep them busy
 constexpr int64_t kUnbounded = int64_t{1} << 62;
@@ -73,7 +74,10 @@ PYKERNELS_INLINE void store_parts_upto(T* p, const Parts<T>& parts, int64_t n) {
   if constexpr (kParts<T> == 2) {
     const VecU32 bits = __builtin_convertvector(narrow(parts.x[0], T{}), VecU32) |
                         __builtin_convertvector(narrow(parts.x[1], T{}), VecU32) << 16;
-    __builtin_memcpy(p, &bits, least<size_t>(sizeof(bits), static_cast<size_t>(n) * sizeof(T)));
+    if (n >= kPartsLanes<T>)
+      __builtin_memcpy(p, &bits, sizeof(bits));
+    else
+      __builtin_memcpy(p, &bits, static_cast<size_t>(n) * sizeof(T));
   } else {
     store_upto(p, parts.x[0], n);
   }
@@ -190,7 +194,8 @@ struct Problem {
   int64_t task_heads;       // key heads of a task
   // Of batch entry b: tasks [chunks[b], chunks[b + 1]) are its chunks, from key first_chunk(b) * kChunk on.
   int64_t* chunks;
-  void* partial;  // [chunk, key head, row] o, m, l
+  void* partial;   // [chunk, key head, row] o, m, l
+  int64_t* missing;  // [batch entry, group of task_heads heads] chunks that are still to be done
 
   int64_t position(int64_t b, int64_t t) const { return t + length(p, b) - f.seqlen_q; }
   int64_t begin(int64_t b, int64_t t) const { return most<int64_t>(0, position(b, t) - left); }
@@ -240,7 +245,10 @@ class Worker {
     S* const result = chunks == 1 ? result_
                                   : static_cast<S*>(problem_.partial) +
                                         ((problem_.chunks[b] + chunk) * f_.heads_k + head) * rows * problem_.row_size;
-    for (int64_t r = 0; r < heads * rows; ++r) load_query(b, head + r / rows, r % rows, q_ + r * q_stride_);
+    if (b != query_batch_ || head != query_head_) {
+      query_batch_ = b, query_head_ = head;
+      for (int64_t r = 0; r < heads * rows; ++r) load_query(b, head + r / rows, r % rows, q_ + r * q_stride_);
+    }
     const int slots = find_rows(b, head, first, n);
     scores(slots, heads);
     for (int h = 0; h < heads; ++h)
@@ -407,6 +415,7 @@ class Worker {
   const Problem& problem_;
   const FlashAttentionParams& f_;
   const int64_t q_stride_;
+  int64_t query_batch_ = -1, query_head_ = -1;  // whose queries are loaded
   S* q_;       // [head, row, head dim]
   S* s_;       // [head, row group, slot, row of the group] scores, then weights
   const T** rows_;
@@ -414,7 +423,7 @@ class Worker {
   S* result_;  // [head, row] o, m, l where they are not partial
 };
 
-// Adds up the chunks of one (batch entry, key head), or writes what a row without keys gets.
+// Adds up the chunks of one (batch entry, key head), or writes what a row without keys gets; o is scratch memory.
 template <class T>
 void combine(const Problem& problem, int64_t b, int64_t head_k, Wide<T>* o) {
   using S = Wide<T>;
@@ -446,12 +455,12 @@ void decode(Problem& problem, const Parallel& parallel) {
   int64_t* const chunks = table.take<int64_t>(f.batch + 1);
   problem.chunks = chunks;
   chunks[0] = 0;
-  bool more_than_one = false, one = true;
+  bool more_than_one = false, none = false;
   for (int64_t b = 0; b < f.batch; ++b) {
     const int64_t first = problem.begin(b, 0), end = problem.end(b, f.seqlen_q - 1);
     const int64_t count = end > first ? (end - 1) / kChunk - first / kChunk + 1 : 0;
     chunks[b + 1] = chunks[b] + count;
-    one &= count == 1;
+    none |= count == 0;
     more_than_one |= count > 1;
   }
   if (more_than_one) problem.partial = table.take<S>(chunks[f.batch] * f.heads_k * problem.rows * problem.row_size);
@@ -461,25 +470,26 @@ void decode(Problem& problem, const Parallel& parallel) {
   problem.task_heads =
       heads_together ? clamp(chunks[f.batch] * f.heads_k / tasks, 1, least(f.heads_k, kTaskRows / problem.rows)) : 1;
   const int64_t groups = (f.heads_k + problem.task_heads - 1) / problem.task_heads;
+  problem.missing = table.take<int64_t>(f.batch * groups);
+  for (int64_t i = 0; i < f.batch * groups; ++i) problem.missing[i] = chunks[i / groups + 1] - chunks[i / groups];
   run_tasks(parallel, chunks[f.batch] * groups, [&](TaskQueue& queue) {
     Scratch scratch;
     Worker<T> worker(problem, scratch);
+    S* const o = scratch.take<S>(problem.width);
     int64_t b = 0;
     for (int64_t task; (task = queue.next()) >= 0;) {
-      const int64_t chunk = task / groups, head = task % groups * problem.task_heads;
+      const int64_t chunk = task / groups, group = task % groups, head = group * problem.task_heads;
       while (chunk >= chunks[b + 1]) ++b;
-      worker.run(b, chunk - chunks[b], head, static_cast<int>(least(problem.task_heads, f.heads_k - head)));
+      const int64_t end = least(head + problem.task_heads, f.heads_k);
+      worker.run(b, chunk - chunks[b], head, static_cast<int>(end - head));
+      if (chunks[b + 1] - chunks[b] > 1 && __atomic_sub_fetch(&problem.missing[b * groups + group], 1, __ATOMIC_ACQ_REL) == 0)
+        for (int64_t h = head; h < end; ++h) combine<T>(problem, b, h, o);
     }
   });
-  if (one) return;
-  run_tasks(parallel, f.batch * f.heads_k, [&](TaskQueue& queue) {
-    Scratch scratch;
-    S* const o = scratch.take<S>(problem.width);
-    for (int64_t task; (task = queue.next()) >= 0;) {
-      const int64_t b = task / f.heads_k;
-      if (chunks[b + 1] - chunks[b] != 1) combine<T>(problem, b, task % f.heads_k, o);
-    }
-  });
+  if (!none) return;
+  S* const o = table.take<S>(problem.width);
+  for (int64_t b = 0; b < f.batch; ++b)
+    for (int64_t h = 0; chunks[b + 1] == chunks[b] && h < f.heads_k; ++h) combine<T>(problem, b, h, o);
 }
 
 // Each batch entry as a forward pass of its own: several at once, or else each on all threads.
@@ -526,6 +536,7 @@ void flash_attention_decode(const FlashAttentionDecodeParams& params, const Para
                   0,
                   0,
                   0,
+                  nullptr,
                   nullptr,
                   nullptr};
   switch (f.dtype) {
