@@ -2,7 +2,7 @@
 //
 // Rows. The query heads that share a key head, times the queries: row r of (batch entry, key head) is query r / group of head
 // r % group. All of them are served while a key is at hand, so that the cache is read once: this is bound by memory.
-// Tasks. One is (batch entry, chunk of kChunk keys, some key heads). It reads the keys (scores), makes the weights of all of
+// Tasks. One is (batch entry, chunk of its keys, some key heads). It reads the keys (scores), makes the weights of all of
 // them at once, reads the values, and leaves o, m and l of each row; whoever does the last chunk of some heads adds up all of them,
 // in their order.
 // The chunks depend on the lengths alone, so results are the same whatever the batch and the number of threads.
@@ -24,12 +24,13 @@ void flash_attention_fwd(const FlashAttentionParams& params, const Parallel& par
 
 namespace {
 
-constexpr int kChunk = 256;
+constexpr int kChunk = 256, kLeastChunk = 64;  // keys
+constexpr int kChunks = 32;        // of an entry; chunks get larger above, up to the largest, and smaller below
 constexpr int kStreams = 4;        // also the keys whose values are added at a time
 constexpr int kAheadBytes = 1024;  // of each stream, that are fetched ahead,
 constexpr int kAheadSteps = 4;     // but for short rows
 constexpr int kTaskRows = 64;      // of all heads of a task, whose scores and results stay in the nearer caches
-constexpr int kTasksPerThread = 16;  // below this, tasks take fewer heads: threads start at different times
+constexpr int kTasksPerThread = 2;  // below this, tasks take fewer heads
 constexpr int kFewRows = 16;       // beyond these the products bound the time, not the memory...
 constexpr int kFewRowsAlone = 64;  // ...unless there are fewer key heads than threads, and chunks keep them busy
 constexpr int64_t kUnbounded = int64_t{1} << 62;
@@ -192,7 +193,7 @@ struct Problem {
   int64_t left, right;
   int64_t width, row_size;  // of o, padded to whole vectors; of o, m and l together
   int64_t task_heads;       // key heads of a task
-  // Of batch entry b: tasks [chunks[b], chunks[b + 1]) are its chunks, from key first_chunk(b) * kChunk on.
+  // Of batch entry b: tasks [chunks[b], chunks[b + 1]) are its chunks, the first of which holds key begin(b, 0).
   int64_t* chunks;
   void* partial;   // [chunk, key head, row] o, m, l
   int64_t* missing;  // [batch entry, group of task_heads heads] chunks that are still to be done
@@ -200,7 +201,12 @@ struct Problem {
   int64_t position(int64_t b, int64_t t) const { return t + length(p, b) - f.seqlen_q; }
   int64_t begin(int64_t b, int64_t t) const { return most<int64_t>(0, position(b, t) - left); }
   int64_t end(int64_t b, int64_t t) const { return clamp(position(b, t) + right + 1, 0, length(p, b)); }
-  int64_t first_chunk(int64_t b) const { return begin(b, 0) / kChunk; }
+  // Keys of a chunk. The chunks are those of all keys, so that windows see the same ones as they move on.
+  int64_t chunk(int64_t b) const {
+    int64_t size = kLeastChunk;
+    while (size < kChunk && size * kChunks < end(b, f.seqlen_q - 1) - begin(b, 0)) size *= 2;
+    return size;
+  }
 };
 
 template <class T>
@@ -239,9 +245,9 @@ class Worker {
   // Heads [head, head + heads) and one chunk of their keys.
   void run(int64_t b, int64_t chunk, int64_t head, int heads) {
     const int64_t chunks = problem_.chunks[b + 1] - problem_.chunks[b], rows = problem_.rows;
-    const int64_t key = (problem_.first_chunk(b) + chunk) * kChunk;
+    const int64_t size = problem_.chunk(b), key = (problem_.begin(b, 0) / size + chunk) * size;
     const int64_t first = most(key, problem_.begin(b, 0));
-    const int n = static_cast<int>(least(key + kChunk, problem_.end(b, f_.seqlen_q - 1)) - first);
+    const int n = static_cast<int>(least(key + size, problem_.end(b, f_.seqlen_q - 1)) - first);
     S* const result = chunks == 1 ? result_
                                   : static_cast<S*>(problem_.partial) +
                                         ((problem_.chunks[b] + chunk) * f_.heads_k + head) * rows * problem_.row_size;
@@ -457,8 +463,8 @@ void decode(Problem& problem, const Parallel& parallel) {
   chunks[0] = 0;
   bool more_than_one = false, none = false;
   for (int64_t b = 0; b < f.batch; ++b) {
-    const int64_t first = problem.begin(b, 0), end = problem.end(b, f.seqlen_q - 1);
-    const int64_t count = end > first ? (end - 1) / kChunk - first / kChunk + 1 : 0;
+    const int64_t first = problem.begin(b, 0), end = problem.end(b, f.seqlen_q - 1), size = problem.chunk(b);
+    const int64_t count = end > first ? (end - 1) / size - first / size + 1 : 0;
     chunks[b + 1] = chunks[b] + count;
     none |= count == 0;
     more_than_one |= count > 1;
