@@ -2,11 +2,15 @@
 //
 // Rows. The query heads that share a key head, times the queries: row r of (batch entry, key head) is query r / group of head
 // r % group. All of them are served while a key is at hand, so that the cache is read once: this is bound by memory.
-// Tasks. One is (batch entry, chunk of kChunk keys, some key heads). It reads the keys (scores), makes the weights of all of
-// them at once, reads the values, and leaves o, m and l of each row; a second pass adds up the chunks of a head in their order.
+// Tasks. One is (batch entry, chunk of its keys, some key heads). It reads the keys (scores), makes the weights of all of
+// them at once, reads the values, and leaves o, m and l of each row; whoever does the last chunk of some heads adds up all of them,
+// in their order.
 // The chunks depend on the lengths alone, so results are the same whatever the batch and the number of threads.
-// Order. Where the heads of a token lie side by side in the cache, a task takes several and goes through all of them a few keys
-// at a time: memory is then read in its own order, which the processor's prefetchers follow, and not in rows of one head.
+// Order. A chunk is cut into kStreams equal pieces, read side by side, each in the order of memory: where the heads of a token lie
+// side by side in the cache, a task takes several and reads whole tokens. One core reads four streams, with software fetching
+// the next lines of each, a third faster than one (14.5 to 10.5 GB/s on a Sapphire Rapids, of pages of 4 KiB: prefetchers stop at
+// the end of a page, and then other streams go on). What is at hand at the same time, one key of each stream, has neighbouring
+// numbers: slots. Slot j of a chunk is key j / kStreams of stream j % kStreams; the few keys that are left over come last.
 // Many rows are no longer bound by memory: they go to the forward kernel, one batch entry at a time.
 #include "../../include/pykernels/flash_attention.h"
 
@@ -20,11 +24,13 @@ void flash_attention_fwd(const FlashAttentionParams& params, const Parallel& par
 
 namespace {
 
-constexpr int kChunk = 256;
-constexpr int kBlock = 32;         // keys whose values are added to one column block at a time
-constexpr int kAhead = 16;         // keys that the prefetch runs ahead
+constexpr int kChunk = 256, kLeastChunk = 64;  // keys
+constexpr int kChunks = 32;        // of an entry; chunks get larger above, up to the largest, and smaller below
+constexpr int kStreams = 4;        // also the keys whose values are added at a time
+constexpr int kAheadBytes = 1024;  // of each stream, that are fetched ahead,
+constexpr int kAheadSteps = 4;     // but for short rows
 constexpr int kTaskRows = 64;      // of all heads of a task, whose scores and results stay in the nearer caches
-constexpr int kTasksPerThread = 4;  // below this, tasks take fewer heads
+constexpr int kTasksPerThread = 2;  // below this, tasks take fewer heads
 constexpr int kFewRows = 16;       // beyond these the products bound the time, not the memory...
 constexpr int kFewRowsAlone = 64;  // ...unless there are fewer key heads than threads, and chunks keep them busy
 constexpr int64_t kUnbounded = int64_t{1} << 62;
@@ -36,27 +42,63 @@ int64_t length(const FlashAttentionDecodeParams& p, int64_t b) {
   return clamp(p.cache_seqlens[b] + p.new_tokens, 0, p.forward.seqlen_k);
 }
 
-// Brings the keys (or values) that come next nearer, in the order of memory and as fast as the ones at hand are used up.
-class Prefetch {
- public:
-  // `rows` rows of `bytes` each, a stride (in bytes) apart, then rows of a second array.
-  Prefetch(const void* first, int64_t rows, int64_t stride, const void* second, int64_t second_stride, int64_t bytes)
-      : row_(static_cast<const char*>(rows > 0 ? first : second)), second_(static_cast<const char*>(second)), rows_(rows),
-        stride_(rows > 0 ? stride : second_stride), second_stride_(second_stride), bytes_(bytes) {}
+// Vectors that hold as many elements as lie in one vector's bytes (two, of fp16 in one). Those of bf16 are the even and the odd
+// elements, which are a shift and a mask away; everything here but the output is kept in that order.
+template <class T>
+constexpr int kParts = std::is_same_v<T, BFloat16> ? 2 : 1;
+template <class T>
+constexpr int kPartsLanes = kParts<T> * kLanes<Wide<T>>;
+template <class T>
+struct Parts {
+  Vec<Wide<T>> x[kParts<T>];
+};
 
-  PYKERNELS_INLINE void advance(int64_t bytes) {
-    for (; bytes > 0; bytes -= 64) {
-      __builtin_prefetch(row_ + at_, 0, 2);
-      if ((at_ += 64) < bytes_) continue;
-      at_ = 0;
-      row_ += stride_;
-      if (--rows_ == 0) row_ = second_, stride_ = second_stride_;
-    }
+template <class T>
+PYKERNELS_INLINE Parts<T> load_parts(const T* p) {
+  if constexpr (kParts<T> == 2) {
+    const VecU32 bits = load_bits<VecU32>(p);
+    return {(Vec<float>)(bits << 16), (Vec<float>)(bits & 0xffff0000u)};
+  } else {
+    return {load(p)};
   }
+}
+// The first n elements, then zeros.
+template <class T>
+PYKERNELS_INLINE Parts<T> load_parts_upto(const T* p, int64_t n) {
+  if (n >= kPartsLanes<T>) return load_parts(p);
+  T buffer[kPartsLanes<T>] = {};
+  __builtin_memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+  return load_parts(buffer);
+}
+template <class T>
+PYKERNELS_INLINE void store_parts_upto(T* p, const Parts<T>& parts, int64_t n) {
+  if constexpr (kParts<T> == 2) {
+    const VecU32 bits = __builtin_convertvector(narrow(parts.x[0], T{}), VecU32) |
+                        __builtin_convertvector(narrow(parts.x[1], T{}), VecU32) << 16;
+    if (n >= kPartsLanes<T>)
+      __builtin_memcpy(p, &bits, sizeof(bits));
+    else
+      __builtin_memcpy(p, &bits, static_cast<size_t>(n) * sizeof(T));
+  } else {
+    store_upto(p, parts.x[0], n);
+  }
+}
 
- private:
-  const char *row_, *second_;
-  int64_t rows_, stride_, second_stride_, bytes_, at_ = 0;
+// The rows of keys (or values) that come later, of which a line is fetched for each that is used up.
+template <class T>
+struct Ahead {
+  const T* const* rows;  // [slot], of the task's first head
+  int64_t head_stride;
+  int step, heads, head;  // slots that are worked on at a time, for all heads one after another
+
+  Ahead(const T* const* rows, int64_t head_stride, int step, int heads, int64_t row_bytes)
+      : rows(rows), head_stride(head_stride), step(step), heads(heads), head(0) {
+    for (int64_t i = clamp(kAheadBytes / row_bytes, 1, kAheadSteps); i > 0; --i) advance();
+  }
+  PYKERNELS_INLINE void advance() {
+    if (++head == heads) head = 0, rows += step;
+  }
+  PYKERNELS_INLINE const T* row(int slot) const { return rows[slot] + head * head_stride; }
 };
 
 // Splits a number of rows into groups of 4, 2 and 1 (none larger than a vector), for each of which there is a kernel.
@@ -69,36 +111,41 @@ PYKERNELS_INLINE void for_row_groups(int rows, F&& f) {
   if (r < rows) f(r, std::integral_constant<int, 1>{});
 }
 
-// s[j][r] = factor * q[r].k[j] for the keys of one vector of scores, the last of `n` repeated to fill it up.
-template <int Rows, class T>
-PYKERNELS_INLINE void score_step(const Wide<T>* q, int64_t q_stride, const T* k, int64_t k_stride, int n, int dim,
-                                 Wide<T> factor, Prefetch* ahead, Wide<T>* s) {
+// s[j][r] = factor * q[r].k[j] for the keys of one vector of scores, k[j] being rows[j] + offset.
+template <int Rows, bool Fetch, class T>
+PYKERNELS_INLINE void score_step(const Wide<T>* q, int64_t q_stride, const T* const* rows, int64_t offset, int dim,
+                                 Wide<T> factor, const Ahead<T>& ahead, int slot, Wide<T>* s) {
   using S = Wide<T>;
-  constexpr int lanes = kLanes<S>, keys = lanes / Rows > 4 ? 4 : lanes / Rows;
+  constexpr int lanes = kLanes<S>, keys = lanes / Rows > kStreams ? kStreams : lanes / Rows, parts = kParts<T>;
   Vec<S> sum[lanes];
 #pragma GCC unroll 4
   for (int first = 0; first < lanes / Rows; first += keys) {
-    const T* key[keys];
-    for (int i = 0; i < keys; ++i) key[i] = k + least(first + i, n - 1) * k_stride;
-    if (ahead) ahead->advance(keys * dim * sizeof(T));
+    const T *key[keys], *next[keys];
+#pragma GCC unroll 4
+    for (int i = 0; i < keys; ++i) {
+      key[i] = rows[first + i] + offset;
+      if constexpr (Fetch) next[i] = ahead.row(slot + first + i);
+    }
     Vec<S> part[keys][Rows] = {};
+    const auto add = [&](int d, int i, const Parts<T>& x) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+      for (int p = 0; p < parts; ++p)
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) part[i][r] += x.x[p] * load(q + r * q_stride + d + p * lanes);
+    };
     int d = 0;
-    for (; d + lanes <= dim; d += lanes) {
+    for (; d + kPartsLanes<T> <= dim; d += kPartsLanes<T>)
 #pragma GCC unroll 4
       for (int i = 0; i < keys; ++i) {
-        const Vec<S> x = load(key[i] + d);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) part[i][r] += x * load(q + r * q_stride + d);
+        if constexpr (Fetch) __builtin_prefetch(next[i] + d, 0, 3);
+        add(d, i, load_parts(key[i] + d));
       }
-    }
-    if (d < dim) {
+    if (d < dim)
 #pragma GCC unroll 4
       for (int i = 0; i < keys; ++i) {
-        const Vec<S> x = load(key[i] + d, dim - d);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) part[i][r] += x * load(q + r * q_stride + d);
+        if constexpr (Fetch) __builtin_prefetch(next[i] + d, 0, 3);
+        add(d, i, load_parts_upto(key[i] + d, dim - d));
       }
-    }
 #pragma GCC unroll 4
     for (int i = 0; i < keys; ++i)
 #pragma GCC unroll 4
@@ -107,24 +154,29 @@ PYKERNELS_INLINE void score_step(const Wide<T>* q, int64_t q_stride, const T* k,
   store(s, reduce_add_each(sum) * factor);
 }
 
-// o[r] += sum over j of w[j][r] v[j], columns [0, Vectors vectors), of which the last may end at `last` lanes.
-template <int Rows, int Vectors, class T>
-PYKERNELS_INLINE void add_values(const Wide<T>* w, const T* v, int64_t v_stride, int n, int last, Prefetch* ahead, Wide<T>* o,
-                                 int64_t o_stride) {
+// o[r] += sum over j of w[j][r] v[j], v[j] being rows[j] + offset, in columns [0, Vectors vectors), the last of which may be
+// ragged: there are `columns`.
+template <int Keys, int Rows, int Vectors, bool Fetch, class T>
+PYKERNELS_INLINE void add_values(const Wide<T>* w, const T* const* rows, int64_t offset, int columns, const Ahead<T>& ahead,
+                                 int64_t column, Wide<T>* o, int64_t o_stride) {
   using S = Wide<T>;
-  constexpr int lanes = kLanes<S>;
+  constexpr int lanes = kLanes<S>, parts = kParts<T>;
   Vec<S> sum[Rows][Vectors];
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < Vectors; ++c) sum[r][c] = load(o + r * o_stride + c * lanes);
-  for (int j = 0; j < n; ++j, v += v_stride, w += Rows) {
-    if (ahead) ahead->advance(Vectors * lanes * sizeof(T));
 #pragma GCC unroll 4
-    for (int c = 0; c < Vectors; ++c) {
-      const Vec<S> x = Vectors == 1 && last < lanes ? load(v, last) : load(v + c * lanes);
+  for (int j = 0; j < Keys; ++j) {
+    const T* const v = rows[j] + offset;
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) sum[r][c] += x * splat(w[r]);
+    for (int c = 0; c < Vectors; c += parts) {
+      if constexpr (Fetch) __builtin_prefetch(ahead.row(j) + column + c * lanes, 0, 3);
+      const Parts<T> x = Vectors == parts ? load_parts_upto(v, columns) : load_parts(v + c * lanes);
+#pragma GCC unroll 2
+      for (int p = 0; p < parts; ++p)
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) sum[r][c + p] += x.x[p] * splat(w[j * Rows + r]);
     }
   }
 #pragma GCC unroll 4
@@ -141,14 +193,20 @@ struct Problem {
   int64_t left, right;
   int64_t width, row_size;  // of o, padded to whole vectors; of o, m and l together
   int64_t task_heads;       // key heads of a task
-  // Of batch entry b: tasks [chunks[b], chunks[b + 1]) are its chunks, from key first_chunk(b) * kChunk on.
+  // Of batch entry b: tasks [chunks[b], chunks[b + 1]) are its chunks, the first of which holds key begin(b, 0).
   int64_t* chunks;
-  void* partial;  // [chunk, key head, row] o, m, l
+  void* partial;   // [chunk, key head, row] o, m, l
+  int64_t* missing;  // [batch entry, group of task_heads heads] chunks that are still to be done
 
   int64_t position(int64_t b, int64_t t) const { return t + length(p, b) - f.seqlen_q; }
   int64_t begin(int64_t b, int64_t t) const { return most<int64_t>(0, position(b, t) - left); }
   int64_t end(int64_t b, int64_t t) const { return clamp(position(b, t) + right + 1, 0, length(p, b)); }
-  int64_t first_chunk(int64_t b) const { return begin(b, 0) / kChunk; }
+  // Keys of a chunk. The chunks are those of all keys, so that windows see the same ones as they move on.
+  int64_t chunk(int64_t b) const {
+    int64_t size = kLeastChunk;
+    while (size < kChunk && size * kChunks < end(b, f.seqlen_q - 1) - begin(b, 0)) size *= 2;
+    return size;
+  }
 };
 
 template <class T>
@@ -158,7 +216,11 @@ void write_row(const Problem& problem, int64_t b, int64_t head_k, int64_t row, c
   const int64_t head = head_k * problem.group + row % problem.group, t = row / problem.group;
   T* const out = static_cast<T*>(f.out) + b * f.out_stride.batch + t * f.out_stride.token + head * f.out_stride.head;
   const RowSum<S> sum(f, head, m, l);
-  for (int64_t c = 0; c < f.value_dim; c += kLanes<S>) store_upto(out + c, load(o + c) * sum.inverse, f.value_dim - c);
+  for (int64_t c = 0; c < f.value_dim; c += kPartsLanes<T>) {
+    Parts<T> x;
+    for (int p = 0; p < kParts<T>; ++p) x.x[p] = load(o + c + p * kLanes<S>) * sum.inverse;
+    store_parts_upto(out + c, x, f.value_dim - c);
+  }
   static_cast<S*>(f.lse)[(b * f.heads_q + head) * f.seqlen_q + t] = sum.lse;
 }
 
@@ -167,45 +229,40 @@ template <class T>
 class Worker {
   using S = Wide<T>;
   static constexpr int kLane = kLanes<S>;
-  static constexpr int kScores = kChunk + kLane;  // of a row: the last step of a page may pass its end
+  static constexpr int kPast = (kAheadSteps + 1) * kStreams;  // slots that are fetched beyond the last
+  static constexpr int kSlots = kChunk + kLane;  // the last vector of scores may pass the end of the chunk
 
  public:
   Worker(const Problem& problem, Scratch& scratch)
-      : problem_(problem), f_(problem.f), q_stride_(round_up(f_.head_dim, kLane)) {
+      : problem_(problem), f_(problem.f), q_stride_(round_up(f_.head_dim, kPartsLanes<T>)) {
     q_ = scratch.take<S>(problem.task_heads * problem.rows * q_stride_);
-    s_ = scratch.take<S>(problem.task_heads * problem.rows * kScores);
+    s_ = scratch.take<S>(problem.task_heads * problem.rows * kSlots);
+    rows_ = scratch.take<const T*>(2 * kSlots + kPast);
+    key_ = scratch.take<int>(kSlots);
     result_ = scratch.take<S>(problem.task_heads * problem.rows * problem.row_size);
   }
 
   // Heads [head, head + heads) and one chunk of their keys.
   void run(int64_t b, int64_t chunk, int64_t head, int heads) {
     const int64_t chunks = problem_.chunks[b + 1] - problem_.chunks[b], rows = problem_.rows;
-    const int64_t key = (problem_.first_chunk(b) + chunk) * kChunk;
+    const int64_t size = problem_.chunk(b), key = (problem_.begin(b, 0) / size + chunk) * size;
     const int64_t first = most(key, problem_.begin(b, 0));
-    const int n = static_cast<int>(least(key + kChunk, problem_.end(b, f_.seqlen_q - 1)) - first);
+    const int n = static_cast<int>(least(key + size, problem_.end(b, f_.seqlen_q - 1)) - first);
     S* const result = chunks == 1 ? result_
                                   : static_cast<S*>(problem_.partial) +
                                         ((problem_.chunks[b] + chunk) * f_.heads_k + head) * rows * problem_.row_size;
-    for (int64_t r = 0; r < heads * rows; ++r) load_query(b, head + r / rows, r % rows, q_ + r * q_stride_);
-    for (int start = 0; start < n;) {
-      const Run keys = run_of(b, head, first, start, n), next = run_of(b, head, first, start + keys.n, n);
-      const bool more = start + keys.n < n;
-      const T* const then = more ? next.k : run_of(b, head, first, 0, n).v;
-      scores(keys.k, then, more ? f_.k_stride.token : f_.v_stride.token, start, keys.n, heads);
-      start += keys.n;
+    if (b != query_batch_ || head != query_head_) {
+      query_batch_ = b, query_head_ = head;
+      for (int64_t r = 0; r < heads * rows; ++r) load_query(b, head + r / rows, r % rows, q_ + r * q_stride_);
     }
+    const int slots = find_rows(b, head, first, n);
+    scores(slots, heads);
     for (int h = 0; h < heads; ++h)
       for_row_groups<S>(static_cast<int>(rows), [&](int r, auto group) {
-        weights<group()>(b, head + h, r, first, n, s_ + (h * rows + r) * kScores, result + (h * rows + r) * problem_.row_size);
+        weights<group()>(b, head + h, r, first, n, s_ + (h * rows + r) * kSlots, result + (h * rows + r) * problem_.row_size);
       });
     for (int64_t r = 0; r < heads * rows; ++r) __builtin_memset(result + r * problem_.row_size, 0, problem_.width * sizeof(S));
-    for (int start = 0; start < n;) {
-      const Run keys = run_of(b, head, first, start, n), next = run_of(b, head, first, start + keys.n, n);
-      const bool more = start + keys.n < n;
-      const T* const then = more ? next.v : keys.k + keys.n * f_.k_stride.token;
-      values(keys.v, then, more ? f_.v_stride.token : f_.k_stride.token, start, keys.n, heads, result);
-      start += keys.n;
-    }
+    values(slots, n, heads, result);
     if (chunks == 1)
       for (int64_t r = 0; r < heads * rows; ++r) {
         const S* const o = result + r * problem_.row_size;
@@ -214,49 +271,65 @@ class Worker {
   }
 
  private:
-  // The keys [first + start, first + n) as far as they lie one after another: all of them, or those of a page.
-  struct Run {
-    const T *k, *v;
-    int n;
-  };
-  Run run_of(int64_t b, int64_t head, int64_t first, int start, int n) const {
-    int64_t batch = b, token = first + start, end = n - start;
-    if (f_.block_table) {
-      if (start >= n) return {static_cast<const T*>(f_.k), static_cast<const T*>(f_.v), 0};
-      batch = page_of(f_, b, token / f_.page_size);
-      token %= f_.page_size;
-      end = least(end, f_.page_size - token);
-    }
-    return {static_cast<const T*>(f_.k) + batch * f_.k_stride.batch + head * f_.k_stride.head + token * f_.k_stride.token,
-            static_cast<const T*>(f_.v) + batch * f_.v_stride.batch + head * f_.v_stride.head + token * f_.v_stride.token,
-            static_cast<int>(end)};
+  // Leaves in key_ the number of each slot's key within the chunk, and in rows_ where the slots' keys lie, then (from the slots'
+  // count on, which is returned) their values. The keys number n from `first` on; slots beyond them, to the end of a vector of scores,
+  // repeat the last one, and so do some rows beyond the values, which are fetched in vain.
+  int find_rows(int64_t b, int64_t head, int64_t first, int n) {
+    const int slots = round_up(n, kLane), length = n / kStreams;
+    const T *const k = static_cast<const T*>(f_.k) + head * f_.k_stride.head,
+                   *const v = static_cast<const T*>(f_.v) + head * f_.v_stride.head;
+    int64_t batch = b, token = first, page_end = kUnbounded;
+    if (f_.block_table) page_end = first;  // of which page is looked up at the first key
+    const auto put = [&](int slot, int key) __attribute__((always_inline)) {
+      if (first + key >= page_end) {
+        const int64_t page = (first + key) / f_.page_size;
+        batch = page_of(f_, b, page);
+        token = first + key - page * f_.page_size;
+        page_end = (page + 1) * f_.page_size;
+      }
+      key_[slot] = key;
+      rows_[slot] = k + batch * f_.k_stride.batch + token * f_.k_stride.token;
+      rows_[slots + slot] = v + batch * f_.v_stride.batch + token * f_.v_stride.token;
+      ++token;
+    };
+    for (int stream = 0, key = 0; stream < kStreams; ++stream)
+      for (int i = 0; i < length; ++i) put(i * kStreams + stream, key++);
+    for (int key = length * kStreams; key < n; ++key) put(key, key);
+    for (int slot = n; slot < slots; ++slot) key_[slot] = n - 1, rows_[slot] = rows_[n - 1];
+    for (int slot = slots + n; slot < 2 * slots + kPast; ++slot) rows_[slot] = rows_[slots + n - 1];
+    return slots;
   }
 
   void load_query(int64_t b, int64_t head_k, int64_t row, S* q) {
     const int64_t head = head_k * problem_.group + row % problem_.group, t = row / problem_.group;
     const T* const from =
         static_cast<const T*>(f_.q) + b * f_.q_stride.batch + t * f_.q_stride.token + head * f_.q_stride.head;
-    for (int64_t d = 0; d < f_.head_dim; d += kLane) store(q + d, load_upto(from + d, f_.head_dim - d));
+    for (int64_t d = 0; d < f_.head_dim; d += kPartsLanes<T>) {
+      const Parts<T> x = load_parts_upto(from + d, f_.head_dim - d);
+      for (int p = 0; p < kParts<T>; ++p) store(q + d + p * kLane, x.x[p]);
+    }
   }
 
-  // s_[head][row group][key][row], in units of log 2, of n keys that follow the first `start` of the task; `next` is read after.
-  void scores(const T* k, const T* next, int64_t next_stride, int start, int n, int heads) {
+  // s_[head][row group][slot][row], in units of log 2.
+  void scores(int slots, int heads) {
     const int dim = static_cast<int>(f_.head_dim), rows = static_cast<int>(problem_.rows);
-    const int64_t k_stride = f_.k_stride.token;
+    // The slots of a vector of scores of the smallest row group.
+    const int step = rows % 2 != 0 ? kLane : rows % 4 != 0 || kLane < 4 ? kLane / 2 : kLane / 4;
     const S factor = static_cast<S>(f_.softcap > 0 ? f_.scale / f_.softcap : f_.scale * kLog2e);
-    Prefetch ahead(k + kAhead * k_stride, n - kAhead, k_stride * sizeof(T), next, next_stride * sizeof(T),
-                   ((heads - 1) * f_.k_stride.head + dim) * sizeof(T));
-    for (int j = 0; j < n; j += kLane) {
-      for (int h = 0; h < heads; ++h) {
-        const T* const keys = k + h * f_.k_stride.head;
+    Ahead<T> ahead(rows_, f_.k_stride.head, step, heads, dim * sizeof(T));
+    for (int j = 0; j < slots; j += step)
+      for (int h = 0; h < heads; ++h, ahead.advance())
         for_row_groups<S>(rows, [&](int r, auto group) {
-          constexpr int step = kLane / group();
-          for (int i = j; i < least(n, j + kLane); i += step)
-            score_step<group()>(q_ + (h * rows + r) * q_stride_, q_stride_, keys + i * k_stride, k_stride, n - i, dim, factor,
-                                r == 0 ? &ahead : nullptr, s_ + (h * rows + r) * kScores + (start + i) * group());
+          constexpr int keys = kLane / group();
+          const S* const q = q_ + (h * rows + r) * q_stride_;
+          S* const s = s_ + (h * rows + r) * kSlots + j * group();
+          for (int i = 0; i < step; i += keys) {
+            if (r == 0)
+              score_step<group(), true>(q, q_stride_, rows_ + j + i, h * f_.k_stride.head, dim, factor, ahead, i, s + i * group());
+            else
+              score_step<group(), false>(q, q_stride_, rows_ + j + i, h * f_.k_stride.head, dim, factor, ahead, i, s + i * group());
+          }
         });
-      }
-    }
   }
 
   // The scores s of a group of rows from `row` on become weights; leaves m and l in their results.
@@ -269,15 +342,17 @@ class Worker {
       for (int i = 0; i < padded; i += kLane) store(s + i, tanh<S>(load(s + i)) * cap);
     }
     if (f_.alibi_slopes) {
-      // Lane i belongs to row i % Rows and key i / Rows.
-      Vec<S> slope{}, distance{};
-      for (int i = 0; i < kLane; ++i) {
-        const int64_t r = row + i % Rows, head = head_k * problem_.group + r % problem_.group;
-        slope[i] = static_cast<const S*>(f_.alibi_slopes)[b * f_.alibi_stride + head] * static_cast<S>(kLog2e);
-        distance[i] = static_cast<S>(first + i / Rows - problem_.position(b, r / problem_.group));
+      S slope[Rows], position[Rows];
+      for (int r = 0; r < Rows; ++r) {
+        const int64_t head = head_k * problem_.group + (row + r) % problem_.group;
+        slope[r] = static_cast<const S*>(f_.alibi_slopes)[b * f_.alibi_stride + head] * static_cast<S>(kLog2e);
+        position[r] = static_cast<S>(problem_.position(b, (row + r) / problem_.group) - first);
       }
-      for (int i = 0; i < padded; i += kLane)
-        store(s + i, load(s + i) - slope * abs<S>(distance + static_cast<S>(i / Rows)));
+      for (int j = 0; j < n; ++j)
+        for (int r = 0; r < Rows; ++r) {
+          const S distance = static_cast<S>(key_[j]) - position[r];
+          s[j * Rows + r] -= slope[r] * (distance < 0 ? -distance : distance);
+        }
     }
     for (int i = size; i < padded; ++i) s[i] = hidden;
     for (int r = 0; r < Rows; ++r) {
@@ -285,7 +360,7 @@ class Worker {
       const int64_t begin = problem_.begin(b, t) - first, end = problem_.end(b, t) - first;
       if (begin <= 0 && end >= n) continue;
       for (int j = 0; j < n; ++j)
-        if (j < begin || j >= end) s[j * Rows + r] = hidden;
+        if (key_[j] < begin || key_[j] >= end) s[j * Rows + r] = hidden;
     }
     Vec<S> largest = splat(hidden);
     for (int i = 0; i < padded; i += kLane) largest = max<S>(load(s + i), largest);
@@ -311,38 +386,50 @@ class Worker {
     }
   }
 
-  void values(const T* v, const T* next, int64_t next_stride, int start, int n, int heads, S* result) {
+  void values(int slots, int n, int heads, S* result) {
+    Ahead<T> ahead(rows_ + slots, f_.v_stride.head, kStreams, heads, f_.value_dim * sizeof(T));
+    int j = 0;
+    for (; j + kStreams <= n; j += kStreams)
+      for (int h = 0; h < heads; ++h, ahead.advance()) add_slots<kStreams>(slots, j, h, ahead, result);
+    for (; j < n; ++j)
+      for (int h = 0; h < heads; ++h) add_slots<1>(slots, j, h, ahead, result);
+  }
+  template <int Keys>
+  void add_slots(int slots, int j, int h, const Ahead<T>& ahead, S* result) {
+    constexpr int vectors = 4;
     const int rows = static_cast<int>(problem_.rows), dim = static_cast<int>(f_.value_dim);
-    const int64_t stride = f_.v_stride.token, row_size = problem_.row_size;
-    Prefetch ahead(v + kAhead * stride, n - kAhead, stride * sizeof(T), next, next_stride * sizeof(T),
-                   ((heads - 1) * f_.v_stride.head + dim) * sizeof(T));
-    for (int j = 0; j < n; j += kBlock) {
-      const int keys = least(kBlock, n - j);
-      for (int h = 0; h < heads; ++h) {
-        const T* const block = v + h * f_.v_stride.head + j * stride;
-        for_row_groups<S>(rows, [&](int r, auto group) {
-          const S* const w = s_ + (h * rows + r) * kScores + (start + j) * group();
-          S* const o = result + (h * rows + r) * row_size;
-          Prefetch* const coming = r == 0 ? &ahead : nullptr;
-          int c = 0;
-          for (; c + 4 * kLane <= dim; c += 4 * kLane)
-            add_values<group(), 4>(w, block + c, stride, keys, kLane, coming, o + c, row_size);
-          for (; c < dim; c += kLane)
-            add_values<group(), 1>(w, block + c, stride, keys, least(kLane, dim - c), coming, o + c, row_size);
-        });
-      }
-    }
+    const int64_t row_size = problem_.row_size;
+    for_row_groups<S>(rows, [&](int r, auto group) {
+      const S* const w = s_ + (h * rows + r) * kSlots + j * group();
+      S* const o = result + (h * rows + r) * row_size;
+      const auto add = [&](auto fetch) __attribute__((always_inline)) {
+        int c = 0;
+        for (; c + vectors * kLane <= dim; c += vectors * kLane)
+          add_values<Keys, group(), vectors, fetch()>(w, rows_ + slots + j, h * f_.v_stride.head + c, vectors * kLane, ahead, c,
+                                                      o + c, row_size);
+        for (; c < dim; c += kPartsLanes<T>)
+          add_values<Keys, group(), kParts<T>, fetch()>(w, rows_ + slots + j, h * f_.v_stride.head + c, dim - c, ahead, c, o + c,
+                                                        row_size);
+      };
+      if (r == 0)
+        add(std::true_type{});
+      else
+        add(std::false_type{});
+    });
   }
 
   const Problem& problem_;
   const FlashAttentionParams& f_;
   const int64_t q_stride_;
+  int64_t query_batch_ = -1, query_head_ = -1;  // whose queries are loaded
   S* q_;       // [head, row, head dim]
-  S* s_;       // [head, row group, key, row of the group] scores, then weights
+  S* s_;       // [head, row group, slot, row of the group] scores, then weights
+  const T** rows_;
+  int* key_;
   S* result_;  // [head, row] o, m, l where they are not partial
 };
 
-// Adds up the chunks of one (batch entry, key head), or writes what a row without keys gets.
+// Adds up the chunks of one (batch entry, key head), or writes what a row without keys gets; o is scratch memory.
 template <class T>
 void combine(const Problem& problem, int64_t b, int64_t head_k, Wide<T>* o) {
   using S = Wide<T>;
@@ -368,18 +455,18 @@ template <class T>
 void decode(Problem& problem, const Parallel& parallel) {
   using S = Wide<T>;
   const FlashAttentionParams& f = problem.f;
-  problem.width = round_up(f.value_dim, kLanes<S>);
+  problem.width = round_up(f.value_dim, kPartsLanes<T>);
   problem.row_size = problem.width + 2 * kLanes<S>;
   Scratch table;
   int64_t* const chunks = table.take<int64_t>(f.batch + 1);
   problem.chunks = chunks;
   chunks[0] = 0;
-  bool more_than_one = false, one = true;
+  bool more_than_one = false, none = false;
   for (int64_t b = 0; b < f.batch; ++b) {
-    const int64_t first = problem.begin(b, 0), end = problem.end(b, f.seqlen_q - 1);
-    const int64_t count = end > first ? (end - 1) / kChunk - first / kChunk + 1 : 0;
+    const int64_t first = problem.begin(b, 0), end = problem.end(b, f.seqlen_q - 1), size = problem.chunk(b);
+    const int64_t count = end > first ? (end - 1) / size - first / size + 1 : 0;
     chunks[b + 1] = chunks[b] + count;
-    one &= count == 1;
+    none |= count == 0;
     more_than_one |= count > 1;
   }
   if (more_than_one) problem.partial = table.take<S>(chunks[f.batch] * f.heads_k * problem.rows * problem.row_size);
@@ -389,25 +476,26 @@ void decode(Problem& problem, const Parallel& parallel) {
   problem.task_heads =
       heads_together ? clamp(chunks[f.batch] * f.heads_k / tasks, 1, least(f.heads_k, kTaskRows / problem.rows)) : 1;
   const int64_t groups = (f.heads_k + problem.task_heads - 1) / problem.task_heads;
+  problem.missing = table.take<int64_t>(f.batch * groups);
+  for (int64_t i = 0; i < f.batch * groups; ++i) problem.missing[i] = chunks[i / groups + 1] - chunks[i / groups];
   run_tasks(parallel, chunks[f.batch] * groups, [&](TaskQueue& queue) {
     Scratch scratch;
     Worker<T> worker(problem, scratch);
+    S* const o = scratch.take<S>(problem.width);
     int64_t b = 0;
     for (int64_t task; (task = queue.next()) >= 0;) {
-      const int64_t chunk = task / groups, head = task % groups * problem.task_heads;
+      const int64_t chunk = task / groups, group = task % groups, head = group * problem.task_heads;
       while (chunk >= chunks[b + 1]) ++b;
-      worker.run(b, chunk - chunks[b], head, static_cast<int>(least(problem.task_heads, f.heads_k - head)));
+      const int64_t end = least(head + problem.task_heads, f.heads_k);
+      worker.run(b, chunk - chunks[b], head, static_cast<int>(end - head));
+      if (chunks[b + 1] - chunks[b] > 1 && __atomic_sub_fetch(&problem.missing[b * groups + group], 1, __ATOMIC_ACQ_REL) == 0)
+        for (int64_t h = head; h < end; ++h) combine<T>(problem, b, h, o);
     }
   });
-  if (one) return;
-  run_tasks(parallel, f.batch * f.heads_k, [&](TaskQueue& queue) {
-    Scratch scratch;
-    S* const o = scratch.take<S>(problem.width);
-    for (int64_t task; (task = queue.next()) >= 0;) {
-      const int64_t b = task / f.heads_k;
-      if (chunks[b + 1] - chunks[b] != 1) combine<T>(problem, b, task % f.heads_k, o);
-    }
-  });
+  if (!none) return;
+  S* const o = table.take<S>(problem.width);
+  for (int64_t b = 0; b < f.batch; ++b)
+    for (int64_t h = 0; chunks[b + 1] == chunks[b] && h < f.heads_k; ++h) combine<T>(problem, b, h, o);
 }
 
 // Each batch entry as a forward pass of its own: several at once, or else each on all threads.
@@ -454,6 +542,7 @@ void flash_attention_decode(const FlashAttentionDecodeParams& params, const Para
                   0,
                   0,
                   0,
+                  nullptr,
                   nullptr,
                   nullptr};
   switch (f.dtype) {
