@@ -230,8 +230,8 @@ class FastTerms {
                                   __m512& high) const {
     const Row& r = rows[row];
     low = _mm512_loadu_ps(s), high = _mm512_loadu_ps(s + 16);
-    low = out != 0 ? capped(low, offset) : _mm512_fmadd_ps(low, slope, offset);
-    high = out != 0 ? capped(high, offset) : _mm512_fmadd_ps(high, slope, offset);
+    low = out != 0 ? softcapped(low, offset) : _mm512_fmadd_ps(low, slope, offset);
+    high = out != 0 ? softcapped(high, offset) : _mm512_fmadd_ps(high, slope, offset);
     if (alibi) {
       const __m512 distance = _mm512_add_ps((__m512)iota<float>(), _mm512_set1_ps(static_cast<float>(key) - r.position));
       const __m512 minus = _mm512_set1_ps(-r.slope);
@@ -269,7 +269,7 @@ class FastTerms {
   }
 
  private:
-  PYKERNELS_INLINE __m512 capped(__m512 s, __m512 offset) const {
+  PYKERNELS_INLINE __m512 softcapped(__m512 s, __m512 offset) const {
     constexpr int lesser_magnitude = 0xa;
     const __m512 a = _mm512_add_ps(_mm512_range_ps(_mm512_mul_ps(s, _mm512_set1_ps(in)), _mm512_set1_ps(8), lesser_magnitude),
                                    _mm512_set1_ps(1));
@@ -280,7 +280,10 @@ class FastTerms {
     const TanhTable& table = kTanhTable;
     const __m512 magnitude =
         _mm512_fmadd_ps(_mm512_fmadd_ps(look_up(table.square), a, look_up(table.linear)), a, look_up(table.constant));
-    return _mm512_fmadd_ps((__m512)copy_sign<float>((Vec<float>)magnitude, (Vec<float>)s), _mm512_set1_ps(out), offset);
+    const __m512 capped =
+        _mm512_fmadd_ps((__m512)copy_sign<float>((Vec<float>)magnitude, (Vec<float>)s), _mm512_set1_ps(out), offset);
+    constexpr int keep_minus_infinity = 1 << 4 * 4;  // of s: it is hidden
+    return _mm512_fixupimm_ps(capped, s, _mm512_set1_epi32(keep_minus_infinity), 0);
   }
 };
 #endif
