@@ -649,7 +649,7 @@ class Worker {
   // The same in one pass for bf16 on AMX: while the tile unit multiplies the next 32 keys, the vector unit turns the
   // scores of the last 32 into weights. Returns false, with l and o unchanged, where rows have no maximum yet to go
   // by (the first keys are looked at for one), where their scores are too small for the table, or when one outgrows
-  // its maximum.
+  // its maximum; with Terms, also where FastTerms does not serve.
   template <bool Terms>
   bool fuse(int row, int64_t key, int begin, int columns, Range first, Range last) {
     // Rows of weights per product: all 32 beside the products of a panel.
