@@ -328,7 +328,7 @@ class HyenaOperator(_LongMixer):
         if not torch.compiler.is_compiling() and not self.training and not torch.is_grad_enabled():
             plain = type(u) is Tensor and u.device.type == "cpu" and type(self.filter) is HyenaFilter
             if plain and asked_for(self.backend) in ("auto", "cpu") and convolve == self._whole:
-                spectra = self._spectra.of(self.filter, u.shape[2], self.order - 1, u.dtype)
+                spectra = self._spectra.of(self.filter, max(u.shape[2], 1), self.order - 1, u.dtype)
                 return [lambda _, spectrum=spectrum: spectrum for spectrum in spectra]
         parts = (slice(i * self.dim, (i + 1) * self.dim) for i in range(self.order - 1))
         return [lambda tokens, rows=rows: self.filter(tokens)[rows] for rows in parts]
