@@ -12,7 +12,7 @@ from pykernels import backends, flash_attention, flash_attention_decode
 from pykernels.ops.flash_attention import reference
 from pykernels.testing import FLASH_ATTENTION as OP
 from pykernels.testing import FLASH_ATTENTION_DECODE as DECODE
-from pykernels.testing import Target, run, serves, targets, use_threads
+from pykernels.testing import Target, check, run, serves, targets, use_threads
 from pykernels.testing.flash_attention import attention_case, decode_case
 
 
@@ -211,6 +211,56 @@ def test_large_biases(target, size):
         error = (actual[name].double() - x).abs().max() / x.abs().max()
         assert error < max(1e-5, min(1.0, 8 * 5 * size * torch.finfo(torch.float32).eps)), (name, float(error))
         assert actual[name].isfinite().all() and x.abs().max() > 0.1
+
+
+def _masked(x):
+    """Half of it hidden, and some keys far above all others."""
+    return torch.where(x < -2.5, 100 * x.abs(), x.masked_fill(x > 0, -torch.inf))
+
+
+# Long and large enough for the path that folds the options into its only look at the scores; edges within its blocks.
+FOLDED = {
+    "alibi": {"alibi": (4,)},
+    "alibi-causal": {"alibi": (4,), "causal": True},
+    "alibi-window": {"alibi": (4,), "window": (300, 40)},
+    "bias": {"bias": (4, 520, 600)},
+    "bias-fp32": {"bias": (4, 520, 600), "bias_dtype": torch.float32, "causal": True},
+    "bias-of-keys": {"bias": (4, 1, 600)},
+    "bias-of-queries": {"bias": (4, 520, 1)},
+    "bias-hidden": {"bias": (4, 520, 600), "bias_values": _masked},
+    "mask": {"bias": (4, 520, 600), "bias_dtype": torch.bool},
+    "softcap": {"softcap": 20.0, "causal": True},
+    "softcap-tight": {"softcap": 3.0, "causal": True},
+    "all": {"alibi": (4,), "bias": (4, 520, 600), "softcap": 30.0, "causal": True, "scale": -0.5},
+}
+
+
+@on_native
+@pytest.mark.parametrize("name", FOLDED)
+def test_options_of_long_sequences(target, name):
+    case = attention_case(f"folded-{name}", tq=520, tk=600, heads_q=4, heads_k=2, **{"scale": 0.5, **FOLDED[name]})
+    errors = check(OP, case, torch.bfloat16, target)
+    assert all(error.ok for error in errors), [str(error) for error in errors]
+
+
+@on_native
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_a_bias_that_is_not_finite_stays_in_its_row(target, value):
+    q, k, v = _qkv(target, torch.bfloat16, tq=300, tk=300)
+    bias = torch.randn(300, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with target.active():
+        clean = flash_attention(q, k, v, bias=bias, backend=target.backend)
+        bias[40, 290] = value
+        dirty = flash_attention(q, k, v, bias=bias, backend=target.backend)
+    assert dirty[:, 40].isnan().all()
+    others = torch.arange(300) != 40
+    torch.testing.assert_close(dirty[:, others], clean[:, others], rtol=0, atol=0.02)
+    with target.active():
+        bias[40, 290] = 0
+        clean = flash_attention(q, k, v, bias=bias, causal=True, backend=target.backend)
+        hidden = bias.masked_fill(torch.ones_like(bias, dtype=torch.bool).triu(1), value)
+        dirty = flash_attention(q, k, v, bias=hidden, causal=True, backend=target.backend)
+    torch.testing.assert_close(dirty, clean, rtol=0, atol=0.02)
 
 
 @on_bias

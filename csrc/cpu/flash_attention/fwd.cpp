@@ -152,6 +152,9 @@ class Worker {
     v_ = scratch.take<Elem>(packed_size<C>(kKeys, width_));
     constexpr int buffers = kIsSplit<C> ? 2 : 1;
     s_ = scratch.take<Acc>(buffers * kRows * kStride);
+#if defined(PYKERNELS_HAS_AMX)
+    if constexpr (kFastExp) fused_terms_ = terms_.start(fast_terms_);
+#endif
     weights_ = sizeof(Elem) == sizeof(Acc) ? reinterpret_cast<Elem*>(s_) : scratch.take<Elem>(buffers * kRows * kStride);
   }
 
@@ -301,6 +304,10 @@ class Worker {
     __builtin_memset(l_, 0, sizeof(Acc) * padded * kLane);
     // Rows beyond the last have a maximum at once: theirs, of zeros.
     for (int row = 0; row < padded; ++row) m_[row] = row < rows_ ? -static_cast<Acc>(kInfinity) : 0;
+#if defined(PYKERNELS_HAS_AMX)
+    if constexpr (kFastExp)
+      if (fused_terms_ && terms_.alibi()) look_at_own_keys();
+#endif
   }
 
   template <class E>
@@ -397,14 +404,9 @@ class Worker {
     bool done = false;
 #if defined(PYKERNELS_HAS_AMX)
     if constexpr (kFastExp)
-      if (fast && !terms_.on() && !dropout_.on()) {
-        // Rows of weights per product: all 32 beside the products of a panel.
-        const auto fused = depth_ < 64    ? &Worker::fused_tile<8>
-                           : depth_ < 128 ? &Worker::fused_tile<4>
-                           : depth_ < 256 ? &Worker::fused_tile<2>
-                                          : &Worker::fused_tile<1>;
-        done = (this->*fused)(row, key, begin, padded, first, last);
-      }
+      if (fast && !dropout_.on())
+        done = terms_.on() || p_.softcap > 0 ? fused_terms_ && fuse<true>(row, key, begin, padded, first, last)
+                                             : fuse<false>(row, key, begin, padded, first, last);
 #endif
     if (!done) {
       scores(row, rows, begin, columns, padded);
@@ -647,11 +649,20 @@ class Worker {
   // The same in one pass for bf16 on AMX: while the tile unit multiplies the next 32 keys, the vector unit turns the
   // scores of the last 32 into weights. Returns false, with l and o unchanged, where rows have no maximum yet to go
   // by (the first keys are looked at for one), where their scores are too small for the table, or when one outgrows
-  // its maximum.
-  template <int Rows>
+  // its maximum; with Terms, also where FastTerms does not serve.
+  template <bool Terms>
+  bool fuse(int row, int64_t key, int begin, int columns, Range first, Range last) {
+    // Rows of weights per product: all 32 beside the products of a panel.
+    const auto fused = depth_ < 64    ? &Worker::fused_tile<8, Terms>
+                       : depth_ < 128 ? &Worker::fused_tile<4, Terms>
+                       : depth_ < 256 ? &Worker::fused_tile<2, Terms>
+                                      : &Worker::fused_tile<1, Terms>;
+    return (this->*fused)(row, key, begin, columns, first, last);
+  }
+  template <int Rows, bool Terms>
   bool fused_tile(int row, int64_t key, int begin, int columns, Range first, Range last) {
     static_assert(kRows == 32 && 2 * 32 * 32 <= kRows * kStride);
-    if (p_.softcap > 0 || p_.scale == 0) return false;
+    if (p_.scale == 0) return false;
     const float factor = static_cast<float>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
     float* const m = m_ + row;
     float* const buffers[2] = {s_, s_ + 32 * 32};
@@ -659,13 +670,42 @@ class Worker {
     const BFloat16* k = k_ + begin / 32 * packed_panel<C>(depth_);
     const int64_t first_key = key + begin;
 
+    const __m512 slope = _mm512_set1_ps(factor * 128);
+    const int64_t keys = s_q_->tk - first_key;
+    if constexpr (Terms) {
+      bool serves = true;
+      Cursor at = cursor(row);
+      for (int i = 0; i < 32; ++i, at.advance()) {
+        // Rows beyond the last are the last once more.
+        const bool there = row + i < rows_;
+        if (there)
+          serves &= terms_.set_row(fast_terms_, i, place(static_cast<int>(at.head)), at.token, first_key);
+        else
+          fast_terms_.rows[i] = fast_terms_.rows[i - 1];
+      }
+      if (!serves) return false;
+    }
+
+    if constexpr (Terms)
+      if (fast_terms_.alibi && !p_.bias && !exceptional_values_ && vanishes(row, columns)) return true;
+
     if (m[0] == -kInfinity) {
       multiply_panel(q, k);
       store_panel(buffers[0]);
       if (last.begin > first_key || first.end < first_key + 32) mask_panel(buffers[0], row, first_key);
-      for (int i = 0; i < 32; ++i)
-        if (m[i] == -kInfinity)
-          m[i] = factor * reduce_max<float>(max<float>(load(buffers[0] + 32 * i), load(buffers[0] + 32 * i + 16)));
+      for (int i = 0; i < 32; ++i) {
+        if (m[i] > -kInfinity) continue;
+        const float* const s = buffers[0] + 32 * i;
+        if constexpr (Terms) {
+          __m512 low, high;
+          fast_terms_.exponents(i, s, 0, keys, slope, _mm512_set1_ps(fast_terms_.rows[i].constant), low, high);
+          // What is clamped may be the NaN of a bias that is hidden.
+          const float here = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
+          if (here < FastTerms::kClamp) m[i] = here / 128;
+        } else {
+          m[i] = factor * reduce_max<float>(max<float>(load(s), load(s + 16)));
+        }
+      }
     }
     const __m512 m0 = _mm512_loadu_ps(m), m1 = _mm512_loadu_ps(m + 16);
     const __m512 hidden = _mm512_set1_ps(-kInfinity), least_max = _mm512_set1_ps(kFastExp2Least);
@@ -673,11 +713,13 @@ class Worker {
     if (!(_mm512_cmp_ps_mask(_mm512_abs_ps(m0), least_max, _CMP_GE_OQ) |
           _mm512_cmp_ps_mask(_mm512_abs_ps(m1), least_max, _CMP_GE_OQ)))
       return false;
+    if (Terms && !maxima_below_bound(row, 32)) return false;
 
     alignas(64) float offsets[32];
     _mm512_store_ps(offsets, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m0), _mm512_set1_ps(128)));
     _mm512_store_ps(offsets + 16, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m1), _mm512_set1_ps(128)));
-    const __m512 slope = _mm512_set1_ps(factor * 128);
+    if constexpr (Terms)
+      for (int i = 0; i < 32; ++i) offsets[i] += fast_terms_.rows[i].constant;
     Exp2Table table;
     const char* o = reinterpret_cast<const char*>(o_ + row * width_);
     for (int j = 0;; j += 32) {
@@ -686,14 +728,15 @@ class Worker {
         multiply_panel(q, k);
       } else if (j < columns) {
         // The accumulators, needed at the end, come into the L1 cache meanwhile.
-        multiply_and_weigh<Rows>(q, k, buffers[(j / 32 - 1) % 2], weights_ + j - 32, offsets, slope, table, o);
+        multiply_and_weigh<Rows, Terms>(q, k, buffers[(j / 32 - 1) % 2], weights_ + j - 32, offsets, slope, table, j - 32,
+                                        keys, o);
         o += 128 * 32 / Rows;
       } else {
         const float* const s = buffers[(j / 32 - 1) % 2];
         BFloat16* const w = weights_ + j - 32;
 #pragma GCC unroll 4
         for (int i = 0; i < 32; ++i)
-          _mm512_store_si512(w + i * kStride, table.weights(s + 32 * i, slope, _mm512_set1_ps(offsets[i])));
+          _mm512_store_si512(w + i * kStride, weights<Terms>(table, s + 32 * i, slope, offsets[i], i, j - 32, keys));
         break;
       }
       store_panel(next);
@@ -720,25 +763,66 @@ class Worker {
     return true;
   }
 
+  // ALiBi: the score of a row's own key is no smaller than its maximum by much, which therefore starts a little above it.
+  void look_at_own_keys() {
+    if (p_.block_table) return;
+    Cursor at = cursor(0);
+    for (int row = 0; row < rows_; ++row, at.advance()) {
+      const int64_t key = at.token + s_q_->tk - s_q_->tq;
+      if (key < 0) continue;
+      const T* const k = keys() + key * p_.k_stride.token;
+      Vec<float> sum{};
+      for (int64_t j = 0; j < p_.head_dim; j += kLane) sum += load(q_ + row * depth_ + j) * load_upto(k + j, p_.head_dim - j);
+      const double scale = p_.scale < 0 ? -p_.scale : p_.scale;
+      float s = reduce_add<float>(sum) * static_cast<float>(scale * kLog2e);
+      if (p_.softcap > 0) {
+        const float cap = static_cast<float>(p_.softcap * kLog2e);
+        s = tanh<float>(splat(s / cap))[0] * cap;
+      }
+      s += terms_.bias_of(place(static_cast<int>(at.head)), at.token, key);
+      if (s < kFastExp2Bound / 2 && s > -kFastExp2Bound / 2) m_[row] = s + 4;
+    }
+  }
+  // Whether ALiBi takes all scores of a tile so far below their rows' maxima that no weight is left of them.
+  bool vanishes(int row, int columns) const {
+    constexpr float least_power = -140;
+    const float largest = score_bound_ * tiles_[row / kRows].largest;
+    for (int i = 0; i < least(32, rows_ - row); ++i) {
+      const FastTerms::Row& r = fast_terms_.rows[i];
+      const float before = -r.position, after = r.position - static_cast<float>(columns - 1);  // from the tile's keys
+      if (!(largest - r.slope / 128 * (before > after ? before : after) < m_[row + i] + least_power)) return false;
+    }
+    return true;
+  }
+
   // Scores of 32 rows and the 32 keys of a panel, into tiles 0 to 3, and from there to [32, 32] at s.
   PYKERNELS_INLINE void multiply_panel(const BFloat16* q, const BFloat16* k) {
     zero_panel();
     for (const BFloat16* const end = q + depth_; q < end; q += 32, k += 1024) multiply_step(q, k, [](int) {});
   }
+  // Weights of a row of a tile for the 32 keys from `column` on, of `keys` that there are.
+  template <bool Terms>
+  PYKERNELS_INLINE __m512i weights(Exp2Table& table, const float* s, __m512 slope, float offset, int row, int column,
+                                   int64_t keys) {
+    if constexpr (!Terms) return table.weights(s, slope, _mm512_set1_ps(offset));
+    __m512 low, high;
+    fast_terms_.exponents(row, s, column, keys - column, slope, _mm512_set1_ps(offset), low, high);
+    return table.weights(low, high);
+  }
   // While the tile unit multiplies, the vector unit turns the scores before these into weights: Rows rows after a product, as
   // the processor does not look far enough ahead to find work that comes later; two cache lines per product are fetched on the
   // side, from `fetched` on.
-  template <int Rows>
+  template <int Rows, bool Terms>
   PYKERNELS_INLINE void multiply_and_weigh(const BFloat16* q, const BFloat16* k, const float* s, BFloat16* w, const float* offsets,
-                                           __m512 slope, Exp2Table& table, const char* fetched) {
+                                           __m512 slope, Exp2Table& table, int column, int64_t keys, const char* fetched) {
     zero_panel();
     const BFloat16* const end = q + depth_;
-    for (int i = 0; i < 32; i += 4 * Rows, q += 32, k += 1024) {
+    for (int row = 0; row < 32; row += 4 * Rows, q += 32, k += 1024) {
       multiply_step(q, k, [&](int product) __attribute__((always_inline)) {
         const int first = product * Rows;
 #pragma GCC unroll 8
         for (int r = first; r < first + Rows; ++r)
-          _mm512_store_si512(w + r * kStride, table.weights(s + 32 * r, slope, _mm512_set1_ps(offsets[r])));
+          _mm512_store_si512(w + r * kStride, weights<Terms>(table, s + 32 * r, slope, offsets[r], row + r, column, keys));
         __builtin_prefetch(fetched + 128 * product, 1, 3);
         __builtin_prefetch(fetched + 128 * product + 64, 1, 3);
       });
@@ -845,6 +929,8 @@ class Worker {
 #if defined(PYKERNELS_HAS_AMX)
   Stage softmax_stage_{}, values_stage_{};  // what `overlap` has begun
   int phase_ = 0;                           // which half of s_ the former has
+  FastTerms fast_terms_{};                  // of the current tile
+  bool fused_terms_ = false;                // whether it serves this call
 #endif
   // For what is rare, taken when first needed.
   T* cleaned_ = nullptr;

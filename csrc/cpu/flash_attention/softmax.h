@@ -65,9 +65,12 @@ struct Exp2Table {
   __m512i largest = _mm512_setzero_si512();
 
   PYKERNELS_INLINE __m512i weights(const float* scores, __m512 slope, __m512 offset) {
-    const __m512i a = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(scores), slope, offset));
-    const __m512i b = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(scores + 16), slope, offset));
-    const __m512i t = _mm512_packus_epi32(a, b);
+    return weights(_mm512_fmadd_ps(_mm512_loadu_ps(scores), slope, offset),
+                   _mm512_fmadd_ps(_mm512_loadu_ps(scores + 16), slope, offset));
+  }
+  // Of scores that are in those units already.
+  PYKERNELS_INLINE __m512i weights(__m512 low, __m512 high) {
+    const __m512i t = _mm512_packus_epi32(_mm512_cvtps_epi32(low), _mm512_cvtps_epi32(high));
     largest = _mm512_max_epu16(largest, t);
     // Low bytes look up bits 1-6; the mask clears the high ones.
     const __m512i excess = _mm512_maskz_permutexvar_epi8(0x5555555555555555ull, _mm512_srli_epi16(t, 1), units);

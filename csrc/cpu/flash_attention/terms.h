@@ -182,6 +182,112 @@ struct Bounded {
   }
 };
 
+#if defined(__AVX512BF16__)
+// tanh by parabolas in a = |x| + 1, within 6e-5: eight in each octave of a up to 8, and 1 from there on. The exponent's
+// lowest bits and the first three of the mantissa say which.
+struct TanhTable {
+  float constant[32], linear[32], square[32];
+  static constexpr double exact(double x) {
+    double e = 1, term = 1;  // e^(-2x / 64)
+    for (int i = 1; i < 12; ++i) e += term *= -x / 32 / i;
+    for (int i = 0; i < 6; ++i) e *= e;
+    return (1 - e) / (1 + e);
+  }
+  constexpr TanhTable() : constant(), linear(), square() {
+    for (int i = 0; i < 32; ++i) {
+      const double unit = i >= 24 ? 1 : i < 8 ? 2 : 4, middle = unit * (1 + (i % 8 + 0.5) / 8);
+      constant[i] = 1;
+      if (i >= 16 && i < 24) continue;
+      // Through three Chebyshev nodes.
+      const double h = unit / 16 * 0.8660254037844386;
+      const double y = exact(middle - 1), low = exact(middle - 1 - h), high = exact(middle - 1 + h);
+      const double a = (high - 2 * y + low) / (2 * h * h), b = (high - low) / (2 * h);
+      square[i] = static_cast<float>(a);
+      linear[i] = static_cast<float>(b - 2 * a * middle);
+      constant[i] = static_cast<float>(y - b * middle + a * middle * middle);
+    }
+  }
+};
+alignas(64) constexpr TanhTable kTanhTable;
+
+// The options' share in the scores of 32 queries, while these become weights: exponents in units of log 2 / 128, 16 keys
+// at a time. For caps and slopes of limited size, see ScoreTerms::start and set_row.
+class FastTerms {
+ public:
+  static constexpr float kLargest = 128;    // of a cap and of slopes, in units of log 2
+  static constexpr float kClamp = 0x1p16f;  // exponents with a bias that are larger, or NaN, come out as this: an overflow
+  float in = 0, out = 0;                  // softcap: out tanh(in score); 0: none
+  bool alibi = false;
+  BiasType type{};
+  bool by_key = false;  // there is a bias to read
+  int64_t ahead = 0;    // bytes from a row of bias to that of the next tile
+  struct Row {
+    float slope, position, constant;  // position: of the query, counted from the first key; constant: bias of all keys
+    const void* bias;                 // of the first key
+  } rows[32];
+
+  // Keys [key, key + 32), of which `valid` exist.
+  PYKERNELS_INLINE void exponents(int row, const float* s, int key, int64_t valid, __m512 slope, __m512 offset, __m512& low,
+                                  __m512& high) const {
+    const Row& r = rows[row];
+    low = _mm512_loadu_ps(s), high = _mm512_loadu_ps(s + 16);
+    low = out != 0 ? softcapped(low, offset) : _mm512_fmadd_ps(low, slope, offset);
+    high = out != 0 ? softcapped(high, offset) : _mm512_fmadd_ps(high, slope, offset);
+    if (alibi) {
+      const __m512 distance = _mm512_add_ps((__m512)iota<float>(), _mm512_set1_ps(static_cast<float>(key) - r.position));
+      const __m512 minus = _mm512_set1_ps(-r.slope);
+      low = _mm512_fmadd_ps(_mm512_abs_ps(distance), minus, low);
+      high = _mm512_fmadd_ps(_mm512_abs_ps(_mm512_add_ps(distance, _mm512_set1_ps(16))), minus, high);
+    }
+    if (!by_key) return;
+    const uint32_t there = valid >= 32 ? ~0u : (1u << valid) - 1;
+    const __mmask16 first = static_cast<__mmask16>(there), second = static_cast<__mmask16>(there >> 16);
+    if (type == BiasType::kBoolean) {
+      const uint8_t* const bias = static_cast<const uint8_t*>(r.bias) + key;
+      const uint32_t seen = _mm256_mask_test_epi8_mask(there, _mm256_maskz_loadu_epi8(there, bias), _mm256_set1_epi8(-1));
+      const __m512 hidden = _mm512_set1_ps(-kInfinity);
+      low = _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(seen), low);
+      high = _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(seen >> 16), high);
+      __builtin_prefetch(reinterpret_cast<const char*>(bias) + ahead, 0, 2);
+      return;
+    }
+    __m512 a, b;
+    if (type == BiasType::kFloat32) {
+      const float* const bias = static_cast<const float*>(r.bias) + key;
+      a = _mm512_maskz_loadu_ps(first, bias), b = _mm512_maskz_loadu_ps(second, bias + 16);
+      __builtin_prefetch(reinterpret_cast<const char*>(bias) + ahead, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(bias + 16) + ahead, 0, 2);
+    } else {
+      const BFloat16* const bias = static_cast<const BFloat16*>(r.bias) + key;
+      a = (__m512)widen((HalfU16)_mm256_maskz_loadu_epi16(first, bias), BFloat16{});
+      b = (__m512)widen((HalfU16)_mm256_maskz_loadu_epi16(second, bias + 16), BFloat16{});
+      __builtin_prefetch(reinterpret_cast<const char*>(bias) + ahead, 0, 2);
+    }
+    const __m512 unit = _mm512_set1_ps(static_cast<float>(kLog2e * 128)), clamp = _mm512_set1_ps(kClamp);
+    low = _mm512_min_ps(_mm512_fmadd_ps(a, unit, low), clamp);
+    high = _mm512_min_ps(_mm512_fmadd_ps(b, unit, high), clamp);
+  }
+
+ private:
+  PYKERNELS_INLINE __m512 softcapped(__m512 s, __m512 offset) const {
+    constexpr int lesser_magnitude = 0xa;
+    const __m512 a = _mm512_add_ps(_mm512_range_ps(_mm512_mul_ps(s, _mm512_set1_ps(in)), _mm512_set1_ps(8), lesser_magnitude),
+                                   _mm512_set1_ps(1));
+    const __m512i which = _mm512_srli_epi32((__m512i)a, 20);
+    const auto look_up = [&](const float* table) __attribute__((always_inline)) {
+      return _mm512_permutex2var_ps(_mm512_load_ps(table), which, _mm512_load_ps(table + 16));
+    };
+    const TanhTable& table = kTanhTable;
+    const __m512 magnitude =
+        _mm512_fmadd_ps(_mm512_fmadd_ps(look_up(table.square), a, look_up(table.linear)), a, look_up(table.constant));
+    const __m512 capped =
+        _mm512_fmadd_ps((__m512)copy_sign<float>((Vec<float>)magnitude, (Vec<float>)s), _mm512_set1_ps(out), offset);
+    constexpr int keep_minus_infinity = 1 << 4 * 4;  // of s: it is hidden
+    return _mm512_fixupimm_ps(capped, s, _mm512_set1_epi32(keep_minus_infinity), 0);
+  }
+};
+#endif
+
 template <class T>
 class ScoreTerms {
   using S = Wide<T>;
@@ -200,6 +306,44 @@ class ScoreTerms {
       if (f_.bias_type == BiasType::kFloat32) return add_typed<float>(s, n, factor, place, query, key, bounded);
     add_typed<T>(s, n, factor, place, query, key, bounded);
   }
+
+  bool alibi() const { return f_.alibi_slopes != nullptr; }
+  S bias_of(const Place& place, int64_t query, int64_t key) const {
+    if (!f_.bias) return 0;
+    if (f_.bias_type == BiasType::kBoolean) return bias_at(address<uint8_t>(place, query, key));
+    if (f_.bias_type == BiasType::kFloat32) return bias_at(address<float>(place, query, key));
+    return bias_at(address<T>(place, query, key));
+  }
+#if defined(__AVX512BF16__)
+  // What every tile of a call shares; whether FastTerms serves it.
+  bool start(FastTerms& fast) const {
+    if (f_.softcap > 0) {
+      fast.in = static_cast<float>((f_.scale < 0 ? -f_.scale : f_.scale) / f_.softcap);
+      fast.out = static_cast<float>(f_.softcap * kLog2e * 128);
+    }
+    fast.alibi = alibi();
+    fast.type = f_.bias_type;
+    fast.by_key = f_.bias && f_.bias_stride.key != 0;
+    const int64_t size = f_.bias_type == BiasType::kBoolean ? 1 : f_.bias_type == BiasType::kFloat32 ? 4 : 2;
+    fast.ahead = 32 * size * f_.bias_stride.row * f_.heads_k / f_.heads_q;
+    return !(fast.out > 128 * FastTerms::kLargest);
+  }
+  // Row `row` of a tile whose first key is `key`; whether its slope is one that FastTerms serves.
+  bool set_row(FastTerms& fast, int row, const Place& place, int64_t query, int64_t key) const {
+    const S slope = slope_of(place);
+    FastTerms::Row& r = fast.rows[row];
+    r = {static_cast<float>(slope * 128), static_cast<float>(query + place.tk - place.tq - key), 0, nullptr};
+    if (f_.bias) {
+      const auto set = [&](auto type) {
+        const auto* const bias = address<decltype(type)>(place, query, key);
+        r.bias = bias;
+        if (!fast.by_key) r.constant = static_cast<float>(bias_at(bias) * 128);
+      };
+      f_.bias_type == BiasType::kBoolean ? set(uint8_t{}) : f_.bias_type == BiasType::kFloat32 ? set(float{}) : set(T{});
+    }
+    return slope >= 0 && slope < FastTerms::kLargest && r.constant < 128 * FastTerms::kLargest;
+  }
+#endif
 
   // The terms of `columns` queries from `query` on and `rows` keys (the rows of `to`) from `key` on.
   void tile(const Place& place, int64_t query, int columns, int64_t key, int rows, S* to) const {
