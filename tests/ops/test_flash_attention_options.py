@@ -255,6 +255,12 @@ def test_a_bias_that_is_not_finite_stays_in_its_row(target, value):
     assert dirty[:, 40].isnan().all()
     others = torch.arange(300) != 40
     torch.testing.assert_close(dirty[:, others], clean[:, others], rtol=0, atol=0.02)
+    with target.active():
+        bias[40, 290] = 0
+        clean = flash_attention(q, k, v, bias=bias, causal=True, backend=target.backend)
+        hidden = bias.masked_fill(torch.ones_like(bias, dtype=torch.bool).triu(1), value)
+        dirty = flash_attention(q, k, v, bias=hidden, causal=True, backend=target.backend)
+    torch.testing.assert_close(dirty, clean, rtol=0, atol=0.02)
 
 
 @on_bias

@@ -699,7 +699,9 @@ class Worker {
         if constexpr (Terms) {
           __m512 low, high;
           fast_terms_.exponents(i, s, 0, keys, slope, _mm512_set1_ps(fast_terms_.rows[i].constant), low, high);
-          m[i] = _mm512_reduce_max_ps(_mm512_max_ps(low, high)) / 128;
+          // What is clamped may be the NaN of a bias that is hidden.
+          const float here = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
+          if (here < FastTerms::kClamp) m[i] = here / 128;
         } else {
           m[i] = factor * reduce_max<float>(max<float>(load(s), load(s + 16)));
         }
@@ -726,7 +728,8 @@ class Worker {
         multiply_panel(q, k);
       } else if (j < columns) {
         // The accumulators, needed at the end, come into the L1 cache meanwhile.
-        multiply_and_weigh<Rows, Terms>(q, k, buffers[(j / 32 - 1) % 2], weights_ + j - 32, offsets, slope, table, j - 32, keys, o);
+        multiply_and_weigh<Rows, Terms>(q, k, buffers[(j / 32 - 1) % 2], weights_ + j - 32, offsets, slope, table, j - 32,
+                                        keys, o);
         o += 128 * 32 / Rows;
       } else {
         const float* const s = buffers[(j / 32 - 1) % 2];
@@ -799,7 +802,8 @@ class Worker {
   }
   // Weights of a row of a tile for the 32 keys from `column` on, of `keys` that there are.
   template <bool Terms>
-  PYKERNELS_INLINE __m512i weights(Exp2Table& table, const float* s, __m512 slope, float offset, int row, int column, int64_t keys) {
+  PYKERNELS_INLINE __m512i weights(Exp2Table& table, const float* s, __m512 slope, float offset, int row, int column,
+                                   int64_t keys) {
     if constexpr (!Terms) return table.weights(s, slope, _mm512_set1_ps(offset));
     __m512 low, high;
     fast_terms_.exponents(row, s, column, keys - column, slope, _mm512_set1_ps(offset), low, high);

@@ -183,8 +183,8 @@ struct Bounded {
 };
 
 #if defined(__AVX512BF16__)
-// tanh by parabolas in a = |x| + 1, within 5e-5: eight in each octave of a up to 8, and 1 from there on. The exponent's lowest bits
-// and the first three of the mantissa say which.
+// tanh by parabolas in a = |x| + 1, within 6e-5: eight in each octave of a up to 8, and 1 from there on. The exponent's
+// lowest bits and the first three of the mantissa say which.
 struct TanhTable {
   float constant[32], linear[32], square[32];
   static constexpr double exact(double x) {
@@ -210,11 +210,12 @@ struct TanhTable {
 };
 alignas(64) constexpr TanhTable kTanhTable;
 
-// The options' share in the scores of 32 queries, while these become weights: exponents in units of log 2 / 128, 16 keys at a time.
-// Only for caps and slopes that it serves().
+// The options' share in the scores of 32 queries, while these become weights: exponents in units of log 2 / 128, 16 keys
+// at a time. For caps and slopes of limited size, see ScoreTerms::start and set_row.
 class FastTerms {
  public:
-  static constexpr float kLargest = 128;  // of a cap and of slopes, in units of log 2
+  static constexpr float kLargest = 128;    // of a cap and of slopes, in units of log 2
+  static constexpr float kClamp = 0x1p16f;  // exponents with a bias that are larger, or NaN, come out as this: an overflow
   float in = 0, out = 0;                  // softcap: out tanh(in score); 0: none
   bool alibi = false;
   BiasType type{};
@@ -262,10 +263,9 @@ class FastTerms {
       b = (__m512)widen((HalfU16)_mm256_maskz_loadu_epi16(second, bias + 16), BFloat16{});
       __builtin_prefetch(reinterpret_cast<const char*>(bias) + ahead, 0, 2);
     }
-    // What is too large, or NaN, shows as an overflow.
-    const __m512 unit = _mm512_set1_ps(static_cast<float>(kLog2e * 128)), large = _mm512_set1_ps(0x1p16f);
-    low = _mm512_min_ps(_mm512_fmadd_ps(a, unit, low), large);
-    high = _mm512_min_ps(_mm512_fmadd_ps(b, unit, high), large);
+    const __m512 unit = _mm512_set1_ps(static_cast<float>(kLog2e * 128)), clamp = _mm512_set1_ps(kClamp);
+    low = _mm512_min_ps(_mm512_fmadd_ps(a, unit, low), clamp);
+    high = _mm512_min_ps(_mm512_fmadd_ps(b, unit, high), clamp);
   }
 
  private:
