@@ -3,15 +3,15 @@
 // Rows. The query heads that share a key head, times the queries: row r of (batch entry, key head) is query r / group of head
 // r % group. All of them are served while a key is at hand, so that the cache is read once: this is bound by memory.
 // Tasks. One is (batch entry, chunk of its keys, some key heads). It reads the keys (scores), makes the weights of all of
-// them at once, reads the values, and leaves o, m and l of each row; whoever does the last chunk of some heads adds up all of them,
-// in their order.
+// them at once, reads the values, and leaves o, m and l of each row; whoever does the last chunk of some heads adds up all
+// of theirs, in their order.
 // The chunks depend on the lengths alone, so results are the same whatever the batch and the number of threads.
-// Order. A chunk is cut into kStreams equal pieces, read side by side, each in the order of memory: where the heads of a token lie
-// side by side in the cache, a task takes several and reads whole tokens. One core reads four streams, with software fetching
-// the next lines of each, a third faster than one (14.5 to 10.5 GB/s on a Sapphire Rapids, of pages of 4 KiB: prefetchers stop at
-// the end of a page, and then other streams go on). What is at hand at the same time, one key of each stream, has neighbouring
-// numbers: slots. Slot j of a chunk is key j / kStreams of stream j % kStreams; the few keys that are left over come last.
-// Many rows are no longer bound by memory: they go to the forward kernel, one batch entry at a time.
+// Order. A chunk is cut into kStreams equal pieces, read side by side, each in the order of memory: where the heads of a
+// token lie side by side in the cache, a task takes several and reads whole tokens. Prefetchers stop at the end of a page;
+// while one stream is there, the others go on: with the next lines of each fetched by software, one core reads 14.5 GB/s,
+// of a single stream 10.5 (Sapphire Rapids, pages of 4 KiB). What is at hand at the same time, one key of each stream, has
+// neighbouring numbers: slots. Slot j of a chunk is key j / kStreams of stream j % kStreams; the keys left over come last.
+// Several rows of bf16 are multiplied on AMX tiles. Many rows are no longer bound by memory: they go to the forward kernel, one batch entry at a time.
 #include "../../include/pykernels/flash_attention.h"
 
 #include "../common/matmul.h"
@@ -35,7 +35,8 @@ constexpr int kFewRows = 16;       // beyond these the products bound the time, 
 constexpr int kFewRowsAlone = 64;  // ...unless there are fewer key heads than threads, and chunks keep them busy
 constexpr int64_t kUnbounded = int64_t{1} << 62;
 
-// Products of bf16 on AMX tiles: for more rows than kVectorRows, as many as two tiles have; a tile of keys, or values, at a time.
+// Products of bf16 on AMX tiles: for more rows than kVectorRows (which vectors do as fast as memory gives), up to those of
+// two tiles; a tile of keys, or values, at a time.
 #if defined(PYKERNELS_HAS_AMX)
 constexpr bool kHasTiles = true;
 #else
@@ -53,8 +54,8 @@ int64_t length(const FlashAttentionDecodeParams& p, int64_t b) {
   return clamp(p.cache_seqlens[b] + p.new_tokens, 0, p.forward.seqlen_k);
 }
 
-// Vectors that hold as many elements as lie in one vector's bytes (two, of fp16 in one). Those of bf16 are the even and the odd
-// elements, which are a shift and a mask away; everything here but the output is kept in that order.
+// The vectors that a kernel loads of a row at a time: of bf16 two, the even and the odd elements of one vector's bytes, which
+// are a shift and a mask away. Queries and results are kept in that order.
 template <class T>
 constexpr int kParts = std::is_same_v<T, BFloat16> ? 2 : 1;
 template <class T>
@@ -200,8 +201,8 @@ PYKERNELS_INLINE void add_values(const Wide<T>* w, const T* const* rows, int64_t
 }
 
 #if defined(PYKERNELS_HAS_AMX)
-// Both products of bf16 on tiles: of all rows at once, so that a few more cost little. What is at hand is copied into scratch memory
-// once, in the order that the tiles want, wherever it lies and however long its rows are.
+// Both products of bf16 on tiles: of all rows at once, so that a few more cost little. What is at hand is copied into scratch
+// memory once, in the order that the tiles want, wherever it lies and however long its rows are.
 class TileProducts {
  public:
   TileProducts(Scratch& scratch, int64_t heads, int64_t rows, int64_t head_dim, int64_t value_dim)
@@ -452,9 +453,9 @@ class Worker {
   }
 
  private:
-  // Leaves in key_ the number of each slot's key within the chunk, and in rows_ where the slots' keys lie, then (from the slots'
-  // count on, which is returned) their values. The keys number n from `first` on; slots beyond them, to the end of a vector of scores,
-  // repeat the last one, and so do some rows beyond the values, which are fetched in vain.
+  // Leaves in key_ the number of each slot's key within the chunk, and in rows_ where the slots' keys lie, then (from the
+  // slots' count on, which is returned) their values. The keys number n from `first` on; slots beyond them, to the end of a
+  // vector of scores, repeat the last one, and so do some rows beyond the values, which are fetched in vain.
   int find_rows(int64_t b, int64_t head, int64_t first, int n) {
     const int slots = round_up(n, kLane), length = n / kStreams<Tiled>;
     const T *const k = static_cast<const T*>(f_.k) + head * f_.k_stride.head,
@@ -515,10 +516,12 @@ class Worker {
           const S* const q = q_ + (h * rows + r) * q_stride_;
           S* const s = s_ + (h * rows + r) * kSlots + j * group();
           for (int i = 0; i < step; i += keys) {
+            const T* const* const keys_at = rows_ + j + i;
+            const int64_t offset = h * f_.k_stride.head;
             if (r == 0)
-              score_step<group(), true>(q, q_stride_, rows_ + j + i, h * f_.k_stride.head, dim, factor, ahead, i, s + i * group());
+              score_step<group(), true>(q, q_stride_, keys_at, offset, dim, factor, ahead, i, s + i * group());
             else
-              score_step<group(), false>(q, q_stride_, rows_ + j + i, h * f_.k_stride.head, dim, factor, ahead, i, s + i * group());
+              score_step<group(), false>(q, q_stride_, keys_at, offset, dim, factor, ahead, i, s + i * group());
           }
         });
   }
@@ -631,7 +634,7 @@ class Worker {
   T* w_;       // [head, row, slot] weights, where products are on tiles
   S* q_;       // [head, row, head dim]
   S* s_;       // [head, row group, slot, row of the group] scores, then weights
-  const T** rows_;
+  const T** rows_;  // as find_rows says
   int* key_;
   S* result_;  // [head, row] o, m, l where they are not partial
 };
@@ -680,8 +683,8 @@ void decode(Problem& problem, const Parallel& parallel) {
 
   const bool heads_together = f.k_stride.head < f.k_stride.token && f.v_stride.head < f.v_stride.token;
   const int64_t tasks = parallel.threads > 1 ? kTasksPerThread * parallel.threads : 1;
-  problem.task_heads =
-      heads_together ? clamp(chunks[f.batch] * f.heads_k / tasks, 1, least(f.heads_k, (Tiled ? kTiledTaskRows : kTaskRows) / problem.rows)) : 1;
+  const int64_t most_heads = least(f.heads_k, (Tiled ? kTiledTaskRows : kTaskRows) / problem.rows);
+  problem.task_heads = heads_together ? clamp(chunks[f.batch] * f.heads_k / tasks, 1, most_heads) : 1;
   const int64_t groups = (f.heads_k + problem.task_heads - 1) / problem.task_heads;
   problem.missing = table.take<int64_t>(f.batch * groups);
   for (int64_t i = 0; i < f.batch * groups; ++i) problem.missing[i] = chunks[i / groups + 1] - chunks[i / groups];
