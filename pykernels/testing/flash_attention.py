@@ -613,6 +613,8 @@ DECODE_CASES = (
     decode_case("no-append", lengths=(1, 64, 130), capacity=130),
     decode_case("draft", lengths=(5, 90), capacity=128, tq=4, new_tokens=4),
     decode_case("draft-not-causal", lengths=(5, 90), capacity=128, tq=4, new_tokens=4, causal=False),
+    decode_case("draft-long", lengths=(1500, 700), capacity=1600, tq=8, new_tokens=8, heads_q=8, heads_k=2, head_dim=128,
+                window=(900, None)),
     decode_case("prompt", lengths=(0, 0), capacity=150, tq=130, new_tokens=130, head_dim=32),
     decode_case("prompt-chunk", lengths=(70, 3), capacity=150, tq=65, new_tokens=65, head_dim=40, value_dim=24),
     decode_case("fewer-new-than-queries", lengths=(30, 40), capacity=50, tq=3, new_tokens=1),
@@ -649,6 +651,8 @@ DECODE_CASES = (
                 window=(70, None), sinks=0.0),
     decode_case("paged-prompt", lengths=(0, 33), capacity=300, tq=130, new_tokens=130, page_size=32, head_dim=32),
     decode_case("paged-draft", lengths=(260, 511), capacity=600, tq=8, new_tokens=8, page_size=64, alibi=(4,), softcap=5.0),
+    decode_case("paged-draft-odd", lengths=(20, 433), capacity=448, tq=3, new_tokens=3, page_size=7, heads_q=7, heads_k=1,
+                head_dim=40, value_dim=72, sinks=0.0),
     decode_case("paged-padded", lengths=(20, 33), capacity=48, new_tokens=1, page_size=8, head_dim=33, layout=_padded),
 )
 

@@ -3,17 +3,18 @@
 // Rows. The query heads that share a key head, times the queries: row r of (batch entry, key head) is query r / group of head
 // r % group. All of them are served while a key is at hand, so that the cache is read once: this is bound by memory.
 // Tasks. One is (batch entry, chunk of its keys, some key heads). It reads the keys (scores), makes the weights of all of
-// them at once, reads the values, and leaves o, m and l of each row; whoever does the last chunk of some heads adds up all of them,
-// in their order.
+// them at once, reads the values, and leaves o, m and l of each row; whoever does the last chunk of some heads adds up all
+// of theirs, in their order.
 // The chunks depend on the lengths alone, so results are the same whatever the batch and the number of threads.
-// Order. A chunk is cut into kStreams equal pieces, read side by side, each in the order of memory: where the heads of a token lie
-// side by side in the cache, a task takes several and reads whole tokens. One core reads four streams, with software fetching
-// the next lines of each, a third faster than one (14.5 to 10.5 GB/s on a Sapphire Rapids, of pages of 4 KiB: prefetchers stop at
-// the end of a page, and then other streams go on). What is at hand at the same time, one key of each stream, has neighbouring
-// numbers: slots. Slot j of a chunk is key j / kStreams of stream j % kStreams; the few keys that are left over come last.
-// Many rows are no longer bound by memory: they go to the forward kernel, one batch entry at a time.
+// Order. A chunk is cut into kStreams equal pieces, read side by side, each in the order of memory: where the heads of a
+// token lie side by side in the cache, a task takes several and reads whole tokens. Prefetchers stop at the end of a page;
+// while one stream is there, the others go on: with the next lines of each fetched by software, one core reads 14.5 GB/s,
+// of a single stream 10.5 (Sapphire Rapids, pages of 4 KiB). What is at hand at the same time, one key of each stream, has
+// neighbouring numbers: slots. Slot j of a chunk is key j / kStreams of stream j % kStreams; the keys left over come last.
+// Several rows of bf16 are multiplied on AMX tiles. Many rows are no longer bound by memory: they go to the forward kernel, one batch entry at a time.
 #include "../../include/pykernels/flash_attention.h"
 
+#include "../common/matmul.h"
 #include "../common/scratch.h"
 #include "../common/simd.h"
 #include "terms.h"
@@ -26,7 +27,6 @@ namespace {
 
 constexpr int kChunk = 256, kLeastChunk = 64;  // keys
 constexpr int kChunks = 32;        // of an entry; chunks get larger above, up to the largest, and smaller below
-constexpr int kStreams = 4;        // also the keys whose values are added at a time
 constexpr int kAheadBytes = 1024;  // of each stream, that are fetched ahead,
 constexpr int kAheadSteps = 4;     // but for short rows
 constexpr int kTaskRows = 64;      // of all heads of a task, whose scores and results stay in the nearer caches
@@ -35,6 +35,18 @@ constexpr int kFewRows = 16;       // beyond these the products bound the time, 
 constexpr int kFewRowsAlone = 64;  // ...unless there are fewer key heads than threads, and chunks keep them busy
 constexpr int64_t kUnbounded = int64_t{1} << 62;
 
+// Products of bf16 on AMX tiles: for more rows than kVectorRows (which vectors do as fast as memory gives), up to those of
+// two tiles; a tile of keys, or values, at a time.
+#if defined(PYKERNELS_HAS_AMX)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
+constexpr int kTile = 16, kVectorRows = 4, kTiledTaskRows = 256;
+// Also the keys that are worked on at a time.
+template <bool Tiled>
+constexpr int kStreams = Tiled ? kTile : 4;
+
 PYKERNELS_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 // The valid keys of a batch entry.
@@ -42,8 +54,8 @@ int64_t length(const FlashAttentionDecodeParams& p, int64_t b) {
   return clamp(p.cache_seqlens[b] + p.new_tokens, 0, p.forward.seqlen_k);
 }
 
-// Vectors that hold as many elements as lie in one vector's bytes (two, of fp16 in one). Those of bf16 are the even and the odd
-// elements, which are a shift and a mask away; everything here but the output is kept in that order.
+// The vectors that a kernel loads of a row at a time: of bf16 two, the even and the odd elements of one vector's bytes, which
+// are a shift and a mask away. Queries and results are kept in that order.
 template <class T>
 constexpr int kParts = std::is_same_v<T, BFloat16> ? 2 : 1;
 template <class T>
@@ -101,14 +113,17 @@ struct Ahead {
   PYKERNELS_INLINE const T* row(int slot) const { return rows[slot] + head * head_stride; }
 };
 
-// Splits a number of rows into groups of 4, 2 and 1 (none larger than a vector), for each of which there is a kernel.
-template <class S, class F>
+// Splits a number of rows into groups of 4, 2 and 1 (none larger than a vector), for each of which there is a kernel. Tiles leave
+// each row on its own.
+template <class S, bool Tiled, class F>
 PYKERNELS_INLINE void for_row_groups(int rows, F&& f) {
   int r = 0;
-  if constexpr (kLanes<S> >= 4)
-    for (; r + 4 <= rows; r += 4) f(r, std::integral_constant<int, 4>{});
-  for (; r + 2 <= rows; r += 2) f(r, std::integral_constant<int, 2>{});
-  if (r < rows) f(r, std::integral_constant<int, 1>{});
+  if constexpr (!Tiled) {
+    if constexpr (kLanes<S> >= 4)
+      for (; r + 4 <= rows; r += 4) f(r, std::integral_constant<int, 4>{});
+    for (; r + 2 <= rows; r += 2) f(r, std::integral_constant<int, 2>{});
+  }
+  for (; r < rows; ++r) f(r, std::integral_constant<int, 1>{});
 }
 
 // s[j][r] = factor * q[r].k[j] for the keys of one vector of scores, k[j] being rows[j] + offset.
@@ -116,7 +131,7 @@ template <int Rows, bool Fetch, class T>
 PYKERNELS_INLINE void score_step(const Wide<T>* q, int64_t q_stride, const T* const* rows, int64_t offset, int dim,
                                  Wide<T> factor, const Ahead<T>& ahead, int slot, Wide<T>* s) {
   using S = Wide<T>;
-  constexpr int lanes = kLanes<S>, keys = lanes / Rows > kStreams ? kStreams : lanes / Rows, parts = kParts<T>;
+  constexpr int lanes = kLanes<S>, keys = least(lanes / Rows, kStreams<false>), parts = kParts<T>;
   Vec<S> sum[lanes];
 #pragma GCC unroll 4
   for (int first = 0; first < lanes / Rows; first += keys) {
@@ -185,6 +200,168 @@ PYKERNELS_INLINE void add_values(const Wide<T>* w, const T* const* rows, int64_t
     for (int c = 0; c < Vectors; ++c) store(o + r * o_stride + c * lanes, sum[r][c]);
 }
 
+#if defined(PYKERNELS_HAS_AMX)
+// Both products of bf16 on tiles: of all rows at once, so that a few more cost little. What is at hand is copied into scratch
+// memory once, in the order that the tiles want, wherever it lies and however long its rows are.
+class TileProducts {
+ public:
+  TileProducts(Scratch& scratch, int64_t heads, int64_t rows, int64_t head_dim, int64_t value_dim)
+      : rows_(static_cast<int>(rows)), head_dim_(static_cast<int>(head_dim)), value_dim_(static_cast<int>(value_dim)),
+        depth_(round_up(head_dim_, kBlock)), query_size_((rows > kTile ? 2 : 1) * kTile * depth_),
+        low_rows_(least(rows_, kTile)), high_rows_(most(rows_ - kTile, 1)) {
+    configure();
+    q_ = scratch.take<BFloat16>(heads * query_size_);
+    k_ = scratch.take<BFloat16>(kTile * depth_);
+    const int64_t value_size = 2 * 2 * kTile * round_up(value_dim_, kBlock);
+    v_ = scratch.take<BFloat16>(value_size);
+    __builtin_memset(v_, 0, static_cast<size_t>(value_size) * sizeof(BFloat16));
+    s_ = scratch.take<float>(2 * kTile * kTile);
+    __builtin_memset(q_, 0, static_cast<size_t>(heads * query_size_) * sizeof(BFloat16));
+  }
+
+  void set_query(int head, int row, const BFloat16* q) {
+    BFloat16* const to = q_ + head * query_size_ + row / kTile * kTile * depth_ + row % kTile * 2;
+    for (int d = 0; d < head_dim_; d += 2)
+      __builtin_memcpy(to + d * kTile, q + d, (d + 1 < head_dim_ ? 2 : 1) * sizeof(BFloat16));
+  }
+
+  // s[r][j] = factor * q[r].k[j] for a tile of keys, k[j] being rows[j] + offset. Written by the next call, or by finish_scores:
+  // the tiles take their time, in which other instructions go on.
+  void scores(int head, const BFloat16* const* rows, int64_t offset, const Ahead<BFloat16>& ahead, float factor, float* s,
+              int64_t s_stride) {
+    for (int j = 0; j < kTile; ++j) {
+      const BFloat16 *const from = rows[j] + offset, *const next = ahead.row(j);
+      BFloat16* const to = k_ + j * depth_;
+      for (int d = 0; d < head_dim_; d += kBlock) {
+        __builtin_prefetch(next + d, 0, 3);
+        const VecU32 bits = load_upto(from + d, head_dim_ - d);
+        __builtin_memcpy(to + d, &bits, sizeof(bits));
+      }
+    }
+    const BFloat16* const q = q_ + head * query_size_;
+    const bool two = rows_ > kTile;
+    amx::store<4>(s_, 64);
+    amx::zero<4>();
+    if (two) {
+      amx::store<5>(s_ + kTile * kTile, 64);
+      amx::zero<5>();
+    }
+    for (int d = 0; d < depth_; d += kBlock) {
+      amx::load<6>(k_ + d, depth_ * 2);
+      amx::load<7>(q + d * kTile, 64);
+      amx::dot<4, 6, 7>();
+      if (!two) continue;
+      amx::load<7>(q + (depth_ + d) * kTile, 64);
+      amx::dot<5, 6, 7>();
+    }
+    write_scores();
+    scores_ = {s, s_stride, factor};
+  }
+  void finish_scores() {
+    amx::store<4>(s_, 64);
+    if (rows_ > kTile) amx::store<5>(s_ + kTile * kTile, 64);
+    write_scores();
+    scores_.s = nullptr;
+  }
+
+  // o[r] += sum over j of w[r][j] v[j] for a tile of values (those from `n` on are zero), v[j] being rows[j] + offset. Added by
+  // the next call, or by finish_values.
+  void values(const BFloat16* w, int64_t w_stride, const BFloat16* const* rows, int64_t offset, int n,
+              const Ahead<BFloat16>& ahead, float* o, int64_t o_stride) {
+    BFloat16* const pairs = v_ + (values_.v == v_ ? 2 * kTile * round_up(value_dim_, kBlock) : 0);
+    for (int j = 0; j < kTile; j += 2)
+      for (int c = 0; c < value_dim_; c += kBlock) {
+        __builtin_prefetch(ahead.row(j) + c, 0, 3);
+        __builtin_prefetch(ahead.row(j + 1) + c, 0, 3);
+        const VecU32 a = j < n ? load_upto(rows[j] + offset + c, value_dim_ - c) : VecU32{};
+        const VecU32 b = j + 1 < n ? load_upto(rows[j + 1] + offset + c, value_dim_ - c) : VecU32{};
+        const VecU32 even = (a & 0xffffu) | b << 16, odd = a >> 16 | (b & 0xffff0000u);
+        BFloat16* const to = pairs + c * 2 * kTile + j * kTile;
+        __builtin_memcpy(to, &even, sizeof(even));
+        __builtin_memcpy(to + 2 * kTile * kTile, &odd, sizeof(odd));
+      }
+    if (values_.v) add_values();
+    values_ = {pairs, w, w_stride * 2, o, o_stride};
+  }
+  void finish_values() {
+    if (values_.v) add_values();
+    values_.v = nullptr;
+  }
+
+ private:
+  static constexpr int kBlock = 32;  // elements of a row of a tile
+
+  static PYKERNELS_INLINE VecU32 load_upto(const BFloat16* p, int n) {
+    return n >= kBlock ? load_bits<VecU32>(p)
+                       : (VecU32)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1), p);
+  }
+  // Tiles 0 and 1 have the first tile's rows, 2 and 3 the second one's; the others 16.
+  void configure() {
+    const auto low = static_cast<uint8_t>(low_rows_), high = static_cast<uint8_t>(high_rows_);
+    const struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16];
+    } config = {.rows = {low, low, high, high, kTile, kTile, kTile, kTile}};
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  void write_scores() {
+    if (!scores_.s) return;
+    for (int first = 0; first < rows_; first += kTile) {
+      Vec<float> square[kTile];
+#pragma GCC unroll 16
+      for (int i = 0; i < kTile; ++i) square[i] = load(s_ + (first + i) * kTile);
+      transpose(square);
+      for (int i = 0; i < least(rows_ - first, kTile); ++i)
+        store(scores_.s + (first + i) * scores_.stride, square[i] * scores_.factor);
+    }
+  }
+  void add_values() {
+    const bool two = rows_ > kTile;
+    const int64_t o_bytes = values_.o_stride * 4;
+    float* const o = values_.o;
+    amx::load<1>(values_.w, values_.w_bytes);
+    if (two) amx::load<3>(values_.w + kTile * values_.w_bytes / 2, values_.w_bytes);
+    for (int c = 0; c < round_up(value_dim_, kBlock); c += kTile) {
+      amx::load<6>(values_.v + c * 2 * kTile, 64);
+      amx::load<0>(o + c, o_bytes);
+      amx::dot<0, 1, 6>();
+      amx::store<0>(o + c, o_bytes);
+      if (!two) continue;
+      amx::load<2>(o + kTile * values_.o_stride + c, o_bytes);
+      amx::dot<2, 3, 6>();
+      amx::store<2>(o + kTile * values_.o_stride + c, o_bytes);
+    }
+  }
+
+  const int rows_, head_dim_, value_dim_, depth_;
+  const int64_t query_size_;
+  const int low_rows_, high_rows_;  // of the first and the second tile of rows
+  const Tiles tiles_;               // switches them off in the end
+  BFloat16* q_;  // [head, tile of rows, block, pair, row] pairs
+  BFloat16* k_;  // [slot, depth]
+  BFloat16* v_;  // [half a block: even or odd columns, pair of slots, column] pairs
+  float* s_;     // [tile of rows, slot, row]
+  // What the last calls were given and is still to be done.
+  struct {
+    float* s = nullptr;
+    int64_t stride = 0;
+    float factor = 0;
+  } scores_;
+  struct {
+    const BFloat16 *v = nullptr, *w = nullptr;
+    int64_t w_bytes = 0;
+    float* o = nullptr;
+    int64_t o_stride = 0;
+  } values_;
+};
+#else
+struct TileProducts {};
+#endif
+struct NoTiles {
+  NoTiles(Scratch&, int64_t, int64_t, int64_t, int64_t) {}
+};
+
 // What the tasks of one call have in common.
 struct Problem {
   const FlashAttentionDecodeParams& p;
@@ -225,17 +402,21 @@ void write_row(const Problem& problem, int64_t b, int64_t head_k, int64_t row, c
 }
 
 // One thread's buffers, and the work of a task.
-template <class T>
+template <class T, bool Tiled>
 class Worker {
   using S = Wide<T>;
   static constexpr int kLane = kLanes<S>;
-  static constexpr int kPast = (kAheadSteps + 1) * kStreams;  // slots that are fetched beyond the last
+  static constexpr int kPast = (kAheadSteps + 1) * kStreams<Tiled>;  // slots that are fetched beyond the last
   static constexpr int kSlots = kChunk + kLane;  // the last vector of scores may pass the end of the chunk
 
  public:
   Worker(const Problem& problem, Scratch& scratch)
-      : problem_(problem), f_(problem.f), q_stride_(round_up(f_.head_dim, kPartsLanes<T>)) {
-    q_ = scratch.take<S>(problem.task_heads * problem.rows * q_stride_);
+      : problem_(problem), f_(problem.f), q_stride_(round_up(f_.head_dim, kPartsLanes<T>)),
+        tiles_(scratch, problem.task_heads, problem.rows, f_.head_dim, f_.value_dim) {
+    if constexpr (Tiled)
+      w_ = scratch.take<T>(problem.task_heads * problem.rows * kSlots);
+    else
+      q_ = scratch.take<S>(problem.task_heads * problem.rows * q_stride_);
     s_ = scratch.take<S>(problem.task_heads * problem.rows * kSlots);
     rows_ = scratch.take<const T*>(2 * kSlots + kPast);
     key_ = scratch.take<int>(kSlots);
@@ -253,12 +434,13 @@ class Worker {
                                         ((problem_.chunks[b] + chunk) * f_.heads_k + head) * rows * problem_.row_size;
     if (b != query_batch_ || head != query_head_) {
       query_batch_ = b, query_head_ = head;
-      for (int64_t r = 0; r < heads * rows; ++r) load_query(b, head + r / rows, r % rows, q_ + r * q_stride_);
+      for (int h = 0; h < heads; ++h)
+        for (int64_t r = 0; r < rows; ++r) load_query(b, head + h, h, r);
     }
     const int slots = find_rows(b, head, first, n);
     scores(slots, heads);
     for (int h = 0; h < heads; ++h)
-      for_row_groups<S>(static_cast<int>(rows), [&](int r, auto group) {
+      for_row_groups<S, Tiled>(static_cast<int>(rows), [&](int r, auto group) {
         weights<group()>(b, head + h, r, first, n, s_ + (h * rows + r) * kSlots, result + (h * rows + r) * problem_.row_size);
       });
     for (int64_t r = 0; r < heads * rows; ++r) __builtin_memset(result + r * problem_.row_size, 0, problem_.width * sizeof(S));
@@ -271,11 +453,11 @@ class Worker {
   }
 
  private:
-  // Leaves in key_ the number of each slot's key within the chunk, and in rows_ where the slots' keys lie, then (from the slots'
-  // count on, which is returned) their values. The keys number n from `first` on; slots beyond them, to the end of a vector of scores,
-  // repeat the last one, and so do some rows beyond the values, which are fetched in vain.
+  // Leaves in key_ the number of each slot's key within the chunk, and in rows_ where the slots' keys lie, then (from the
+  // slots' count on, which is returned) their values. The keys number n from `first` on; slots beyond them, to the end of a
+  // vector of scores, repeat the last one, and so do some rows beyond the values, which are fetched in vain.
   int find_rows(int64_t b, int64_t head, int64_t first, int n) {
-    const int slots = round_up(n, kLane), length = n / kStreams;
+    const int slots = round_up(n, kLane), length = n / kStreams<Tiled>;
     const T *const k = static_cast<const T*>(f_.k) + head * f_.k_stride.head,
                    *const v = static_cast<const T*>(f_.v) + head * f_.v_stride.head;
     int64_t batch = b, token = first, page_end = kUnbounded;
@@ -292,18 +474,20 @@ class Worker {
       rows_[slots + slot] = v + batch * f_.v_stride.batch + token * f_.v_stride.token;
       ++token;
     };
-    for (int stream = 0, key = 0; stream < kStreams; ++stream)
-      for (int i = 0; i < length; ++i) put(i * kStreams + stream, key++);
-    for (int key = length * kStreams; key < n; ++key) put(key, key);
+    for (int stream = 0, key = 0; stream < kStreams<Tiled>; ++stream)
+      for (int i = 0; i < length; ++i) put(i * kStreams<Tiled> + stream, key++);
+    for (int key = length * kStreams<Tiled>; key < n; ++key) put(key, key);
     for (int slot = n; slot < slots; ++slot) key_[slot] = n - 1, rows_[slot] = rows_[n - 1];
     for (int slot = slots + n; slot < 2 * slots + kPast; ++slot) rows_[slot] = rows_[slots + n - 1];
     return slots;
   }
 
-  void load_query(int64_t b, int64_t head_k, int64_t row, S* q) {
+  void load_query(int64_t b, int64_t head_k, int h, int64_t row) {
     const int64_t head = head_k * problem_.group + row % problem_.group, t = row / problem_.group;
     const T* const from =
         static_cast<const T*>(f_.q) + b * f_.q_stride.batch + t * f_.q_stride.token + head * f_.q_stride.head;
+    if constexpr (Tiled) return tiles_.set_query(h, static_cast<int>(row), from);
+    S* const q = q_ + (h * problem_.rows + row) * q_stride_;
     for (int64_t d = 0; d < f_.head_dim; d += kPartsLanes<T>) {
       const Parts<T> x = load_parts_upto(from + d, f_.head_dim - d);
       for (int p = 0; p < kParts<T>; ++p) store(q + d + p * kLane, x.x[p]);
@@ -313,21 +497,31 @@ class Worker {
   // s_[head][row group][slot][row], in units of log 2.
   void scores(int slots, int heads) {
     const int dim = static_cast<int>(f_.head_dim), rows = static_cast<int>(problem_.rows);
+    const S factor = static_cast<S>(f_.softcap > 0 ? f_.scale / f_.softcap : f_.scale * kLog2e);
+    if constexpr (Tiled) {
+      Ahead<T> ahead(rows_, f_.k_stride.head, kTile, heads, dim * sizeof(T));
+      for (int j = 0; j < slots; j += kTile)
+        for (int h = 0; h < heads; ++h, ahead.advance())
+          tiles_.scores(h, rows_ + j, h * f_.k_stride.head, ahead, factor, s_ + h * rows * kSlots + j, kSlots);
+      tiles_.finish_scores();
+      return;
+    }
     // The slots of a vector of scores of the smallest row group.
     const int step = rows % 2 != 0 ? kLane : rows % 4 != 0 || kLane < 4 ? kLane / 2 : kLane / 4;
-    const S factor = static_cast<S>(f_.softcap > 0 ? f_.scale / f_.softcap : f_.scale * kLog2e);
     Ahead<T> ahead(rows_, f_.k_stride.head, step, heads, dim * sizeof(T));
     for (int j = 0; j < slots; j += step)
       for (int h = 0; h < heads; ++h, ahead.advance())
-        for_row_groups<S>(rows, [&](int r, auto group) {
+        for_row_groups<S, false>(rows, [&](int r, auto group) {
           constexpr int keys = kLane / group();
           const S* const q = q_ + (h * rows + r) * q_stride_;
           S* const s = s_ + (h * rows + r) * kSlots + j * group();
           for (int i = 0; i < step; i += keys) {
+            const T* const* const keys_at = rows_ + j + i;
+            const int64_t offset = h * f_.k_stride.head;
             if (r == 0)
-              score_step<group(), true>(q, q_stride_, rows_ + j + i, h * f_.k_stride.head, dim, factor, ahead, i, s + i * group());
+              score_step<group(), true>(q, q_stride_, keys_at, offset, dim, factor, ahead, i, s + i * group());
             else
-              score_step<group(), false>(q, q_stride_, rows_ + j + i, h * f_.k_stride.head, dim, factor, ahead, i, s + i * group());
+              score_step<group(), false>(q, q_stride_, keys_at, offset, dim, factor, ahead, i, s + i * group());
           }
         });
   }
@@ -387,10 +581,24 @@ class Worker {
   }
 
   void values(int slots, int n, int heads, S* result) {
-    Ahead<T> ahead(rows_ + slots, f_.v_stride.head, kStreams, heads, f_.value_dim * sizeof(T));
+    constexpr int step = kStreams<Tiled>;
+    Ahead<T> ahead(rows_ + slots, f_.v_stride.head, step, heads, f_.value_dim * sizeof(T));
     int j = 0;
-    for (; j + kStreams <= n; j += kStreams)
-      for (int h = 0; h < heads; ++h, ahead.advance()) add_slots<kStreams>(slots, j, h, ahead, result);
+    if constexpr (Tiled) {
+      const int64_t rows = problem_.rows;
+      // Tiles read as many weights again, of which the products are with zeros.
+      for (int64_t r = 0; r < heads * rows; ++r)
+        for (int i = 0; i < slots + kTile; i += kLane)
+          store(w_ + r * kSlots + i, i < slots ? load(s_ + r * kSlots + i) : Vec<S>{});
+      for (; j < n; j += step)
+        for (int h = 0; h < heads; ++h, ahead.advance())
+          tiles_.values(w_ + h * rows * kSlots + j, kSlots, rows_ + slots + j, h * f_.v_stride.head, n - j, ahead,
+                        result + h * rows * problem_.row_size, problem_.row_size);
+      tiles_.finish_values();
+      return;
+    }
+    for (; j + step <= n; j += step)
+      for (int h = 0; h < heads; ++h, ahead.advance()) add_slots<step>(slots, j, h, ahead, result);
     for (; j < n; ++j)
       for (int h = 0; h < heads; ++h) add_slots<1>(slots, j, h, ahead, result);
   }
@@ -399,7 +607,7 @@ class Worker {
     constexpr int vectors = 4;
     const int rows = static_cast<int>(problem_.rows), dim = static_cast<int>(f_.value_dim);
     const int64_t row_size = problem_.row_size;
-    for_row_groups<S>(rows, [&](int r, auto group) {
+    for_row_groups<S, false>(rows, [&](int r, auto group) {
       const S* const w = s_ + (h * rows + r) * kSlots + j * group();
       S* const o = result + (h * rows + r) * row_size;
       const auto add = [&](auto fetch) __attribute__((always_inline)) {
@@ -421,10 +629,12 @@ class Worker {
   const Problem& problem_;
   const FlashAttentionParams& f_;
   const int64_t q_stride_;
+  std::conditional_t<Tiled, TileProducts, NoTiles> tiles_;
   int64_t query_batch_ = -1, query_head_ = -1;  // whose queries are loaded
+  T* w_;       // [head, row, slot] weights, where products are on tiles
   S* q_;       // [head, row, head dim]
   S* s_;       // [head, row group, slot, row of the group] scores, then weights
-  const T** rows_;
+  const T** rows_;  // as find_rows says
   int* key_;
   S* result_;  // [head, row] o, m, l where they are not partial
 };
@@ -451,7 +661,7 @@ void combine(const Problem& problem, int64_t b, int64_t head_k, Wide<T>* o) {
   }
 }
 
-template <class T>
+template <class T, bool Tiled = false>
 void decode(Problem& problem, const Parallel& parallel) {
   using S = Wide<T>;
   const FlashAttentionParams& f = problem.f;
@@ -473,14 +683,14 @@ void decode(Problem& problem, const Parallel& parallel) {
 
   const bool heads_together = f.k_stride.head < f.k_stride.token && f.v_stride.head < f.v_stride.token;
   const int64_t tasks = parallel.threads > 1 ? kTasksPerThread * parallel.threads : 1;
-  problem.task_heads =
-      heads_together ? clamp(chunks[f.batch] * f.heads_k / tasks, 1, least(f.heads_k, kTaskRows / problem.rows)) : 1;
+  const int64_t most_heads = least(f.heads_k, (Tiled ? kTiledTaskRows : kTaskRows) / problem.rows);
+  problem.task_heads = heads_together ? clamp(chunks[f.batch] * f.heads_k / tasks, 1, most_heads) : 1;
   const int64_t groups = (f.heads_k + problem.task_heads - 1) / problem.task_heads;
   problem.missing = table.take<int64_t>(f.batch * groups);
   for (int64_t i = 0; i < f.batch * groups; ++i) problem.missing[i] = chunks[i / groups + 1] - chunks[i / groups];
   run_tasks(parallel, chunks[f.batch] * groups, [&](TaskQueue& queue) {
     Scratch scratch;
-    Worker<T> worker(problem, scratch);
+    Worker<T, Tiled> worker(problem, scratch);
     S* const o = scratch.take<S>(problem.width);
     int64_t b = 0;
     for (int64_t task; (task = queue.next()) >= 0;) {
@@ -532,7 +742,9 @@ void flash_attention_decode(const FlashAttentionDecodeParams& params, const Para
   const FlashAttentionParams& f = params.forward;
   const int64_t group = f.heads_q / f.heads_k, rows = group * f.seqlen_q;
   if (f.batch == 0 || rows == 0) return;
-  if (rows > (f.batch * f.heads_k < parallel.threads ? kFewRowsAlone : kFewRows)) return decode_by_forward(params, parallel);
+  const bool tiled = kHasTiles && f.dtype == DType::kBFloat16 && rows > kVectorRows;
+  const int64_t few = tiled ? 2 * kTile : f.batch * f.heads_k < parallel.threads ? kFewRowsAlone : kFewRows;
+  if (rows > few) return decode_by_forward(params, parallel);
   Problem problem{params,
                   f,
                   group,
@@ -549,6 +761,7 @@ void flash_attention_decode(const FlashAttentionDecodeParams& params, const Para
     case DType::kFloat32:
       return decode<float>(problem, parallel);
     case DType::kBFloat16:
+      if (tiled) return decode<BFloat16, kHasTiles>(problem, parallel);
       return decode<BFloat16>(problem, parallel);
     case DType::kFloat16:
       return decode<Float16>(problem, parallel);
