@@ -11,8 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..backends import asked_for
-from ..ops.fft_conv import FFTConvSpectrum, FFTConvState, fft_conv, fft_conv_init, fft_conv_spectrum, fft_conv_step
+from ..ops.fft_conv import (
+    FFTConvSpectrum,
+    FFTConvState,
+    fft_conv,
+    fft_conv_init,
+    fft_conv_spectrum,
+    fft_conv_step,
+    transforms_beforehand,
+)
 from .state import check_inference
 
 # convolve(u [B, D, T], kernel, D=None, pre_gate=None, post_gate=None); kernel(tokens) gives that many taps [D, tokens],
@@ -326,8 +333,8 @@ class HyenaOperator(_LongMixer):
     def _kernels(self, u: Tensor, convolve: _Convolve) -> list[Callable[[int], Tensor | FFTConvSpectrum]]:
         """What `convolve` of u takes as its kernels, of all gates in turn."""
         if not torch.compiler.is_compiling() and not self.training and not torch.is_grad_enabled():
-            plain = type(u) is Tensor and u.device.type == "cpu" and type(self.filter) is HyenaFilter
-            if plain and asked_for(self.backend) in ("auto", "cpu") and convolve == self._whole:
+            plain = type(u) is Tensor and type(self.filter) is HyenaFilter
+            if plain and transforms_beforehand(u.device, self.backend) and convolve == self._whole:
                 spectra = self._spectra.of(self.filter, max(u.shape[2], 1), self.order - 1, u.dtype)
                 return [lambda _, spectrum=spectrum: spectrum for spectrum in spectra]
         parts = (slice(i * self.dim, (i + 1) * self.dim) for i in range(self.order - 1))

@@ -119,7 +119,7 @@ class Ahead {
   Ahead(const T* row, int64_t length)
       : at_(reinterpret_cast<const char*>(row)), end_(at_ + (length <= kLongestAhead ? length * sizeof(T) : 0)) {}
   PYKERNELS_INLINE void fetch(int64_t bytes) {
-    const char* const until = least(at_ + bytes, end_);
+    const char* const until = bytes < end_ - at_ ? at_ + bytes : end_;
 #pragma GCC unroll 1
     for (; at_ < until; at_ += 64) __builtin_prefetch(at_);
   }
@@ -149,21 +149,21 @@ struct Reader {
   PYKERNELS_INLINE void block(int64_t i, int64_t apart, int count, S* to) const {
     constexpr int lanes = kLanes<S>;
     ahead.fetch(sizeof(T) * lanes * count);
+    const T* const from = values;
+    const T* const factors = gate;
+    const int64_t first = most<int64_t>(low, 0), last = least(high, length) - lanes;
     int64_t n = origin + i;
     int l = 0;
-    if (n >= most<int64_t>(low, 0)) {
-      const T* const from = values;
-      const T* const factors = gate;
-      const int64_t last = least(high, length) - lanes;
-      if (factors)
-#pragma GCC unroll 4
-        for (; l < count && n <= last; ++l, n += apart) store(to + l * lanes, load(from + n) * load(factors + n));
-      else
-#pragma GCC unroll 4
-        for (; l < count && n <= last; ++l, n += apart) store(to + l * lanes, load(from + n));
-    }
 #pragma GCC unroll 1
-    for (; l < count; ++l) store(to + l * lanes, (*this)(i + l * apart));
+    for (; l < count && n < first; ++l, n += apart) store(to + l * lanes, (*this)(n - origin));
+    if (factors)
+#pragma GCC unroll 4
+      for (; l < count && n <= last; ++l, n += apart) store(to + l * lanes, load(from + n) * load(factors + n));
+    else
+#pragma GCC unroll 4
+      for (; l < count && n <= last; ++l, n += apart) store(to + l * lanes, load(from + n));
+#pragma GCC unroll 1
+    for (; l < count; ++l, n += apart) store(to + l * lanes, (*this)(n - origin));
   }
   PYKERNELS_INLINE Vec<S> whole(int64_t n) const {
     const Vec<S> x = load(values + n);

@@ -30,25 +30,21 @@ struct Output {
   PYKERNELS_INLINE void block(int64_t i, int64_t apart, int count, const S* from) const {
     constexpr int lanes = kLanes<S>;
     ahead.fetch(sizeof(T) * lanes * count);
+    const Output to = *this;  // what is written could be a part of this, for all the compiler knows, but not of a copy
+    const Reader<T> in = *x;
     int64_t n = origin + i;
     int l = 0;
-    if (n >= low) {
-      const Reader<T> in = *x;
-      const T* const factors = gate;
-      T* const to = out;
-      const Vec<S> weight = skip;
-      const int64_t last = high - lanes;
-      const bool weighs = skips;
 #pragma GCC unroll 1
-      for (; l < count && n <= last; ++l, n += apart) {
-        Vec<S> c = load(from + l * lanes);
-        if (weighs) c = c + weight * in.whole(n);
-        if (factors) c = c * load(factors + n);
-        store(to + n, c);
-      }
+    for (; l < count && n < low; ++l, n += apart) (*this)(n - origin, load(from + l * lanes));
+#pragma GCC unroll 1
+    for (; l < count && n + lanes <= to.high; ++l, n += apart) {
+      Vec<S> c = load(from + l * lanes);
+      if (to.skips) c = c + to.skip * in.whole(n);
+      if (to.gate) c = c * load(to.gate + n);
+      store(to.out + n, c);
     }
 #pragma GCC unroll 1
-    for (; l < count; ++l) (*this)(i + l * apart, load(from + l * lanes));
+    for (; l < count; ++l, n += apart) (*this)(n - origin, load(from + l * lanes));
   }
   __attribute__((noinline)) void edge(Part<S> part) const {
     if (skips) part.v = part.v + skip * x->part(part.n, part.count);

@@ -56,8 +56,8 @@ struct FFTConvBackwardParams {
 // The spectra of kernels that many calls or steps share. What they hold is the instruction set's own affair.
 struct FFTConvSpectrumParams {
   FFTConvParams forward;  // of which dtype, groups, length, circular and what is said of the kernels count
-  int64_t points;         // of the transform, for steps: a power of two from 256 on, causal, at most 2 points taps; or 0:
-                          // what fft_conv_fwd takes, which may be the taps themselves where they are few
+  int64_t points;         // of the transform, for steps: a power of two from 256 on, causal, at most 2 points taps; or
+                          // 0: what fft_conv_fwd takes, which may be the taps themselves where they are few
   void* spectrum;         // [G, size], or null: only the size is wanted
   int64_t* size;          // numbers per kernel
   int64_t* lanes;         // spectra are for the instruction sets that have as many lanes

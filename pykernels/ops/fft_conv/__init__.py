@@ -13,11 +13,20 @@ from torch import Tensor
 
 from ... import _checks
 from ..._autograd import apart, followed
-from ...backends import Op, Query, check_name, resolve
+from ...backends import Op, Query, asked_for, check_name, resolve
 from . import decode, reference, registration
 from .decode import FFTConvState
 
-__all__ = ["OP", "FFTConvSpectrum", "FFTConvState", "fft_conv", "fft_conv_init", "fft_conv_spectrum", "fft_conv_step"]
+__all__ = [
+    "OP",
+    "FFTConvSpectrum",
+    "FFTConvState",
+    "fft_conv",
+    "fft_conv_init",
+    "fft_conv_spectrum",
+    "fft_conv_step",
+    "transforms_beforehand",
+]
 
 
 def _any(query: Query) -> str | None:
@@ -265,6 +274,11 @@ def _with_spectrum(
     sizes = spectrum.groups, spectrum.taps, spectrum.taps_rev
     op = torch.ops.pykernels.fft_conv_fwd_spectrum_cpu.default
     return op(u, *spectrum.kept, D, *gates, *sizes, *settings, spectrum.length)
+
+
+def transforms_beforehand(device: torch.device, backend: str) -> bool:
+    """Whether what serves `backend` on this device is the CPU's kernels, whose spectra `fft_conv_spectrum` keeps."""
+    return device.type == "cpu" and asked_for(backend) in ("auto", "cpu")
 
 
 def fft_conv_spectrum(
