@@ -208,6 +208,24 @@ def test_sequences_of_several_segments(decay):
         near(x, y, 1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_results_are_those_of_their_heads(dtype):
+    """Results too long for the caches are written past them, with the same bits as those of one head, which are not."""
+    width = 64 if dtype == torch.float32 else 128
+    q, k, v, dout = (torch.randn(1, 2048, 8, width).to(dtype) for _ in range(4))
+    decay = torch.linspace(-0.5, -0.01, 8)
+
+    def run(heads: slice) -> tuple[Tensor, ...]:
+        leaves = [x[:, :, heads].detach().requires_grad_() for x in (q, k, v)]
+        out = linear_attention(*leaves, decay=decay[heads], backend="cpu")
+        return out, *torch.autograd.grad(out, leaves, dout[:, :, heads])
+
+    whole, last = run(slice(None)), run(slice(7, 8))
+    assert whole[0].numel() * whole[0].element_size() >= 4 << 20
+    for actual, expected in zip(whole, last):
+        assert expected.abs().max() > 0 and torch.equal(actual[:, :, 7:], expected)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_long_memory_stays_accurate(dtype):
     """gamma = 1 - 2^-12 over thousands of tokens, beside the parallel form in float64."""

@@ -267,8 +267,8 @@ class Backward {
       for (int r = 0; r < n; r += kRows) {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
         const MatrixA<C> left = left_operand<C>(operand, qs.from(r), count, key_dim);
-        matmul<C>(count, columns, key_dim, left, {tokens, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false,
-                  ahead);
+        matmul<C>(count, columns, key_dim, left, {tokens, packed_panel<C>(key_dim)},
+                  {scores + r * kChunk, kChunk}, false, ahead);
       }
     }
     const Vec<A> index = iota<A>();

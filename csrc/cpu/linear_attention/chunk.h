@@ -93,8 +93,8 @@ PYKERNELS_INLINE void store_past_caches(T* p, Vec<float> x) {
 }
 #endif
 
-// Writes the rows of results. Tensors of twice a second-level cache and more go past the caches: their lines are not read
-// before they are written (a tenth of the backward pass's time), and push nothing out. Each thread has its own.
+// Writes the rows of results. Tensors of twice a second-level cache and more go past the caches: their lines are not
+// read before they are written (a tenth of the backward pass's time), and push nothing out. Each thread has its own.
 class ResultWriter {
  public:
   explicit ResultWriter(int64_t bytes) : past_caches(bytes >= int64_t{4} << 20) {}
