@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pykernels import _library, selective_scan, selective_scan_step
+import pykernels
+from pykernels import _checks, _library, selective_scan, selective_scan_step
 from pykernels.testing import SELECTIVE_SCAN as OP
 from pykernels.testing import check, targets, use_isa, use_threads
 from pykernels.testing.selective_scan import OPTIONAL, scan_case
@@ -212,6 +213,31 @@ def test_a_step_bumps_the_states_version_and_leaves_other_slots_alone():
     assert state._version > version
     assert torch.equal(state[[0, 1, 2, 4]], before[[0, 1, 2, 4]]) and not torch.equal(state[3], before[3])
     assert out[0].any() and not out[1].any()
+
+
+def test_a_steps_checks_are_remembered_for_calls_that_look_alike():
+    args = {n: x[..., 0] if n in ("delta", "z", "B", "C") else x for n, x in _args().items() if n != "initial_state"}
+    x, state = args.pop("u")[..., 0], torch.randn(2, 21, 5)
+
+    def step(**changes):
+        return selective_scan_step(**{"x": x, "state": state, **args, **changes})
+
+    _checks.forget()
+    step(), step()
+    assert len(_checks._remembered) == 1
+    step(state=state.transpose(1, 2).contiguous().transpose(1, 2))
+    assert len(_checks._remembered) == 2
+    # Equal to what was remembered, but not alike.
+    with pytest.raises(TypeError, match="delta_softplus"):
+        step(delta_softplus=int(args["delta_softplus"]))
+    with pytest.raises(ValueError, match="share memory"):
+        step(state=state[:1].expand(state.shape))
+    with pytest.raises(RuntimeError, match="requires grad"):
+        step(A=args["A"].clone().requires_grad_())
+    before = state.clone()
+    with pykernels.use_backend("reference"):
+        step()
+    assert len(_checks._remembered) == 3 and not torch.equal(state, before)
 
 
 # ---- Derivatives
