@@ -32,7 +32,8 @@ constexpr int kAheadSteps = 4;     // but for short rows
 constexpr int kTaskRows = 64;      // of all heads of a task, whose scores and results stay in the nearer caches
 constexpr int kTasksPerThread = 2;  // below this, tasks take fewer heads
 constexpr int kFewRows = 16;       // beyond these the products bound the time, not the memory...
-constexpr int kFewRowsAlone = 64;  // ...unless there are fewer key heads than threads, and chunks keep them busy
+constexpr int kFewRowsAlone = 64;  // ...unless there is one key head, and chunks keep the threads busy. Not where there are
+                                   // fewer heads than threads: results must not depend on the number of threads
 constexpr int64_t kUnbounded = int64_t{1} << 62;
 
 // Products of bf16 on AMX tiles: for more rows than kVectorRows (which vectors do as fast as memory gives), up to those of
@@ -743,7 +744,7 @@ void flash_attention_decode(const FlashAttentionDecodeParams& params, const Para
   const int64_t group = f.heads_q / f.heads_k, rows = group * f.seqlen_q;
   if (f.batch == 0 || rows == 0) return;
   const bool tiled = kHasTiles && f.dtype == DType::kBFloat16 && rows > kVectorRows;
-  const int64_t few = tiled ? 2 * kTile : f.batch * f.heads_k < parallel.threads ? kFewRowsAlone : kFewRows;
+  const int64_t few = tiled ? 2 * kTile : f.heads_k == 1 ? kFewRowsAlone : kFewRows;
   if (rows > few) return decode_by_forward(params, parallel);
   Problem problem{params,
                   f,
