@@ -138,14 +138,6 @@ def _check_sinks(sinks: object, q: Tensor) -> Tensor:
     return sinks.to(registration.accumulator(q.dtype)).contiguous()
 
 
-def _check_block_table(block_table: object, q: Tensor) -> Tensor:
-    _checks.tensor("block_table", block_table, "B pages")
-    _checks.integer("block_table", block_table)
-    _checks.same_device("block_table", block_table, "q", q)
-    _checks.shape("block_table", block_table, {"B": q.shape[0], "pages": None})
-    return block_table
-
-
 def _query(q: Tensor, v: Tensor, options: tuple, grad: bool, **used: bool) -> Query:
     _, softcap, left, right = options
     used = {"softcap": softcap > 0, "window": left >= 0 or right >= 0, **used}
@@ -273,15 +265,53 @@ def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_se
         RuntimeError: grad mode is on and an input requires grad: this function is for inference, its cache is overwritten.
         BackendUnavailable: the backend asked for can't serve this call.
     """
+    options, new_tokens, capacity, chosen = _check_decode(
+        q, k_cache, v_cache, cache_seqlens, k, v, block_table, causal, window, scale, softcap, alibi_slopes is not None,
+        sinks is not None, return_lse, backend)
+    alibi_slopes = None if alibi_slopes is None else _check_slopes(alibi_slopes, q, q.shape[0], "B")
+    sinks = None if sinks is None else _check_sinks(sinks, q)
+    if torch.is_grad_enabled():
+        named = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "sinks": sinks}
+        for name, x in named.items():
+            if x is not None and x.requires_grad:
+                raise RuntimeError(f"{name} requires grad, but flash_attention_decode is for inference (it writes the cache in "
+                                   "place): call it under torch.no_grad(), or use flash_attention")
+    if _checks.values_checked(q.device):
+        for b, length in enumerate(cache_seqlens.tolist()):
+            if length < 0 or length + new_tokens > capacity:
+                raise ValueError(f"cache_seqlens must leave room for {new_tokens} new tokens in a cache of {capacity}, "
+                                 f"got {length} for batch entry {b}")
+        if block_table is not None:
+            _check_pages(block_table, cache_seqlens, new_tokens, k_cache)
+    cache_seqlens = cache_seqlens.to(torch.int32).contiguous()
+    block_table = None if block_table is None else block_table.to(torch.int32).contiguous()
+    extras = block_table, alibi_slopes, sinks
+    if chosen == "reference":
+        if k is not None:
+            reference.flash_attention_append(k_cache, v_cache, k, v, cache_seqlens, block_table)
+        out, lse = reference.flash_attention_decode(q, k_cache, v_cache, cache_seqlens, new_tokens, *options, *extras)
+    else:
+        if k is not None:
+            registration.run("append", chosen, k_cache, v_cache, k, v, cache_seqlens, block_table)
+        out, lse = registration.run("decode", chosen, q, k_cache, v_cache, cache_seqlens, new_tokens, *options, *extras)
+    return (out, lse) if return_lse else out
+
+
+@_checks.by_metadata
+def _check_decode(q: object, k_cache: object, v_cache: object, cache_seqlens: object, k: object, v: object, block_table: object,
+                  causal: object, window: object, scale: object, softcap: object, slopes: bool, sinks: bool, return_lse: object,
+                  backend: object) -> tuple[tuple, int, int, str]:
+    """-> options, new tokens, tokens that an entry has room for, the backend that serves."""
     _check_qkv(q, k_cache, v_cache, "k_cache", "v_cache", _MAX_DECODE_KEY_DIM, block_table is not None)
     options = _check_options(causal, window, scale, softcap, q.shape[3])
     _checks.flag("return_lse", return_lse)
     (batch, _, _, head_dim), (_, capacity, heads, _) = q.shape, k_cache.shape
     if block_table is not None:
-        block_table = _check_block_table(block_table, q)
+        _checks.tensor("block_table", block_table, "B pages")
+        _checks.integer("block_table", block_table)
+        _checks.same_device("block_table", block_table, "q", q)
+        _checks.shape("block_table", block_table, {"B": batch, "pages": None})
         capacity *= block_table.shape[1]
-    alibi_slopes = None if alibi_slopes is None else _check_slopes(alibi_slopes, q, batch, "B")
-    sinks = None if sinks is None else _check_sinks(sinks, q)
     _checks.tensor("cache_seqlens", cache_seqlens, "B")
     _checks.integer("cache_seqlens", cache_seqlens)
     _checks.same_device("cache_seqlens", cache_seqlens, "q", q)
@@ -300,33 +330,8 @@ def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_se
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if k is not None and x.shape[3] > 1 and x.stride(3) != 1:
             raise ValueError(f"{name} must be contiguous in its last axis to be appended to, got strides {x.stride()}")
-    if torch.is_grad_enabled():
-        named = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "sinks": sinks}
-        for name, x in named.items():
-            if x is not None and x.requires_grad:
-                raise RuntimeError(f"{name} requires grad, but flash_attention_decode is for inference (it writes the cache in "
-                                   "place): call it under torch.no_grad(), or use flash_attention")
-    if _checks.values_checked(q.device):
-        for b, length in enumerate(cache_seqlens.tolist()):
-            if length < 0 or length + new_tokens > capacity:
-                raise ValueError(f"cache_seqlens must leave room for {new_tokens} new tokens in a cache of {capacity}, "
-                                 f"got {length} for batch entry {b}")
-        if block_table is not None:
-            _check_pages(block_table, cache_seqlens, new_tokens, k_cache)
-    cache_seqlens = cache_seqlens.to(torch.int32).contiguous()
-    block_table = None if block_table is None else block_table.to(torch.int32).contiguous()
-    chosen = resolve(DECODE_OP, _query(q, v_cache, options, False, block_table=block_table is not None,
-                                       alibi_slopes=alibi_slopes is not None, sinks=sinks is not None), backend)
-    extras = block_table, alibi_slopes, sinks
-    if chosen == "reference":
-        if k is not None:
-            reference.flash_attention_append(k_cache, v_cache, k, v, cache_seqlens, block_table)
-        out, lse = reference.flash_attention_decode(q, k_cache, v_cache, cache_seqlens, new_tokens, *options, *extras)
-    else:
-        if k is not None:
-            registration.run("append", chosen, k_cache, v_cache, k, v, cache_seqlens, block_table)
-        out, lse = registration.run("decode", chosen, q, k_cache, v_cache, cache_seqlens, new_tokens, *options, *extras)
-    return (out, lse) if return_lse else out
+    query = _query(q, v_cache, options, False, block_table=block_table is not None, alibi_slopes=slopes, sinks=sinks)
+    return options, new_tokens, capacity, resolve(DECODE_OP, query, backend)
 
 
 def _check_pages(block_table: Tensor, cache_seqlens: Tensor, new_tokens: int, k_cache: Tensor) -> None:
