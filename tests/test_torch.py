@@ -42,10 +42,10 @@ def test_every_registered_op_belongs_to_a_description():
     described = {
         name.format(backend=backend) for op in OPS for name in op.torch_ops for backend in op.op.backends
     }
-    # Apart from the probe of `python -m pykernels info`, what tests define for kernels run on the host, and the steps
-    # whose opcheck is in tests/ops/test_fft_conv_decode.py.
+    # Apart from the probe of `python -m pykernels info`, what tests define for kernels run on the host, and those
+    # whose opcheck is in tests/ops/test_fft_conv_decode.py and test_fft_conv_spectrum.py.
     others = {name for name in _registered() - described if not name.endswith("_cuda_host")}
-    assert others <= {"cuda_probe", "fft_conv_spectrum_cpu", "fft_conv_step_cpu"}
+    assert others <= {"cuda_probe", "fft_conv_spectrum_cpu", "fft_conv_fwd_spectrum_cpu", "fft_conv_step_cpu"}
     assert {f"{name}_fwd_cpu" for name in ("flash_attention",)} <= _registered()
 
 

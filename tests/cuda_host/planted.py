@@ -94,8 +94,6 @@ FAULTS = (
     Fault("bwd-large-ds-without-a-proxy-fence", _BACKWARD_LARGE, "ptx::fence_proxy_async();",
           after="\n      ptx::named_barrier_arrive(kDs, 256);", group="bwd-large"),
     Fault("bwd-large-ds-read-early", _BACKWARD_LARGE, "ptx::named_barrier_sync(kDs, 256);", group="bwd-large"),
-    Fault("bwd-large-own-ds-read-early", _BACKWARD_LARGE, "ptx::named_barrier_sync(kOwn + 1, 128);",
-          after="\n      issue_dq", group="bwd-large"),
     # Decoding.
     Fault("decode-cache-read-early", _DECODE, "ptx::cp_async_wait<0>();", group="decode"),
     Fault("decode-stage-refilled-early", _DECODE, "__syncthreads();", after="\n    load_stage(step + 1);", group="decode"),

@@ -306,7 +306,7 @@ class Worker {
     for (int row = 0; row < padded; ++row) m_[row] = row < rows_ ? -static_cast<Acc>(kInfinity) : 0;
 #if defined(PYKERNELS_HAS_AMX)
     if constexpr (kFastExp)
-      if (fused_terms_ && terms_.alibi()) look_at_own_keys();
+      if (fused_terms_ && terms_.alibi() && p_.scale != 0 && !dropout_.on()) look_at_own_keys();
 #endif
   }
 
@@ -719,7 +719,9 @@ class Worker {
     _mm512_store_ps(offsets, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m0), _mm512_set1_ps(128)));
     _mm512_store_ps(offsets + 16, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m1), _mm512_set1_ps(128)));
     if constexpr (Terms)
-      for (int i = 0; i < 32; ++i) offsets[i] += fast_terms_.rows[i].constant;
+      // Rows beyond the last get no weights: whether a task's last tile has any must not decide what serves its others.
+      for (int i = 0; i < 32; ++i)
+        offsets[i] = row + i < rows_ ? offsets[i] + fast_terms_.rows[i].constant : -static_cast<float>(kInfinity);
     Exp2Table table;
     const char* o = reinterpret_cast<const char*>(o_ + row * width_);
     for (int j = 0;; j += 32) {
@@ -769,7 +771,7 @@ class Worker {
     Cursor at = cursor(0);
     for (int row = 0; row < rows_; ++row, at.advance()) {
       const int64_t key = at.token + s_q_->tk - s_q_->tq;
-      if (key < 0) continue;
+      if (key < 0 || !terms_.serves_slope(place(static_cast<int>(at.head)))) continue;
       const T* const k = keys() + key * p_.k_stride.token;
       Vec<float> sum{};
       for (int64_t j = 0; j < p_.head_dim; j += kLane) sum += load(q_ + row * depth_ + j) * load_upto(k + j, p_.head_dim - j);
@@ -868,8 +870,10 @@ class Worker {
     const __m512 hidden = _mm512_set1_ps(-kInfinity);
     const auto below = [](int64_t n) { return n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0u; };
     Cursor at = cursor(row);
-    for (int i = 0; i < least(kRows, rows_ - row); ++i, s += 32, at.advance()) {
-      const Range range = visible(problem_, *s_q_, at.token);
+    for (int i = 0; i < 32; ++i, s += 32, at.advance()) {
+      // Rows beyond the last see nothing: beyond the last key their scores are of whatever memory held.
+      const bool there = row + i < rows_;
+      const Range range = there ? visible(problem_, *s_q_, at.token) : Range{};
       const uint32_t outside = ~below(range.end - key) | below(range.begin - key);
       _mm512_mask_storeu_ps(s, static_cast<__mmask16>(outside), hidden);
       _mm512_mask_storeu_ps(s + 16, static_cast<__mmask16>(outside >> 16), hidden);

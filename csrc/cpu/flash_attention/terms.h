@@ -214,7 +214,8 @@ alignas(64) constexpr TanhTable kTanhTable;
 // at a time. For caps and slopes of limited size, see ScoreTerms::start and set_row.
 class FastTerms {
  public:
-  static constexpr float kLargest = 128;    // of a cap and of slopes, in units of log 2
+  static constexpr float kLargest = 128;     // of a cap, in units of log 2, and of a bias of all keys
+  static constexpr float kLargestSlope = 1.25;  // beyond, hardly a key but one counts, and its weight's error is the sum's
   static constexpr float kClamp = 0x1p16f;  // exponents with a bias that are larger, or NaN, come out as this: an overflow
   float in = 0, out = 0;                  // softcap: out tanh(in score); 0: none
   bool alibi = false;
@@ -240,7 +241,7 @@ class FastTerms {
       high = _mm512_fmadd_ps(_mm512_abs_ps(_mm512_add_ps(distance, _mm512_set1_ps(16))), minus, high);
     }
     if (!by_key) return;
-    const uint32_t there = valid >= 32 ? ~0u : (1u << valid) - 1;
+    const uint32_t there = valid >= 32 ? ~0u : valid <= 0 ? 0 : (1u << valid) - 1;
     const __mmask16 first = static_cast<__mmask16>(there), second = static_cast<__mmask16>(there >> 16);
     if (type == BiasType::kBoolean) {
       const uint8_t* const bias = static_cast<const uint8_t*>(r.bias) + key;
@@ -328,6 +329,10 @@ class ScoreTerms {
     fast.ahead = 32 * size * f_.bias_stride.row * f_.heads_k / f_.heads_q;
     return !(fast.out > 128 * FastTerms::kLargest);
   }
+  bool serves_slope(const Place& place) const {
+    const S slope = slope_of(place);
+    return slope >= 0 && slope < FastTerms::kLargestSlope;
+  }
   // Row `row` of a tile whose first key is `key`; whether its slope is one that FastTerms serves.
   bool set_row(FastTerms& fast, int row, const Place& place, int64_t query, int64_t key) const {
     const S slope = slope_of(place);
@@ -341,7 +346,7 @@ class ScoreTerms {
       };
       f_.bias_type == BiasType::kBoolean ? set(uint8_t{}) : f_.bias_type == BiasType::kFloat32 ? set(float{}) : set(T{});
     }
-    return slope >= 0 && slope < FastTerms::kLargest && r.constant < 128 * FastTerms::kLargest;
+    return serves_slope(place) && r.constant < 128 * FastTerms::kLargest;
   }
 #endif
 
