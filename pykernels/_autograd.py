@@ -36,8 +36,8 @@ def apart(*arguments: object) -> tuple[object, ...]:
 
 
 def signature_kept(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Keeps the signature of an autograd.Function's forward, which PyTorch else finds anew in every call that has a
-    setup_context: 30 us of Python."""
+    """An autograd.Function whose forward's signature is found once: PyTorch binds every call's arguments to it,
+    and would find it anew each time (25 us)."""
     function.forward.__signature__ = inspect.signature(function.forward)
     return function
 

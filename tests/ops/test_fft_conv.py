@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pykernels import fft_conv, testing
+import pykernels
+from pykernels import _checks, fft_conv, testing
 from pykernels.testing.fft_conv import conv_case
 
 TARGETS = [t for t in testing.targets(testing.FFT_CONV.op, every_isa=False) if t.device == "cpu"]
@@ -368,6 +369,33 @@ def peak():
 torch.set_num_threads(2)
 fft_conv(torch.randn(1, 2, 5000), torch.randn(2, 5000), backend="cpu")  # loads all there is to load
 """
+def test_checks_are_remembered_for_calls_that_look_alike():
+    u, k, D, gate = torch.randn(2, 3, 40), torch.randn(3, 12), torch.randn(3), torch.randn(2, 3, 40)
+
+    def call(**changes):
+        return fft_conv(**{"u": u, "k": k, "D": D, "pre_gate": gate, **changes})
+
+    _checks.forget()
+    out = call()
+    near(call(u=-u), -out)
+    assert len(_checks._remembered) == 1
+    # Not alike: computed, or refused, as it is the first time.
+    near(call(D=None, pre_gate=None, post_gate=gate), gate * fft_conv(u, k), 1e-6)
+    assert call(u=u.bfloat16()).dtype == torch.bfloat16 and len(_checks._remembered) == 4
+    assert len({float(call(k_rev=k, k_rev_lag=lag).norm()) for lag in (0, 1)}) == 2
+    for changes, error, message in (
+        ({"k_rev": k, "k_rev_lag": True}, ValueError, "k_rev_lag"), ({"mode": "Causal"}, ValueError, "mode"),
+        ({"k": k.double()}, TypeError, "k must have"), ({"D": D[:2]}, ValueError, "D must have shape"),
+        ({"u": u[:1]}, ValueError, "pre_gate must have shape"), ({"backend": "cpus"}, ValueError, "backend"),
+    ):
+        with pytest.raises(error, match=message):
+            call(**changes)
+    assert call(u=u.clone().requires_grad_()).requires_grad
+    with pykernels.use_backend("reference"):
+        near(call(), out, 1e-6)
+    assert len(_checks._remembered) == 7
+
+
 _PEAK_OF_GRADIENTS = _PEAK + """
 u, k, dy = torch.randn(8, 32, 65536), torch.randn(32, 65536), torch.randn(8, 32, 65536)  # 64, 8 and 64 MiB
 u.requires_grad_(), k.requires_grad_()

@@ -138,10 +138,17 @@ def _check_rows(u: object, pre_gate: object, post_gate: object, mode: object) ->
 
 @_checks.by_metadata
 def _check_call(
-    u: object, k: object, k_rev: object, k_rev_lag: object, D: object, pre_gate: object, post_gate: object, mode: object,
+    u: object,
+    k: object,
+    k_rev: object,
+    k_rev_lag: object,
+    D: object,
+    pre_gate: object,
+    post_gate: object,
+    mode: object,
     backend: object,
 ) -> tuple[str, bool, bool]:
-    """-> the backend that serves a call, whether u and the gates have to be widened to float32, and whether kernels have."""
+    """-> the backend that serves a call; whether u and the gates have to be widened to float32; the same of kernels."""
     _checks.tensor("u", u, "B D L")
     _checks.main_dtype("u", u)
     _check_kernels(k, k_rev, k_rev_lag, D, u)
@@ -274,7 +281,13 @@ def _check_spectrum(spectrum: FFTConvSpectrum, k_rev: object, D: object, mode: o
 
 
 def _with_spectrum(
-    spectrum: FFTConvSpectrum, u: object, k_rev: object, D: object, pre_gate: object, post_gate: object, mode: object,
+    spectrum: FFTConvSpectrum,
+    u: object,
+    k_rev: object,
+    D: object,
+    pre_gate: object,
+    post_gate: object,
+    mode: object,
     backend: str,
 ) -> Tensor:
     """`fft_conv` of a spectrum."""
