@@ -45,7 +45,6 @@ class Backward {
     key_rows = scratch.take<E>(packed_size<C>(kChunk, kp));
     operand = scratch.take<E>(kChunk * widest);
     dout_rows = scratch.take<E>(kChunk * vp);
-    rows = scratch.take<Row<C>>(kChunk * kp);
     transposed = scratch.take<E>(kp * kChunk);
     scores = scratch.take<A>(kChunk * kChunk);
     dscores = scratch.take<A>(kChunk * kChunk);
@@ -58,6 +57,7 @@ class Backward {
     dv = scratch.take<A>(kChunk * vp);
     cross = scratch.take<A>(kp);
     if (Channel) {
+      rows = scratch.take<Row<C>>(kChunk * kp);
       side = scratch.take<A>(kChunk * kp);
       product = scratch.take<A>(kChunk * kp);
       ddecay_rows = scratch.take<A>(kChunk * kp);
@@ -203,8 +203,9 @@ class Backward {
         if constexpr (kIsSplit<C>) h.range->add(ChainRange::kState, peak.value());
         const Rows<const T> vs = h.values(t, kChunk, value_dim, ones);
         pack_rows<C>(packed, panel, vs.data, vs.stride, kChunk, value_dim);
-        scale_rows<C>(rows, kp, h.k.from(t), kChunk, key_dim, [&](int j, int c) { return h.factors.key_at(j, c); });
-        copy_columns<C>(transposed, kChunk, rows, kp, key_dim, kChunk);
+        const Rows<const T> ks = h.k.from(t);
+        copy_columns<C>(transposed, kChunk, ks.data, ks.stride, key_dim, kChunk,
+                        [&](Vec<A> x, int j, int c) { return Vec<A>(x * h.factors.key_at(j, c)); });
         matmul<C>(key_dim, value_dim, kChunk, {transposed, kChunk}, {packed, panel}, {next, vp}, true, ahead_of_states);
       }
     if constexpr (kIsSplit<C>)
@@ -221,21 +222,13 @@ class Backward {
     const Rows<const T> qs = h.q.from(t), ks = h.k.from(t);
     const Rows<const T> vs = h.values(t, n, value_dim, ones), ds = gradients(h, t, n);
     h.prepare(t, key_dim, n, row_scale);
-    pack_rows_at<C>(packed, panel, kd, ds.data, ds.stride, n, value_dim);
-    if constexpr (kIsSplit<C>) {
-      h.range->add_scaled_queries(largest(qs, n, key_dim), factors.largest_query_factor(n));
-      h.range->add(ChainRange::kOutGradient, largest(ds, n, value_dim));
-      h.range->add(ChainRange::kScale, largest(Rows<const A>{row_scale, 0}, 1, n));
-    }
+    Peak<A> query, gradient;
+    pack_rows_at<C>(packed, panel, kd, ds.data, ds.stride, n, value_dim, seen_by<C>(gradient));
     if (outputs) {
       if (later) {
         const A largest_gradient =
             pack_state<C>(packed, panel, h.since, after, value_dim, local, vp, factors.total, key_dim, value_dim, dstate);
         if constexpr (kIsSplit<C>) h.range->add(ChainRange::kStateGradient, largest_gradient);
-      }
-      if constexpr (kIsSplit<C>) {
-        h.range->add(ChainRange::kKey, largest(ks, n, key_dim));
-        h.range->add(ChainRange::kValue, largest(vs, n, value_dim));
       }
       score(h, qs, ks, vs, ds, n);
       value_gradient(h, t, n, ks, later);
@@ -243,17 +236,25 @@ class Backward {
     } else {
       decay_state(local, vp, factors.total, key_dim);
     }
-    scale_rows<C>(rows, kp, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
-    copy_columns<C>(transposed, kChunk, rows, kp, key_dim, n);
+    copy_columns<C>(transposed, kChunk, qs.data, qs.stride, key_dim, n, [&](Vec<A> x, int i, int c) {
+      if constexpr (kIsSplit<C>) query.see(x);
+      return Vec<A>(x * factors.query_at(i, c));
+    });
     matmul<C>(key_dim, value_dim, n, {transposed, kChunk}, {packed, panel, kd}, {local, vp}, true, ahead);
     for (int c = 0; c < kp; ++c) h.since[c] *= factors.total[c];
+    if constexpr (kIsSplit<C>) {
+      h.range->add_scaled_queries(query.value(), factors.largest_query_factor(n));
+      h.range->add(ChainRange::kOutGradient, gradient.value());
+      h.range->add(ChainRange::kScale, largest(Rows<const A>{row_scale, 0}, 1, n));
+    }
   }
 
   // weighted = P, dweighted = dP (both with row_scale), and for the gradient of scalar decay scores = P * (dO V^T).
   void score(const Head& h, Rows<const T> qs, Rows<const T> ks, Rows<const T> vs, Rows<const T> ds, int n) {
     const Factors<A, Channel>& factors = h.factors;
     const A* const bonus = h.bonus;
-    pack_columns<C>(tokens, packed_panel<C>(value_dim), vs.data, vs.stride, value_dim, n);
+    Peak<A> key, value;
+    pack_columns<C>(tokens, packed_panel<C>(value_dim), vs.data, vs.stride, value_dim, n, seen_by<C>(value));
     of_dout = left_operand<C>(dout_rows, ds, n, value_dim);
     for (int r = 0; r < n; r += kRows) {
       const int count = least(kRows, n - r), columns = least(r + kRows, n);
@@ -263,13 +264,17 @@ class Backward {
     if constexpr (Channel) {
       channel_scores<C>(factors, qs, ks, key_dim, n, rows, operand, tokens, side, scores);
     } else {
-      pack_columns<C>(tokens, packed_panel<C>(key_dim), ks.data, ks.stride, key_dim, n);
+      pack_columns<C>(tokens, packed_panel<C>(key_dim), ks.data, ks.stride, key_dim, n, seen_by<C>(key));
       for (int r = 0; r < n; r += kRows) {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
         const MatrixA<C> left = left_operand<C>(operand, qs.from(r), count, key_dim);
         matmul<C>(count, columns, key_dim, left, {tokens, packed_panel<C>(key_dim)},
                   {scores + r * kChunk, kChunk}, false, ahead);
       }
+    }
+    if constexpr (kIsSplit<C>) {
+      h.range->add(ChainRange::kKey, Channel ? largest(ks, n, key_dim) : key.value());
+      h.range->add(ChainRange::kValue, value.value());
     }
     const Vec<A> index = iota<A>();
     for (int i = 0; i < n; ++i) {
@@ -551,7 +556,7 @@ class Backward {
   E* operand;
   E* dout_rows;
   MatrixA<C> of_dout;  // dout as a left operand
-  Row<C>* rows;        // scaled queries or keys
+  Row<C>* rows = nullptr;  // channel decay: scaled queries and keys
   E* transposed;
   A* scores;
   A* dscores;

@@ -230,13 +230,13 @@ PYKERNELS_INLINE void scale_rows(To* to, int64_t ld, Rows<T> source, int rows, i
 }
 
 // Rows as the left operand of a product: in place where their type and padding allow, else copied to `buffer` [rows, padded].
-template <class C, class T>
-PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, Rows<T> source, int rows, int columns) {
+template <class C, class T, class Map = AsTheyAre>
+PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, Rows<T> source, int rows, int columns, Map map = {}) {
   if constexpr (sizeof(T) == sizeof(typename C::Elem) && C::kPair == (sizeof(T) == 2 ? 2 : 1)) {
     if (columns % C::kDepthAlign == 0 && rows % C::kRowAlign == 0)
       return {reinterpret_cast<const typename C::Elem*>(source.data), source.stride};
   }
-  copy_rows<C>(buffer, padded(columns), source.data, source.stride, rows, columns);
+  copy_rows<C>(buffer, padded(columns), source.data, source.stride, rows, columns, map);
   return {buffer, padded(columns)};
 }
 // The same of our own rows, which are padded already.
@@ -250,11 +250,40 @@ PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, const Row<C>*
   }
 }
 
+// The largest magnitude of what it sees, infinity and NaN above all numbers.
+template <class A>
+class Peak {
+ public:
+  PYKERNELS_INLINE void see(Vec<A> x) {
+    const Mask<A> bits = (Mask<A>)abs<A>(x);
+    top_ = bits > top_ ? bits : top_;
+  }
+  A value() const {
+    auto result = top_[0];
+    for (int i = 1; i < kLanes<A>; ++i) result = most(result, top_[i]);
+    return bit_cast<A>(result);
+  }
+
+ private:
+  Mask<A> top_{};
+};
+// For the functions that make operands: lets the peak see what goes into them, for SplitF32, which alone asks for it.
+template <class C>
+PYKERNELS_INLINE auto seen_by(Peak<typename C::Acc>& peak) {
+  if constexpr (kIsSplit<C>)
+    return [&peak](Vec<typename C::Acc> x, int, int) {
+      peak.see(x);
+      return x;
+    };
+  else
+    return AsTheyAre{};
+}
+
 // pack_rows into rows first, first + 1, ... of a packed operand; first is a multiple of kDepthAlign.
-template <class C, class T>
+template <class C, class T, class Map = AsTheyAre>
 PYKERNELS_INLINE void pack_rows_at(typename C::Elem* b, int64_t panel_stride, int first, const T* source, int64_t stride,
-                                   int depth, int columns) {
-  pack_rows<C>(b + first * C::kPanel, panel_stride, source, stride, depth, columns);
+                                   int depth, int columns, Map map = {}) {
+  pack_rows<C>(b + first * C::kPanel, panel_stride, source, stride, depth, columns, map);
 }
 
 // ---- decay -------------------------------------------------------------------------------------------------------------
@@ -389,24 +418,6 @@ PYKERNELS_INLINE void combine_state(A* to, int64_t ld_to, const A* factor, const
       store_upto(to + k * ld_to + c, x, left);
     }
 }
-
-// The largest magnitude of what it sees, infinity and NaN above all numbers.
-template <class A>
-class Peak {
- public:
-  PYKERNELS_INLINE void see(Vec<A> x) {
-    const Mask<A> bits = (Mask<A>)abs<A>(x);
-    top_ = bits > top_ ? bits : top_;
-  }
-  A value() const {
-    auto result = top_[0];
-    for (int i = 1; i < kLanes<A>; ++i) result = most(result, top_[i]);
-    return bit_cast<A>(result);
-  }
-
- private:
-  Mask<A> top_{};
-};
 
 // In one pass over a state [key_dim, columns], which is longer than the first-level cache: packs factor * from + local (from may
 // be null: zero) into the first rows of a packed operand and, unless null, writes it to `whole` [key_dim, ld] too, and multiplies
