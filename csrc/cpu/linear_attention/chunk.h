@@ -429,41 +429,54 @@ typename C::Acc pack_state(typename C::Elem* b, int64_t panel_stride, const type
   using A = typename C::Acc;
   constexpr int lanes = kLanes<A>;
   [[maybe_unused]] Peak<A> peak;
-  const auto state = [&](int k, int c) {
-    if (k >= key_dim) return Vec<A>{};
-    A* const p = local + k * ld + c;
-    Vec<A> x = load(p);
-    store(p, x * total[k]);
-    if (from) x = load_upto(from + k * ld_from + c, columns - c) * factor[k] + x;
-    if (whole) store(whole + k * ld + c, x);
-    if constexpr (kIsSplit<C>) peak.see(x);
-    return x;
-  };
-  const int columns_padded = round_up(columns, C::kColumnAlign);
-  const auto at = [&](int k, int c) { return b + c / C::kPanel * panel_stride + k * C::kPanel; };
-  if constexpr (kIsSplit<C>) {
-#if defined(PYKERNELS_HAS_AMX)
-    for (int k = 0; k < key_dim; k += 32)
-      for (int i = 0; i < 16; ++i)
-        for (int c = 0; c < columns_padded; c += lanes)
-          store_pair(at(k, c), i, c % C::kPanel, split(state(k + i, c), state(k + i + 16, c)));
-    return peak.value();
-#endif
-  }
-  for (int k = 0; k < round_up(key_dim, C::kDepthAlign); k += C::kPair)
-    for (int c = 0; c < columns_padded; c += lanes) {
-      typename C::Elem* const to = at(k, c) + c % C::kPanel * C::kPair;
-      if constexpr (C::kPair == 1) {
-        store(to, state(k, c));
-      } else {
-#if defined(PYKERNELS_HAS_BF16_DOT)
-        const HalfU16 low = narrow(state(k, c), BFloat16{}), high = narrow(state(k + 1, c), BFloat16{});
-        const VecU32 pairs = detail::interleave(low, high);
-        __builtin_memcpy(to, &pairs, sizeof(pairs));
-#endif
+  // `panel`: one whole panel, of a size that the compiler knows.
+  const auto pack = [&](auto panel) {
+    constexpr bool whole_panel = decltype(panel)::value;
+    const auto state = [&](int k, int c) {
+      if (k >= key_dim) return Vec<A>{};
+      A* const p = local + k * ld + c;
+      Vec<A> x = load(p);
+      store(p, x * total[k]);
+      if (from) {
+        const A* const y = from + k * ld_from + c;
+        x = (whole_panel ? load(y) : load_upto(y, columns - c)) * factor[k] + x;
       }
+      if (whole) store(whole + k * ld + c, x);
+      if constexpr (kIsSplit<C>) peak.see(x);
+      return x;
+    };
+    const int columns_padded = whole_panel ? C::kPanel : round_up(columns, C::kColumnAlign);
+    const auto at = [&](int k, int c) { return b + (whole_panel ? 0 : c / C::kPanel * panel_stride) + k * C::kPanel; };
+    if constexpr (kIsSplit<C>) {
+#if defined(PYKERNELS_HAS_AMX)
+      for (int k = 0; k < key_dim; k += 32)
+        for (int i = 0; i < 16; ++i)
+#pragma GCC unroll 2
+          for (int c = 0; c < columns_padded; c += lanes)
+            store_pair(at(k, c), i, c % C::kPanel, split(state(k + i, c), state(k + i + 16, c)));
+#endif
+    } else {
+      for (int k = 0; k < round_up(key_dim, C::kDepthAlign); k += C::kPair)
+#pragma GCC unroll 4
+        for (int c = 0; c < columns_padded; c += lanes) {
+          typename C::Elem* const to = at(k, c) + c % C::kPanel * C::kPair;
+          if constexpr (C::kPair == 1) {
+            store(to, state(k, c));
+          } else {
+#if defined(PYKERNELS_HAS_BF16_DOT)
+            const HalfU16 low = narrow(state(k, c), BFloat16{}), high = narrow(state(k + 1, c), BFloat16{});
+            const VecU32 pairs = detail::interleave(low, high);
+            __builtin_memcpy(to, &pairs, sizeof(pairs));
+#endif
+          }
+        }
     }
-  return 0;
+  };
+  if (columns == C::kPanel)
+    pack(std::true_type{});
+  else
+    pack(std::false_type{});
+  return kIsSplit<C> ? peak.value() : A(0);
 }
 
 // ---- channel decay inside a chunk --------------------------------------------------------------------------------------

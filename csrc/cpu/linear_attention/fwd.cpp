@@ -21,12 +21,11 @@ class Forward {
       : heads(group), p(params), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())),
         results(p.batch * p.tokens * p.heads * p.value_dim * static_cast<int64_t>(sizeof(T))),
         ahead(tile_products<C>(kChunk, value_dim, key_dim + kChunk) + tile_products<C>(key_dim, value_dim, kChunk)) {
-    kp = padded(key_dim), vp = padded(value_dim);
-    kd = round_up(key_dim, C::kDepthAlign);
+    kp = padded(key_dim), vp = round_up(padded(value_dim), C::kPanel);
     for (int i = 0; i < heads; ++i) head[i].allocate(p, scratch, kp, vp, head[0]);
     weights = scratch.take<E>(kChunk * kChunk);
-    panel = packed_panel<C>(kd + kChunk);
-    b = scratch.take<E>(packed_size<C>(kd + kChunk, vp));
+    state = scratch.take<E>(packed_panel<C>(key_dim));
+    values = scratch.take<E>(packed_size<C>(kChunk, vp));
     operand = scratch.take<E>(kChunk * kp);
     keys = scratch.take<E>(packed_size<C>(kp, kChunk));
     keys_t = scratch.take<E>(kp * kChunk);
@@ -71,7 +70,9 @@ class Forward {
   // after = since * before + local.
   void finish(int index, A* after, const A* before) {
     const Head& h = head[index];
-    combine_state(after, value_dim, h.since, before, value_dim, h.local, vp, key_dim, value_dim);
+    for (int c = 0; c < value_dim; c += C::kPanel)
+      combine_state(after + c, value_dim, h.since, before ? before + c : nullptr, value_dim, panel(h, c), C::kPanel, key_dim,
+                    least(C::kPanel, value_dim - c));
   }
 
   const A* since(int index) const { return head[index].since; }
@@ -84,6 +85,9 @@ class Forward {
     Rows<A> denominator;
   };
 
+  // Columns [c, c + kPanel) of the segment's part of the state: panels are contiguous, so that they take turns in the first cache.
+  A* panel(const Head& h, int c) const { return h.local + int64_t{kp} * c; }
+
   void coming(const Head& h, int64_t t, int64_t last, bool outputs) {
     const int n = static_cast<int>(least<int64_t>(kChunk, last - t));
     if (n <= 0) return;
@@ -94,20 +98,17 @@ class Forward {
 
   void chunk(Head& h, int64_t t, int n, const A* before, bool has_state, bool outputs) {
     Factors<A, Channel>& factors = h.factors;
-    A* const local = h.local;
     const Rows<const T> qs = h.q.from(t), ks = h.k.from(t);
     const Rows<const T> vs = h.values(t, n, value_dim, ones);
     h.prepare(t, key_dim, n, row_scale);
     Peak<A> key, value, query;
-    pack_rows_at<C>(b, panel, kd, vs.data, vs.stride, n, value_dim, seen_by<C>(value));
-
+    pack_rows<C>(values, packed_panel<C>(kChunk), vs.data, vs.stride, n, value_dim, seen_by<C>(value));
+    copy_columns<C>(keys_t, kChunk, ks.data, ks.stride, key_dim, n, [&](Vec<A> x, int j, int c) {
+      if constexpr (kIsSplit<C>) key.see(x);
+      return Vec<A>(x * factors.key_at(j, c));
+    });
+    MatrixA<C> of_query{};
     if (outputs) {
-      MatrixA<C> of_query{};
-      if (has_state) {
-        const float state =
-            pack_state<C>(b, panel, h.since, before, value_dim, local, vp, factors.total, key_dim, value_dim);
-        if constexpr (kIsSplit<C>) h.range->add(ChainRange::kState, state);
-      }
       if constexpr (Channel) {
         channel_scores<C>(factors, qs, ks, key_dim, n, rows, operand, keys, side, scores);
         if (has_state)
@@ -119,22 +120,33 @@ class Forward {
       }
       for (int r = 0; r < n; r += kRows) {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
-        const MatrixA<C> left{of_query.data + r * of_query.stride, of_query.stride};
         if constexpr (!Channel)
-          matmul<C>(count, columns, key_dim, left, {keys, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false);
+          matmul<C>(count, columns, key_dim, {of_query.data + r * of_query.stride, of_query.stride},
+                    {keys, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false);
         weigh(h, qs, ks, r, count, columns);
-        if (has_state) matmul<C>(count, value_dim, key_dim, left, {b, panel}, {of_state + r * vp, vp}, false, ahead);
-        matmul<C>(count, value_dim, columns, {weights + r * kChunk, kChunk}, {b, panel, kd}, {out + r * vp, vp}, false, ahead);
       }
-      write(h, t, n, has_state);
     }
-
-    if (!outputs || !has_state) decay_state(local, vp, factors.total, key_dim);
-    copy_columns<C>(keys_t, kChunk, ks.data, ks.stride, key_dim, n, [&](Vec<A> x, int j, int c) {
-      if constexpr (kIsSplit<C>) key.see(x);
-      return Vec<A>(x * factors.key_at(j, c));
-    });
-    matmul<C>(key_dim, value_dim, n, {keys_t, kChunk}, {b, panel, kd}, {local, vp}, true, ahead);
+    const bool reads = outputs && has_state;
+    // Panel by panel, so that the state is read and written while it is near, and its operand never leaves.
+    for (int c = 0; c < value_dim; c += C::kPanel) {
+      const int width = least(C::kPanel, value_dim - c);
+      A* const local = panel(h, c);
+      const PackedB<C> of_values{values + c / C::kPanel * packed_panel<C>(kChunk), 0};
+      if (reads) {
+        const float largest = pack_state<C>(state, 0, h.since, before ? before + c : nullptr, value_dim, local, C::kPanel,
+                                            factors.total, key_dim, width);
+        if constexpr (kIsSplit<C>) h.range->add(ChainRange::kState, largest);
+        matmul<C>(n, width, key_dim, of_query, {state, 0}, {of_state + c, vp}, false, ahead);
+      } else {
+        decay_state(local, C::kPanel, factors.total, key_dim);
+      }
+      if (outputs)
+        for (int r = 0; r < n; r += kRows)
+          matmul<C>(least(kRows, n - r), width, least(r + kRows, n), {weights + r * kChunk, kChunk}, of_values,
+                    {out + r * vp + c, vp}, false, ahead);
+      matmul<C>(key_dim, width, n, {keys_t, kChunk}, of_values, {local, C::kPanel}, true, ahead);
+    }
+    if (outputs) write(h, t, n, has_state);
     for (int c = 0; c < kp; ++c) h.since[c] *= factors.total[c];
     if constexpr (kIsSplit<C>) {
       h.range->add(ChainRange::kKey, key.value());
@@ -183,13 +195,13 @@ class Forward {
 
   const LinearAttentionParams& p;
   const int key_dim, value_dim;  // value_dim with the column of ones
-  int kp, vp, kd;
-  int64_t panel;
+  int kp, vp;
   const ResultWriter results;
   Ahead ahead;
   Head head[kHeads];
   E* weights;  // [kChunk, kChunk]
-  E* b;       // kd rows of the state, then kChunk of v
+  E* state;   // a panel of the state, packed
+  E* values;  // packed, rows are tokens
   E* operand;  // [kChunk, kp]: queries
   E* keys;    // packed, columns are tokens
   E* keys_t;  // [kp, kChunk]
