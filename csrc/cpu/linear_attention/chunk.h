@@ -279,13 +279,6 @@ PYKERNELS_INLINE auto seen_by(Peak<typename C::Acc>& peak) {
     return AsTheyAre{};
 }
 
-// pack_rows into rows first, first + 1, ... of a packed operand; first is a multiple of kDepthAlign.
-template <class C, class T, class Map = AsTheyAre>
-PYKERNELS_INLINE void pack_rows_at(typename C::Elem* b, int64_t panel_stride, int first, const T* source, int64_t stride,
-                                   int depth, int columns, Map map = {}) {
-  pack_rows<C>(b + first * C::kPanel, panel_stride, source, stride, depth, columns, map);
-}
-
 // ---- decay -------------------------------------------------------------------------------------------------------------
 
 // The factors of one chunk.
@@ -420,12 +413,12 @@ PYKERNELS_INLINE void combine_state(A* to, int64_t ld_to, const A* factor, const
 }
 
 // In one pass over a state [key_dim, columns], which is longer than the first-level cache: packs factor * from + local (from may
-// be null: zero) into the first rows of a packed operand and, unless null, writes it to `whole` [key_dim, ld] too, and multiplies
+// be null: zero) into the first rows of a packed operand and, unless null, writes it to `whole` [key_dim, ld_whole] too, and multiplies
 // local by total. For SplitF32 -> the largest magnitude.
 template <class C>
 typename C::Acc pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Acc* factor, const typename C::Acc* from,
                            int64_t ld_from, typename C::Acc* local, int64_t ld, const typename C::Acc* total, int key_dim,
-                           int columns, typename C::Acc* whole = nullptr) {
+                           int columns, typename C::Acc* whole = nullptr, int64_t ld_whole = 0) {
   using A = typename C::Acc;
   constexpr int lanes = kLanes<A>;
   [[maybe_unused]] Peak<A> peak;
@@ -441,7 +434,7 @@ typename C::Acc pack_state(typename C::Elem* b, int64_t panel_stride, const type
         const A* const y = from + k * ld_from + c;
         x = (whole_panel ? load(y) : load_upto(y, columns - c)) * factor[k] + x;
       }
-      if (whole) store(whole + k * ld + c, x);
+      if (whole) store(whole + k * ld_whole + c, x);
       if constexpr (kIsSplit<C>) peak.see(x);
       return x;
     };
@@ -669,7 +662,7 @@ void with_compute(const LinearAttentionParams& p, Run&& run) {
 // comes from the segment at hand, with the factor on what comes from outside it.
 template <class T, class A, bool Channel>
 struct Chain {
-  A* local;  // [kp, vp]
+  A* local;  // panels of columns
   A* since;  // [kp]
   Factors<A, Channel> factors;
   Rows<const T> q, k, v;
@@ -702,6 +695,17 @@ struct Chain {
       factors.prepare_constant(static_cast<const A*>(p.decay) + of * p.decay_stride.head);
     else
       decay = rows_of<const A>(p, p.decay, p.decay_stride, s, of);
+  }
+
+  // Columns [c, c + kPanel) of local. Panels are contiguous [kp, kPanel], so that they take turns in the first-level cache.
+  A* panel(int c, int kp) const { return local + int64_t{kp} * c; }
+
+  // to = since * from + local.
+  template <class C>
+  void finish(A* to, const A* from, int kp, int key_dim, int value_dim) const {
+    for (int c = 0; c < value_dim; c += C::kPanel)
+      combine_state(to + c, value_dim, since, from ? from + c : nullptr, value_dim, panel(c, kp), C::kPanel, key_dim,
+                    least(C::kPanel, value_dim - c));
   }
 
   void clear(int kp, int vp) {

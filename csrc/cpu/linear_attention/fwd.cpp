@@ -69,10 +69,7 @@ class Forward {
 
   // after = since * before + local.
   void finish(int index, A* after, const A* before) {
-    const Head& h = head[index];
-    for (int c = 0; c < value_dim; c += C::kPanel)
-      combine_state(after + c, value_dim, h.since, before ? before + c : nullptr, value_dim, panel(h, c), C::kPanel, key_dim,
-                    least(C::kPanel, value_dim - c));
+    head[index].template finish<C>(after, before, kp, key_dim, value_dim);
   }
 
   const A* since(int index) const { return head[index].since; }
@@ -84,9 +81,6 @@ class Forward {
     Rows<T> o;
     Rows<A> denominator;
   };
-
-  // Columns [c, c + kPanel) of the segment's part of the state: panels are contiguous, so that they take turns in the first cache.
-  A* panel(const Head& h, int c) const { return h.local + int64_t{kp} * c; }
 
   void coming(const Head& h, int64_t t, int64_t last, bool outputs) {
     const int n = static_cast<int>(least<int64_t>(kChunk, last - t));
@@ -130,7 +124,7 @@ class Forward {
     // Panel by panel, so that the state is read and written while it is near, and its operand never leaves.
     for (int c = 0; c < value_dim; c += C::kPanel) {
       const int width = least(C::kPanel, value_dim - c);
-      A* const local = panel(h, c);
+      A* const local = h.panel(c, kp);
       const PackedB<C> of_values{values + c / C::kPanel * packed_panel<C>(kChunk), 0};
       if (reads) {
         const float largest = pack_state<C>(state, 0, h.since, before ? before + c : nullptr, value_dim, local, C::kPanel,
