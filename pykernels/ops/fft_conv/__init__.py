@@ -68,27 +68,30 @@ OP = Op(
 _MODES = ("causal", "circular")
 
 
-def _wide(name: str, x: Tensor, u: Tensor) -> Tensor:
-    """A kernel or D in the dtype that the ops take it in."""
+def _check_wide(name: str, x: Tensor, u: Tensor) -> None:
+    """Checks that a kernel or D can be had in the dtype that the ops take it in."""
     wide = registration.accumulator(u.dtype)
     if x.dtype not in (u.dtype, torch.float32, wide):
         raise TypeError(f"{name} must have u's dtype {u.dtype} or {wide}, got {x.dtype}")
     _checks.same_device(name, x, "u", u)
-    return x.to(wide)
 
 
-def _check_kernel(name: str, k: object, u: Tensor) -> Tensor:
+def _widened(u: Tensor, *kernels: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Kernels and D in the dtype that the ops take them in beside u."""
+    wide = registration.accumulator(u.dtype)
+    return tuple(None if x is None else x.to(wide) for x in kernels)
+
+
+def _check_kernel(name: str, k: object, u: Tensor) -> None:
     axis = "K" if name == "k" else "R"
     _checks.tensor(name, k, f"G {axis}")
     if k.shape[1] < 1:
         raise ValueError(f"{name} must have at least one tap, got shape {list(k.shape)}")
-    return _wide(name, k, u)
+    _check_wide(name, k, u)
 
 
-def _check_kernels(
-    k: object, k_rev: object, k_rev_lag: object, D: object, u: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    k = _check_kernel("k", k, u)
+def _check_kernels(k: object, k_rev: object, k_rev_lag: object, D: object, u: Tensor) -> None:
+    _check_kernel("k", k, u)
     channels, groups = u.shape[1], k.shape[0]
     if channels % groups if groups else channels:
         raise ValueError(
@@ -97,30 +100,58 @@ def _check_kernels(
     if type(k_rev_lag) is not int or k_rev_lag not in (0, 1):
         raise ValueError(f"k_rev_lag must be 0 or 1, got {k_rev_lag!r}")
     if k_rev is not None:
-        k_rev = _check_kernel("k_rev", k_rev, u)
+        _check_kernel("k_rev", k_rev, u)
         _checks.shape("k_rev", k_rev, {"G": groups, "R": None})
-    return k, k_rev, _check_skip(D, u)
+    _check_skip(D, u)
 
 
-def _check_skip(D: object, u: Tensor) -> Tensor | None:
+def _check_skip(D: object, u: Tensor) -> None:
     if D is None:
-        return None
+        return
     _checks.tensor("D", D, "D")
     _checks.shape("D", D, {"D": u.shape[1]})
-    return _wide("D", D, u)
+    _check_wide("D", D, u)
 
 
-def _check_gate(name: str, gate: object, u: Tensor) -> Tensor:
+def _check_gate(name: str, gate: object, u: Tensor) -> None:
+    if gate is None:
+        return
     _checks.tensor(name, gate, "B D L")
     _checks.shape(name, gate, dict(zip("BDL", u.shape)))
-    return _check_gate_type(name, gate, u)
+    _check_gate_type(name, gate, u)
 
 
-def _check_gate_type(name: str, gate: Tensor, u: Tensor) -> Tensor:
+def _check_gate_type(name: str, gate: Tensor, u: Tensor) -> None:
     if gate.dtype not in (u.dtype, torch.float32) or u.dtype == torch.float64 != gate.dtype:
         raise TypeError(f"{name} must have u's dtype {u.dtype} or, for 16-bit u, float32, got {gate.dtype}")
     _checks.same_device(name, gate, "u", u)
-    return gate
+
+
+def _check_rows(u: object, pre_gate: object, post_gate: object, mode: object) -> bool:
+    """-> whether u and the gates have to be widened to float32."""
+    _check_gate("pre_gate", pre_gate, u)
+    _check_gate("post_gate", post_gate, u)
+    if mode not in _MODES:
+        raise ValueError(f"mode must be 'causal' or 'circular', got {mode!r}")
+    return any(gate is not None and gate.dtype != u.dtype for gate in (pre_gate, post_gate))
+
+
+@_checks.by_metadata
+def _check_call(
+    u: object, k: object, k_rev: object, k_rev_lag: object, D: object, pre_gate: object, post_gate: object, mode: object,
+    backend: object,
+) -> tuple[str, bool, bool]:
+    """-> the backend that serves a call, whether u and the gates have to be widened to float32, and whether kernels have."""
+    _checks.tensor("u", u, "B D L")
+    _checks.main_dtype("u", u)
+    _check_kernels(k, k_rev, k_rev_lag, D, u)
+    widen = _check_rows(u, pre_gate, post_gate, mode)
+    on = {"k_rev": k_rev, "D": D, "pre_gate": pre_gate, "post_gate": post_gate}
+    options = frozenset(name for name, x in on.items() if x is not None) | {mode}
+    dtype = torch.float32 if widen else u.dtype
+    chosen = resolve(OP, Query(u.device.type, dtype, {"length": u.shape[2], "taps": k.shape[1]}, options), backend)
+    wide = registration.accumulator(u.dtype)
+    return chosen, widen, any(x is not None and x.dtype != wide for x in (k, k_rev, D))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,42 +221,23 @@ def fft_conv(
     Source: Poli et al., Hyena Hierarchy (arXiv:2302.10866); Fu et al., FlashFFTConv (arXiv:2311.05908).
     """
     u, pre_gate, post_gate = _checks.autocast(u, pre_gate, post_gate)  # kernels and D stay as wide as they come
-    _checks.tensor("u", u, "B D L")
-    _checks.main_dtype("u", u)
-    spectrum = k if isinstance(k, FFTConvSpectrum) else None
-    if spectrum is None:
-        k, k_rev, D = _check_kernels(k, k_rev, k_rev_lag, D, u)
-    else:
-        D = _check_spectrum(spectrum, k_rev, D, mode, u)
-        _check_no_gradient("fft_conv of an FFTConvSpectrum", dict(u=u, D=D, pre_gate=pre_gate, post_gate=post_gate))
-        if followed(u):  # in forward mode, where a bare op would give zero tangents
-            raise RuntimeError("fft_conv of an FFTConvSpectrum has no derivatives: use fft_conv of k itself")
-    gates = [
-        None if gate is None else _check_gate(name, gate, u)
-        for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate))
-    ]
-    if mode not in _MODES:
-        raise ValueError(f"mode must be 'causal' or 'circular', got {mode!r}")
+    if isinstance(k, FFTConvSpectrum):
+        return _with_spectrum(k, u, k_rev, D, pre_gate, post_gate, mode, backend)
+    chosen, widen, widen_kernels = _check_call(u, k, k_rev, k_rev_lag, D, pre_gate, post_gate, mode, backend)
     dtype = u.dtype
-    if any(gate is not None and gate.dtype != dtype for gate in gates):
-        u, *gates = (None if x is None else x.to(torch.float32) for x in (u, *gates))
-    if spectrum is not None:
-        return _with_spectrum(spectrum, u, D, gates, backend).to(dtype)
-    tensors = (u, k, k_rev, D, *gates)
-    grad = followed(*tensors)
-    on = {"k_rev": k_rev, "D": D, "pre_gate": gates[0], "post_gate": gates[1]}
-    options = frozenset(name for name, x in on.items() if x is not None) | {mode}
-    chosen = resolve(
-        OP, Query(u.device.type, u.dtype, {"length": u.shape[2], "taps": k.shape[1]}, options, grad), backend
-    )
+    if widen_kernels:
+        k, k_rev, D = _widened(u, k, k_rev, D)
+    if widen:
+        u, pre_gate, post_gate = (None if x is None else x.to(torch.float32) for x in (u, pre_gate, post_gate))
+    tensors = (u, k, k_rev, D, pre_gate, post_gate)
     settings = k_rev_lag, mode == "circular"
     if chosen == "reference":
         out = reference.fft_conv(*tensors, *settings)
-    elif grad:
+    elif followed(*tensors):
         out = registration.FFTConv.apply(*apart(*tensors), settings, chosen)
     else:
         out = registration.run("fwd", chosen, *tensors, *settings)
-    return out.to(dtype)
+    return out.to(dtype) if widen else out
 
 
 def _check_no_gradient(function: str, tensors: dict[str, object]) -> None:
@@ -238,8 +250,8 @@ def _check_no_gradient(function: str, tensors: dict[str, object]) -> None:
                 )
 
 
-def _check_spectrum(spectrum: FFTConvSpectrum, k_rev: object, D: object, mode: object, u: Tensor) -> Tensor | None:
-    """Checks what goes with a spectrum -> D in the dtype of the op."""
+def _check_spectrum(spectrum: FFTConvSpectrum, k_rev: object, D: object, mode: object, u: Tensor) -> None:
+    """Checks what goes with a spectrum."""
     if k_rev is not None:
         raise ValueError("k_rev must be None where k is an FFTConvSpectrum, which holds both sides")
     if mode != spectrum.mode:
@@ -258,22 +270,35 @@ def _check_spectrum(spectrum: FFTConvSpectrum, k_rev: object, D: object, mode: o
     if length > spectrum.length or (mode == "circular" and length != spectrum.length):
         wanted = "as many" if mode == "circular" else "at most as many"
         raise ValueError(f"u must have {wanted} samples as the FFTConvSpectrum is for, {spectrum.length}, got {length}")
-    return _check_skip(D, u)
+    _check_skip(D, u)
 
 
 def _with_spectrum(
-    spectrum: FFTConvSpectrum, u: Tensor, D: Tensor | None, gates: list[Tensor | None], backend: str
+    spectrum: FFTConvSpectrum, u: object, k_rev: object, D: object, pre_gate: object, post_gate: object, mode: object,
+    backend: str,
 ) -> Tensor:
+    """`fft_conv` of a spectrum."""
+    _checks.tensor("u", u, "B D L")
+    _checks.main_dtype("u", u)
+    _check_spectrum(spectrum, k_rev, D, mode, u)
+    _check_no_gradient("fft_conv of an FFTConvSpectrum", dict(u=u, D=D, pre_gate=pre_gate, post_gate=post_gate))
+    if followed(u):  # in forward mode, where a bare op would give zero tangents
+        raise RuntimeError("fft_conv of an FFTConvSpectrum has no derivatives: use fft_conv of k itself")
+    widen = _check_rows(u, pre_gate, post_gate, mode)
+    (D,) = _widened(u, D)
+    gates, dtype = (pre_gate, post_gate), u.dtype
+    if widen:
+        u, *gates = (None if x is None else x.to(torch.float32) for x in (u, *gates))
     if check_name(backend) not in ("auto", spectrum.backend):
         raise ValueError(
             f"backend must be 'auto' or that of the FFTConvSpectrum, {spectrum.backend!r}, got {backend!r}"
         )
     settings = spectrum.k_rev_lag, spectrum.mode == "circular"
     if spectrum.backend == "reference":
-        return reference.fft_conv(u, *spectrum.kept, D, *gates, *settings)
+        return reference.fft_conv(u, *spectrum.kept, D, *gates, *settings).to(dtype)
     sizes = spectrum.groups, spectrum.taps, spectrum.taps_rev
     op = torch.ops.pykernels.fft_conv_fwd_spectrum_cpu.default
-    return op(u, *spectrum.kept, D, *gates, *sizes, *settings, spectrum.length)
+    return op(u, *spectrum.kept, D, *gates, *sizes, *settings, spectrum.length).to(dtype)
 
 
 def transforms_beforehand(device: torch.device, backend: str) -> bool:
@@ -317,7 +342,8 @@ def fft_conv_spectrum(
     if mode not in _MODES:
         raise ValueError(f"mode must be 'causal' or 'circular', got {mode!r}")
     of = k.detach()[:, None, :0]  # kernels are checked against rows: here there are none, in k's dtype
-    wide, wide_rev, _ = _check_kernels(k, k_rev, k_rev_lag, None, of.transpose(0, 1))
+    _check_kernels(k, k_rev, k_rev_lag, None, of.transpose(0, 1))
+    wide, wide_rev = _widened(of, k, k_rev)
     _check_no_gradient("fft_conv_spectrum", {"k": k, "k_rev": k_rev})
     options = frozenset({mode, "spectrum"})
     chosen = resolve(OP, Query(k.device.type, k.dtype, {"length": length, "taps": k.shape[1]}, options), backend)
@@ -384,10 +410,12 @@ def fft_conv_init(
         u = u_prefix
     _checks.tensor("u_prefix", u, "B D L")
     _checks.main_dtype("u_prefix", u)
-    k, _, D = _check_kernels(k, None, 1, D, u)
+    _check_kernels(k, None, 1, D, u)
+    _check_gate("pre_gate", pre_gate, u)
+    k, D = _widened(u, k, D)
     x = u.to(k.dtype)
     if pre_gate is not None:
-        x = x * _check_gate("pre_gate", pre_gate, u)
+        x = x * pre_gate
     chosen = resolve(OP, _step_query(u, k), backend)
     with torch.no_grad():
         return decode.start(_convolution(backend), x, k, D, u.dtype, backend, chosen == "cpu")

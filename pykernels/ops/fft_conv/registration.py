@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _dispatch
+from ..._autograd import signature_kept
 from . import reference
 
 _INPUTS = (
@@ -116,6 +117,7 @@ class _Backward(torch.autograd.Function):
         return tuple(result)
 
 
+@signature_kept
 class FFTConv(torch.autograd.Function):
     """fft_conv on a compiled backend. Nothing but the inputs is kept: backward computes the spectra again."""
 
