@@ -198,8 +198,9 @@ def fft_conv(
     else:
         D = _check_spectrum(spectrum, k_rev, D, mode, u)
         _check_no_gradient("fft_conv of an FFTConvSpectrum", dict(u=u, D=D, pre_gate=pre_gate, post_gate=post_gate))
-        if followed(u):  # in forward mode, where a bare op would give zero tangents
-            raise RuntimeError("fft_conv of an FFTConvSpectrum has no derivatives: use fft_conv of k itself")
+        if followed(u):  # in forward mode, where a bare op would give zero tangents, or inside of vmap
+            raise RuntimeError("fft_conv of an FFTConvSpectrum has no derivatives: use fft_conv of k itself, or inside "
+                               "of torch.func.vmap torch.no_grad()")
     gates = [
         None if gate is None else _check_gate(name, gate, u)
         for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate))

@@ -91,7 +91,7 @@ def _check_decay(decay: object, q: Tensor, v: Tensor, axes: str) -> Tensor | Non
     expected = names[lead:-1] if decay.dim() == 1 else names[:decay.dim()]
     _checks.shape("decay", decay, {name: sizes[name] for name in expected})
     wide = _wide("decay", decay, q)
-    if _checks.values_checked(q.device) and decay.numel() and bool((highest := decay.detach().max()) > 0):
+    if _checks.values_checked(decay) and decay.numel() and bool((highest := decay.detach().max()) > 0):
         raise ValueError(f"decay must be <= 0, the natural log of a factor of at most 1, got {float(highest)}")
     return wide
 
@@ -229,6 +229,7 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, dec
     _checks.same_device("state", state, "q", q)
     if state.shape[3] > 1 and state.stride(3) != 1 or state.shape[2] > 1 and state.stride(2) != state.shape[3]:
         raise ValueError(f"state must be contiguous in its last two axes, got strides {state.stride()}")
+    _checks.writable("state", state)
     decay = _check_decay(decay, q, v, "B")
     bonus = _check_bonus(bonus, q, v)
     if state_indices is not None:
@@ -236,7 +237,7 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, dec
         _checks.integer("state_indices", state_indices)
         _checks.same_device("state_indices", state_indices, "q", q)
         _checks.shape("state_indices", state_indices, {"B": batch})
-        if _checks.values_checked(q.device):
+        if _checks.values_checked(state_indices):
             slots = state_indices.tolist()
             for b, slot in enumerate(slots):
                 if not 0 <= slot < state.shape[0]:
