@@ -282,8 +282,9 @@ def _with_spectrum(
     _checks.main_dtype("u", u)
     _check_spectrum(spectrum, k_rev, D, mode, u)
     _check_no_gradient("fft_conv of an FFTConvSpectrum", dict(u=u, D=D, pre_gate=pre_gate, post_gate=post_gate))
-    if followed(u):  # in forward mode, where a bare op would give zero tangents
-        raise RuntimeError("fft_conv of an FFTConvSpectrum has no derivatives: use fft_conv of k itself")
+    if followed(u):  # in forward mode, where a bare op would give zero tangents, or inside of vmap
+        raise RuntimeError("fft_conv of an FFTConvSpectrum has no derivatives: use fft_conv of k itself, or inside "
+                           "of torch.func.vmap torch.no_grad()")
     widen = _check_rows(u, pre_gate, post_gate, mode)
     (D,) = _widened(u, D)
     gates, dtype = (pre_gate, post_gate), u.dtype

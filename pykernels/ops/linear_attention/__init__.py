@@ -98,7 +98,7 @@ def _check_decay(decay: object, q: Tensor, v: Tensor, axes: str) -> None:
 
 
 def _check_decay_values(decay: Tensor | None) -> None:
-    if decay is not None and _checks.values_checked(decay.device) and decay.numel():
+    if decay is not None and _checks.values_checked(decay) and decay.numel():
         if (highest := decay.detach().max().item()) > 0:
             raise ValueError(f"decay must be <= 0, the natural log of a factor of at most 1, got {highest}")
 
@@ -227,7 +227,7 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, dec
     chosen, factor, ready = _check_step(q, k, v, state, decay, bonus, normalize, scale, state_indices, backend)
     _check_decay_values(decay)
     if state_indices is not None:
-        if _checks.values_checked(q.device):
+        if _checks.values_checked(state_indices):
             slots = state_indices.tolist()
             for b, slot in enumerate(slots):
                 if not 0 <= slot < state.shape[0]:
