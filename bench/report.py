@@ -28,11 +28,20 @@ HERE = pathlib.Path(__file__).resolve().parent
 RESULTS, OUTPUT = HERE / "results", HERE / "output"
 NOT_MEASURED = "not measured"
 _EXPLANATION = """\
-Ours and the peer are timed in turn in one run. "Times faster" is the ratio of their medians, then the median and the
-10% and 90% quantiles of the ratios round by round. The limit is the machine's fastest multiply-add for the dtype,
-measured in the same run; for decoding it is the copy bandwidth. "Takes" compares our call with another one of ours,
-timed in turn with it: one without the option, or the parts of the whole. Error is the worst over outputs and gradients, as a
-part of its budget."""
+Ours and the peers are timed in turn, round by round, in one run. The columns:
+
+- **case**: B batch, H heads (H32/8: 32 of queries, 8 of keys and values), T tokens or L length, D head size or channels, N state
+  size, K taps of a long kernel, W taps of a short filter; then the options.
+- **pass**: forward, forward and backward, or one decode step.
+- **ms**, **10-90%**: the median of our time, and the quantiles around it.
+- **rate**: operations or bytes that the case needs, per second of ours.
+- **of limit**: the rate as a share of what this machine reached in the same run at the named limit: its fastest multiply-adds
+  for the dtype, or, where an op is bound by memory, its copy bandwidth.
+- **beside**: our time as a multiple of that of another call of ours, timed in turn with it: the plain one without the option,
+  or the parts of the whole.
+- **times faster**: the fastest peer's median time over ours, in parentheses the median and the quantiles of the ratios round by
+  round. Below 1 we are slower, and the row says so.
+- **error/budget**: the largest error of outputs and gradients against the float64 reference, as a part of what is allowed."""
 
 
 # ---- result files --------------------------------------------------------------------------------------------------
@@ -146,7 +155,7 @@ def _unit(record: dict) -> str:
 
 
 def _share(row: Row) -> str:
-    return "-" if row.share is None else f"{100 * row.share:.0f}% {row.limit}"
+    return "-" if row.share is None else f"{100 * row.share:.0f}% of {row.limit}"
 
 
 def _ratio(row: Row) -> str:
@@ -180,9 +189,10 @@ def line(record: dict) -> str:
 
 # ---- the terminal --------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("case", "dtype", "pass", "threads", "backend", "ms", "10-90%", "GFLOP/s", "of limit", "takes",
-            "fastest peer", "ms", "times faster: medians (per round)", "error/budget")
-_LEFT = {0, 1, 2, 4, 9, 10, 12}
+# Each column with its alignment.
+_COLUMNS = {"case": "<", "dtype": "<", "pass": "<", "threads": ">", "backend": "<", "ms": ">", "10-90%": ">", "rate": ">",
+            "of limit": ">", "beside": "<", "fastest peer": "<", "peer ms": ">", "times faster (per round)": "<",
+            "error/budget": ">"}
 
 
 def _cells(row: Row) -> list[str]:
@@ -193,18 +203,26 @@ def _cells(row: Row) -> list[str]:
     if row.seconds is None:
         return [*case, row.backend or "-", f"WRONG: {row.problem}" if row.problem else NOT_MEASURED, *["-"] * 7, error]
     spread = f"{_number(1e3 * row.seconds.low)}-{_number(1e3 * row.seconds.high)}"
-    rate = _number(row.rate / 1e9) + (" GB/s" if _unit(record) == "GB/s" else "")
+    rate = f"{_number(row.rate / 1e9)} {_unit(record)}"
     slower = "  slower" if row.ratio and row.ratio.of_medians < 1 else ""
     peer = [row.peer, _milliseconds(row.peer_seconds)] if row.ratio else ["-", "-"]
     return [*case, row.backend, _milliseconds(row.seconds), spread, rate, _share(row), _beside(row),
             *peer, _ratio(row) + slower, error]
 
 
-def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]], left: set[int]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(header, *lines)]
+def _columns(found: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines, without the column of what is beside where no row has any."""
+    lines = [_cells(row) for row in found]
+    at = list(_COLUMNS).index("beside")
+    kept = [i for i in range(len(_COLUMNS)) if i != at or any(line[at] != "-" for line in lines)]
+    return [list(_COLUMNS)[i] for i in kept], [[line[i] for i in kept] for line in lines]
+
+
+def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *lines)]
 
     def aligned(cells: Sequence[str]) -> str:
-        return "  ".join(f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(cells)).rstrip()
+        return "  ".join(f"{cell:{_COLUMNS[name]}{n}}" for cell, name, n in zip(cells, header, widths)).rstrip()
 
     return "\n".join(aligned(cells) for cells in (header, *lines))
 
@@ -265,7 +283,7 @@ def table(data: dict) -> str:
            *(f"limits, {text}" if i < len(limits) else f"  ({text})" for i, text in enumerate(_limit_lines(limits)))]
     for op, records in _by_op(data["results"]).items():
         found = [row for record in records for row in rows(record)]
-        out += ["", op, _aligned(_COLUMNS, [_cells(row) for row in found], _LEFT)]
+        out += ["", op, _aligned(*_columns(found))]
         kinds: dict[tuple, list[Row]] = collections.defaultdict(list)
         for row in found:
             kinds[row.backend, row.record["dtype"], row.record["direction"]].append(row)
@@ -291,6 +309,43 @@ def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def _key(record: dict) -> tuple:
     return tuple(record[name] for name in ("op", "shape", "options", "dtype", "direction", "device", "threads"))
+
+
+def _in_order(records: Iterable[dict]) -> list[dict]:
+    """Case by case, as they first come, each by pass, dtype and thread count."""
+    records = list(records)
+    first: dict[tuple, int] = {}
+    for record in records:
+        first.setdefault((record["op"], record["shape"], record["options"]), len(first))
+    return sorted(records, key=lambda record: (first[record["op"], record["shape"], record["options"]],
+                                               record["direction"], record["dtype"] != "fp32", record["dtype"],
+                                               record["threads"]))
+
+
+def _unmeasured(records: Iterable[dict]) -> str:
+    """Names the cases of one op, those that lack the same dtypes, passes and thread counts together."""
+    lacking: dict[str, dict[int, dict[str, list[str]]]] = {}
+    for record in records:
+        threads = lacking.setdefault(f"{record['shape']} {record['options']}", {})
+        directions = threads.setdefault(record["threads"] if record["device"] == "cpu" else 0, {})
+        directions.setdefault(record["direction"], []).append(record["dtype"])
+
+    def kinds(directions: dict[str, list[str]]) -> str:
+        alike: dict[str, list[str]] = {}
+        for direction, dtypes in directions.items():
+            alike.setdefault(", ".join(dtypes), []).append(direction)
+        return " and ".join(f"{dtypes} {', '.join(found)}" for dtypes, found in alike.items())
+
+    cases: dict[str, list[str]] = {}
+    for case, threads in lacking.items():
+        alike: dict[str, list[int]] = {}
+        for count, directions in threads.items():
+            alike.setdefault(kinds(directions), []).append(count)
+        places = {kind: " and ".join(map(str, counts)) for kind, counts in alike.items()}
+        where = {kind: "" if count == "0" else f" on {count} thread{'s' * (count != '1')}" for kind, count in places.items()}
+        cases.setdefault("; ".join(kind + where[kind] for kind in alike), []).append(case)
+    return "Not measured: " + "; ".join(f"{', '.join(f'`{case}`' for case in names)} ({lack})"
+                                        for lack, names in cases.items()) + "."
 
 
 def grid(environment: dict) -> list[dict]:
@@ -364,12 +419,14 @@ def full(machines: Sequence[dict], expected=grid) -> str:
         out += [f"## {_machine(environment)}",
                 f"{', '.join(versions)}; commit {_commits(data)}, {environment['date'][:10]}.",
                 "\n".join(f"- {text}" for text in _limit_lines(limits))]
-        measured = {_key(record) for record in data["results"]}
-        absent = [record for record in expected(environment) if _key(record) not in measured]
-        for op, records in _by_op([*data["results"], *absent]).items():
-            found = [_cells(row) for record in records for row in rows(record)]
-            out += [f"### {op}", _markdown(_COLUMNS, found)]
-            if any(record["candidates"] for record in records):
+        every = {_key(record): record for record in (*data["results"], *expected(environment), *data["results"])}
+        for op, records in _by_op(_in_order(every.values())).items():
+            out.append(f"### {op}")
+            if tried := [record for record in records if record["candidates"]]:
+                out.append(_markdown(*_columns(row for record in tried for row in rows(record))))
+            if untried := [record for record in records if not record["candidates"]]:
+                out.append(_unmeasured(untried))
+            if tried:
                 out += [f"![{op}](plots/{name})" for name in _plot_names(environment["machine"], op)]
         missing = _missing(data["results"])
         if missing:

@@ -13,10 +13,13 @@ from torch.autograd import forward_ad
 def followed(*tensors: Tensor | None) -> bool:
     """Whether autograd follows a call on these tensors.
 
-    In forward mode too: there the autograd.Function raises, where the bare op would give zero tangents.
+    In forward mode too: there the autograd.Function raises, where the bare op would give zero tangents. And inside of
+    torch.func's transforms, whose tensors do not tell whether autograd outside follows them.
     """
     if forward_ad._current_level >= 0:
         return True
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return torch.is_grad_enabled()
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 

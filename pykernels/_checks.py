@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import backends
 
@@ -56,20 +58,29 @@ def by_metadata(function: Callable) -> Callable:
     return remembering
 
 
-def values_checked(device: torch.device) -> bool:
-    """Whether values inside tensors (cu_seqlens, cache lengths) are checked: eager on a CPU, or PYKERNELS_CHECK=1.
+def values_checked(x: Tensor) -> bool:
+    """Whether values inside `x` (offsets, cache lengths) are checked: eager on a CPU, or PYKERNELS_CHECK=1.
 
-    Elsewhere a check would wait for the device; kernels clamp such values and stay inside their tensors.
+    Elsewhere a check would wait for the device; kernels clamp such values and stay inside their tensors. Fake tensors
+    have no values, and those of vmap can't be looked at.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return False
-    return device.type == "cpu" or os.environ.get("PYKERNELS_CHECK", "0") == "1"
+    if not x.is_cpu and os.environ.get("PYKERNELS_CHECK", "0") != "1":
+        return False
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return True
 
 
 def tensor(name: str, x: object, axes: str) -> Tensor:
     """Checks that `x` is a tensor with the axes that `axes` spells ("B T H K")."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor [{', '.join(axes.split())}], got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {x.layout}")
     rank = axes.count(" ") + 1
     if x.dim() != rank:
         raise ValueError(f"{name} must have {rank} axes [{', '.join(axes.split())}], got shape {list(x.shape)}")
@@ -137,7 +148,7 @@ def cu_seqlens(name: str, x: object, total: int, device: torch.device) -> Tensor
         raise ValueError(f"{name} must be on the tensors' device {device}, got {x.device}")
     if x.shape[0] < 1:
         raise ValueError(f"{name} must hold sequences + 1 offsets, got an empty tensor")
-    if values_checked(device):
+    if values_checked(x):
         values = x.tolist()
         if values[0] != 0:
             raise ValueError(f"{name} must start at 0, got {values[0]}")
@@ -164,7 +175,7 @@ def state_indices(name: str, x: object, batch: int, slots: int, device: torch.de
     if x.device != device:
         raise ValueError(f"{name} must be on the tensors' device {device}, got {x.device}")
     shape(name, x, {"B": batch})
-    if values_checked(device):
+    if values_checked(x):
         seen: set[int] = set()
         for b, slot in enumerate(x.tolist()):
             if not -1 <= slot < slots:

@@ -195,6 +195,15 @@ def test_forward_softmax_overlaps_the_matrix_products():
         assert exponentials >= 40, (name, exponentials)
 
 
+def test_matrix_products_are_not_serialised():
+    """Where ptxas can't keep the registers of products under way apart, it makes each a group and waits for it; else there are
+    as many groups as the kernel commits."""
+    groups = {"flash_attention_fwd_sm90_kernel": 4, "flash_attention_bwd_sm90_kernel": 5, "flash_attention_bwd_wide_sm90_kernel": 6}
+    for name, code in _sm90a_kernels().items():
+        found = sum(line.startswith("HGMMA") and line.endswith("gsb0") for line in code)
+        assert found == next((count for kernel, count in groups.items() if kernel in name), 0), name
+
+
 def test_info_names_the_kernels_of_each_capability():
     assert _library.cuda_kernels("flash_attention", (8, 0)).startswith("sm_80 (mma.sync); bias, dropout and head sizes above 256")
     assert ("sm_90a" in _library.cuda_kernels("flash_attention", (9, 0))) == ("sm_90a" in _library.cuda_build())

@@ -380,6 +380,39 @@ def test_func_grad_and_checkpoint_give_autograds_gradients(op, target):
         assert all(torch.equal(x, y) for x, y in zip(ours, wanted, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap calls the kernels in a loop
+@on_differentiable
+def test_vmap_gives_each_samples_gradients(op, target):
+    """Of gradients taken inside of it, and of those that autograd takes through it."""
+    loss, leaves = _function(op, target)
+    stacked = [torch.stack([x.detach(), 0.5 * x.detach()]).requires_grad_() for x in leaves]
+    samples = [torch.autograd.grad(loss(*(x[i] for x in stacked)), stacked) for i in range(2)]
+    wanted = [x + y for x, y in zip(*samples)]
+    inside = torch.func.vmap(torch.func.grad(loss, argnums=tuple(range(len(leaves)))))(*(x.detach() for x in stacked))
+    through = torch.autograd.grad(torch.func.vmap(loss)(*stacked).sum(), stacked)
+    for name, *found, gradient in zip(op.good.make(torch.float32, target.device).differentiable, inside, through, wanted):
+        assert gradient.abs().amax(tuple(range(1, gradient.dim()))).min() > 0, name
+        for x in found:
+            torch.testing.assert_close(x, gradient, rtol=1e-5, atol=1e-5)
+
+
+@on_compiled
+def test_fake_tensors_go_through_the_public_function(op, target):
+    """Offsets, lengths and decays are values, which nothing looks at there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for case in (op.good, *op.cases[::5]):
+        if not serves(op, case, target, torch.float32):
+            continue
+        real, fake = (case.make(torch.float32, target.device).args for _ in range(2))
+        with FakeTensorMode() as mode:
+            fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in fake.items()}
+            fake = op.function(**fake, **op.returns, backend=target.backend)
+        real = op.function(**real, **op.returns, backend=target.backend)
+        for x, y in zip(*(x if isinstance(x, tuple) else (x,) for x in (real, fake)), strict=True):
+            assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride()), case
+
+
 @on_differentiable
 def test_every_op_exports_and_reloads(op, target):
     loss, leaves = _function(op, target)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.flash_attention import flash_attention, flash_attention_decode
 from .rotary import apply_rotary, positions_of
-from .state import check_inference
+from .state import check_inference, check_input
 
 
 @dataclasses.dataclass
@@ -100,6 +100,7 @@ class Attention(nn.Module):
         With `state`, x continues its sequences: x's keys and values are appended to it. `cu_seqlens` [sequences + 1]
         packs several sequences along T (then B is 1), as in `pykernels.flash_attention`.
         """
+        check_input(x, self.dim, True, None if state is None else state.lengths.shape[0])
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
         if state is not None:
@@ -125,4 +126,5 @@ class Attention(nn.Module):
 
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
+        check_input(x, self.dim, False, state.lengths.shape[0])
         return self(x[:, None], state)[:, 0]

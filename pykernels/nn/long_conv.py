@@ -20,7 +20,7 @@ from ..ops.fft_conv import (
     fft_conv_step,
     transforms_beforehand,
 )
-from .state import check_inference
+from .state import check_inference, check_input
 
 # convolve(u [B, D, T], kernel, D=None, pre_gate=None, post_gate=None); kernel(tokens) gives that many taps [D, tokens],
 # or where `convolve` is `_whole` their spectrum.
@@ -34,6 +34,11 @@ class LongConvState:
     convolutions: list[FFTConvState]  # in the order of the layer's convolutions; empty before the first token
     tokens: int  # seen
     max_tokens: int
+
+    @property
+    def batch(self) -> int | None:
+        """None before the first token."""
+        return self.convolutions[0].inputs.shape[0] if self.convolutions else None
 
 
 class _LongMixer(nn.Module, abc.ABC):
@@ -66,6 +71,7 @@ class _LongMixer(nn.Module, abc.ABC):
 
     def forward(self, x: Tensor, state: LongConvState | None = None) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences."""
+        check_input(x, self.dim, True, None if state is None else state.batch)
         if state is None or x.shape[1] == 0:
             if x.shape[1] > self.max_tokens:
                 raise ValueError(f"x must have at most max_tokens = {self.max_tokens} tokens, got {x.shape[1]}")
@@ -77,6 +83,7 @@ class _LongMixer(nn.Module, abc.ABC):
 
     def step(self, x: Tensor, state: LongConvState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
+        check_input(x, self.dim, False, state.batch)
         self._advance(x, state, 1)
         if not state.convolutions:
             return self._mix(x[:, None], functools.partial(self._prefix, state))[:, 0]

@@ -1,9 +1,19 @@
-"""What holds for the states of all layers."""
+"""What holds for the inputs and states of all layers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+
+def check_input(x: object, dim: int, tokens: bool, batch: int | None = None) -> None:
+    """x [B, T, dim], or without `tokens` [B, dim]; `batch` is that of the state that x continues."""
+    axes = {"B": batch, "T": None, "dim": dim} if tokens else {"B": batch, "dim": dim}
+    wanted = ", ".join(label if size is None else f"{label}={size}" for label, size in axes.items())
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor [{wanted}], got {type(x).__name__}")
+    if x.dim() != len(axes) or any(size is not None and size != n for size, n in zip(axes.values(), x.shape)):
+        raise ValueError(f"x must have shape [{wanted}], got {list(x.shape)}")
 
 
 def check_inference(layer: nn.Module, x: Tensor) -> None:

@@ -111,7 +111,8 @@ def test_numbers(host, host_ops, gpu, case, dtype):
 
 ORDERS = [attention_case("orders", tq=70, tk=200, heads_q=2, heads_k=1, head_dim=40, causal=True),
           attention_case("orders-128", tq=200, tk=140, heads_q=2, heads_k=1, head_dim=128, causal=True),
-          attention_case("orders-192", tq=140, tk=100, heads_q=2, heads_k=1, head_dim=192, causal=True)]
+          attention_case("orders-192", tq=140, tk=100, heads_q=2, heads_k=1, head_dim=192, causal=True),
+          attention_case("orders-packed-192", tq=140, heads_q=1, head_dim=192, lengths_q=(80, 60))]
 
 
 @pytest.mark.parametrize("seed_", range(12))
@@ -130,9 +131,10 @@ def test_every_order_of_events_in_a_pipeline(host, host_ops, case, seed_):
         host.set_capability(80)
 
 
-def test_a_packed_sequence_sees_nothing_of_its_neighbours(host, host_ops, gpu):
-    """Not even values that are not finite, in the same tile of keys."""
-    lengths, head_dim = (70, 150, 100), 64
+@pytest.mark.parametrize("head_dim", (64, 128, 192))
+def test_a_packed_sequence_sees_nothing_of_its_neighbours(host, host_ops, gpu, head_dim):
+    """Not even values that are not finite, in the same tile of keys; nor does it lose any of its own."""
+    lengths = (70, 150, 100)
     q, k, v = (torch.randn(1, sum(lengths), 2, head_dim, generator=torch.Generator().manual_seed(i)).bfloat16()
                for i in range(3))
     for x in (q, k, v):

@@ -56,6 +56,26 @@ def test_states_are_for_inference(name):
         mixer(x.requires_grad_(), state)
 
 
+@pytest.mark.parametrize("name", MIXERS)
+def test_bad_inputs_are_named(name):
+    mixer, x = made(name), torch.randn(2, 9, DIM)
+    with torch.no_grad():
+        state = mixer.init_state(2, TOKENS)
+        expected = mixer(x, state)
+        for bad in (x[0], x[None], x[..., 1:]):
+            with pytest.raises(ValueError, match=rf"x must have shape \[B, T, dim={DIM}\], got"):
+                mixer(bad)
+        with pytest.raises(TypeError, match="x must be a tensor .*, got NoneType"):
+            mixer(None)
+        with pytest.raises(ValueError, match=rf"x must have shape \[B=2, T, dim={DIM}\], got \[1, 9, {DIM}\]"):
+            mixer(x[:1], state)
+        for bad in (x, x[:1, 0], x[:, 0, 1:]):
+            with pytest.raises(ValueError, match=rf"x must have shape \[B=2, dim={DIM}\], got"):
+                mixer.step(bad, state)
+        torch.testing.assert_close(torch.cat((expected, mixer.step(x[:, 0], state)[:, None]), 1),
+                                   mixer(torch.cat((x, x[:, :1]), 1)), rtol=1e-4, atol=1e-5)
+
+
 def test_options_and_names():
     assert made("attention", heads=4, window=(7, 0)).head_dim == 8
     assert make_mixer("retention", 256, TOKENS).heads == 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pykernels import _library, fft_conv, fft_conv_init, fft_conv_step, testing
+from pykernels import _checks, _library, fft_conv, fft_conv_init, fft_conv_step, testing
 from pykernels.ops.fft_conv.decode import BLOCK
 
 BACKENDS = sorted({t.backend for t in testing.targets(testing.FFT_CONV.op, every_isa=False) if t.device == "cpu"})
@@ -218,6 +218,25 @@ def test_states_are_for_inference():
         args = {"u_t": u.detach(), "pre_gate": None, "post_gate": None, name: u}
         with pytest.raises(RuntimeError, match=rf"{name} requires grad.*inference"):
             fft_conv_step(state=state, **args)
+
+
+def test_a_steps_checks_are_remembered_for_calls_that_look_alike():
+    u = torch.randn(1, 2)
+    narrow, *states = (fft_conv_init(torch.randn(2, 5), dtype=dtype) for dtype in (torch.bfloat16, None, None))
+    _checks.forget()
+    for state in states:
+        fft_conv_step(u, state)
+        fft_conv_step(u, state)
+    assert len(_checks._remembered) == 1
+    fft_conv_step(u, states[0], pre_gate=u)
+    assert len(_checks._remembered) == 2
+    # The state's tensors look alike, its dtype is another.
+    with pytest.raises(TypeError, match="u_t.*bfloat16"):
+        fft_conv_step(u, narrow)
+    fft_conv_step(u.bfloat16(), narrow, post_gate=u)
+    with pytest.raises(RuntimeError, match="requires grad"):
+        fft_conv_step(u.clone().requires_grad_(), states[0])
+    assert len(_checks._remembered) == 3
 
 
 @pytest.mark.parametrize(

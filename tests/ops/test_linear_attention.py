@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pykernels import backends, linear_attention, linear_attention_step, testing
+from pykernels import _checks, backends, linear_attention, linear_attention_step, testing
 from pykernels.ops.linear_attention.registration import SEGMENT
 from pykernels.testing.linear_attention import chunkwise, linear_case
 
@@ -336,6 +336,33 @@ def test_a_step_bumps_the_version_of_the_state_alone():
     versions = [x._version for x in (q, k, v, state)]
     linear_attention_step(q, k, v, state, backend="cpu")
     assert [x._version for x in (q, k, v)] == versions[:3] and state._version > versions[3]
+
+
+def test_a_steps_checks_are_remembered_for_calls_that_look_alike():
+    q, k, v = torch.randn(3, 2, 3, 8)
+    state, decay = torch.zeros(2, 3, 8, 8), -torch.rand(3)
+
+    def step(**changes):
+        return linear_attention_step(**{"q": q, "k": k, "v": v, "state": state, "decay": decay, "scale": 1.0, **changes})
+
+    _checks.forget()
+    step(), step()
+    assert len(_checks._remembered) == 1
+    step(state=torch.zeros(2, 6, 8, 8)[:, ::2], state_indices=torch.tensor([1, 0]))
+    assert len(_checks._remembered) == 2
+    # Equal to what was remembered, but not alike; alike, but with values that are wrong.
+    with pytest.raises(TypeError, match="scale"):
+        step(scale=True)
+    with pytest.raises(ValueError, match="decay.*<= 0"):
+        step(decay=-decay)
+    with pytest.raises(ValueError, match="state_indices.*2 slots"):
+        step(state=torch.zeros(2, 6, 8, 8)[:, ::2], state_indices=torch.tensor([1, 2]))
+    with pytest.raises(RuntimeError, match="requires grad"):
+        step(decay=decay.clone().requires_grad_())
+    before = state.clone()
+    with backends.use_backend("reference"):
+        step()
+    assert len(_checks._remembered) == 3 and not torch.equal(state, before)
 
 
 def test_what_the_cuda_kernels_serve():

@@ -573,9 +573,18 @@ struct NaturalOrder {
   static constexpr int source(int k) { return k; }
 };
 
+// What happens to numbers on their way into an operand: map(x, row, column) -> what becomes of the elements x of that row of the
+// source from `column` on. Only copy_columns takes another one for BF16.
+struct AsTheyAre {
+  template <class V>
+  PYKERNELS_INLINE V operator()(V x, int, int) const {
+    return x;
+  }
+};
+
 // B[k][n] = source[k * stride + n]: rows of the source are rows of B. T is any storage type that C's Acc can hold.
-template <class C, class Order = NaturalOrder, class T>
-void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64_t stride, int depth, int columns) {
+template <class C, class Order = NaturalOrder, class T, class Map = AsTheyAre>
+void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64_t stride, int depth, int columns, Map map = {}) {
   using Acc = typename C::Acc;
   constexpr int lanes = kLanes<Acc>;
   const int depth_padded = round_up(depth, most(C::kDepthAlign, Order::kBlock));
@@ -589,7 +598,8 @@ void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64
         for (int i = 0; i < 16; ++i)
           for (int n = 0; n < width; n += lanes) {
             const auto row = [&](int r) {
-              return load_upto(source + (r < depth ? r : 0) * stride + first + n, r < depth ? columns - first - n : 0);
+              const int from = r < depth ? r : 0;
+              return map(load_upto(source + from * stride + first + n, r < depth ? columns - first - n : 0), from, first + n);
             };
             store_pair(b + k * C::kPanel, i, n, split(row(k + i), row(k + i + 16)));
           }
@@ -604,8 +614,9 @@ void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64
       for (int n = 0; n < width; n += lanes) {
         const int64_t left = columns - first - n;
         if constexpr (C::kPair == 1) {
-          store(row + n, load_upto(from0 + n, left));
+          store(row + n, map(load_upto(from0 + n, left), row0, first + n));
         } else {
+          static_assert(kIsSplit<C> || std::is_same_v<Map, AsTheyAre>);
 #if defined(PYKERNELS_HAS_BF16_DOT)
           const VecU32 pairs = detail::interleave(detail::load_bf16(from0 + n, row0 < depth ? left : 0),
                                                   detail::load_bf16(from1 + n, row1 < depth ? left : 0));
@@ -618,8 +629,9 @@ void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64
 }
 
 // B[k][n] = source[n * stride + k]: rows of the source are columns of B.
-template <class C, class T>
-void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, int64_t stride, int depth, int columns) {
+template <class C, class T, class Map = AsTheyAre>
+void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, int64_t stride, int depth, int columns,
+                  Map map = {}) {
   using Acc = typename C::Acc;
   constexpr int lanes = kLanes<Acc>;
   const int depth_padded = round_up(depth, C::kDepthAlign), columns_padded = round_up(columns, C::kColumnAlign);
@@ -635,7 +647,8 @@ void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, in
           for (int h = 0; h < 2; ++h) {
             const int first_k = k + h * lanes;
             for (int i = 0; i < lanes; ++i)
-              square[h][i] = i < rows ? load_upto(from + i * stride + first_k, depth - first_k) : Vec<Acc>{};
+              square[h][i] =
+                  i < rows ? map(load_upto(from + i * stride + first_k, depth - first_k), first + n + i, first_k) : Vec<Acc>{};
             transpose(square[h]);
           }
           for (int i = 0; i < lanes; ++i) store_pair(b + k * C::kPanel, i, n, split(square[0][i], square[1][i]));
@@ -643,10 +656,11 @@ void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, in
         } else if constexpr (C::kPair == 1) {
           Vec<Acc> square[lanes];
           for (int i = 0; i < lanes; ++i)
-            square[i] = i < rows ? load_upto(from + i * stride + k, depth - k) : Vec<Acc>{};
+            square[i] = i < rows ? map(load_upto(from + i * stride + k, depth - k), first + n + i, k) : Vec<Acc>{};
           transpose(square);
           for (int i = 0; i < least(lanes, depth_padded - k); ++i) store(b + (k + i) * C::kPanel + n, square[i]);
         } else {
+          static_assert(kIsSplit<C> || std::is_same_v<Map, AsTheyAre>);
 #if defined(PYKERNELS_HAS_BF16_DOT)
           VecU32 square[lanes];
           for (int i = 0; i < lanes; ++i)
@@ -663,19 +677,21 @@ void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, in
 
 // A[m][k] = source[m * stride + k], zeros from depth to lda (at least depth rounded up to kDepthAlign).
 // For SplitF32 lda is a multiple of kDepthAlign.
-template <class C, class T>
-void copy_rows(typename C::Elem* a, int64_t lda, const T* source, int64_t stride, int rows, int depth) {
+template <class C, class T, class Map = AsTheyAre>
+void copy_rows(typename C::Elem* a, int64_t lda, const T* source, int64_t stride, int rows, int depth, Map map = {}) {
   using Acc = typename C::Acc;
   constexpr int lanes = kLanes<Acc>;
   for (int m = 0; m < rows; ++m, a += lda, source += stride)
     for (int k = 0; k < lda; k += kIsSplit<C> ? 2 * lanes : lanes) {
       if constexpr (kIsSplit<C>) {
 #if defined(PYKERNELS_HAS_AMX)
-        store_row(a + k, split(load_upto(source + k, depth - k), load_upto(source + k + lanes, depth - k - lanes)));
+        store_row(a + k, split(map(load_upto(source + k, depth - k), m, k),
+                               map(load_upto(source + k + lanes, depth - k - lanes), m, k + lanes)));
 #endif
       } else if constexpr (C::kPair == 1) {
-        store_upto(a + k, load_upto(source + k, depth - k), lda - k);
+        store_upto(a + k, map(load_upto(source + k, depth - k), m, k), lda - k);
       } else {
+        static_assert(kIsSplit<C> || std::is_same_v<Map, AsTheyAre>);
 #if defined(PYKERNELS_HAS_BF16_DOT)
         const HalfU16 bits = detail::load_bf16(source + k, depth - k);
         if (lda - k >= lanes)
@@ -688,8 +704,8 @@ void copy_rows(typename C::Elem* a, int64_t lda, const T* source, int64_t stride
 }
 
 // A[m][k] = source[k * stride + m], zeros from depth to lda.
-template <class C, class T>
-void copy_columns(typename C::Elem* a, int64_t lda, const T* source, int64_t stride, int rows, int depth) {
+template <class C, class T, class Map = AsTheyAre>
+void copy_columns(typename C::Elem* a, int64_t lda, const T* source, int64_t stride, int rows, int depth, Map map = {}) {
   using Acc = typename C::Acc;
   constexpr int lanes = kLanes<Acc>;
   for (int m = 0; m < rows; m += lanes)
@@ -699,7 +715,7 @@ void copy_columns(typename C::Elem* a, int64_t lda, const T* source, int64_t str
         Vec<Acc> square[2][lanes];
         for (int h = 0; h < 2; ++h) {
           for (int i = 0, row = k + h * lanes; i < lanes; ++i, ++row)
-            square[h][i] = row < depth ? load_upto(source + row * stride + m, rows - m) : Vec<Acc>{};
+            square[h][i] = row < depth ? map(load_upto(source + row * stride + m, rows - m), row, m) : Vec<Acc>{};
           transpose(square[h]);
         }
         for (int i = 0; i < least(lanes, rows - m); ++i) store_row(a + (m + i) * lda + k, split(square[0][i], square[1][i]));
@@ -707,17 +723,22 @@ void copy_columns(typename C::Elem* a, int64_t lda, const T* source, int64_t str
       } else if constexpr (C::kPair == 1) {
         Vec<Acc> square[lanes];
         for (int i = 0; i < lanes; ++i)
-          square[i] = k + i < depth ? load_upto(source + (k + i) * stride + m, rows - m) : Vec<Acc>{};
+          square[i] = k + i < depth ? map(load_upto(source + (k + i) * stride + m, rows - m), k + i, m) : Vec<Acc>{};
         transpose(square);
         for (int i = 0; i < least(lanes, rows - m); ++i) store_upto(a + (m + i) * lda + k, square[i], lda - k);
       } else {
 #if defined(PYKERNELS_HAS_BF16_DOT)
         VecU32 square[lanes];
         for (int i = 0; i < lanes; ++i) {
-          const int row = k + 2 * i;
-          const T* const from = source + row * stride + m;
-          square[i] = detail::interleave(row < depth ? detail::load_bf16(from, rows - m) : HalfU16{},
-                                         row + 1 < depth ? detail::load_bf16(from + stride, rows - m) : HalfU16{});
+          const auto row = [&](int r) {
+            const T* const from = source + r * stride + m;
+            if (r >= depth) return HalfU16{};
+            if constexpr (std::is_same_v<Map, AsTheyAre>)
+              return detail::load_bf16(from, rows - m);
+            else
+              return (HalfU16)narrow(map(load_upto(from, rows - m), r, m), BFloat16{});
+          };
+          square[i] = detail::interleave(row(k + 2 * i), row(k + 2 * i + 1));
         }
         transpose(square);
         // Whole vectors have a constant size: a copy of any other is a call or a loop over bytes.

@@ -27,8 +27,7 @@ class Backward {
         ahead(tile_products<C>(kChunk, value_dim, key_dim + kChunk) + 2 * tile_products<C>(kChunk, key_dim, value_dim + kChunk) +
               tile_products<C>(key_dim, value_dim, kChunk)),
         ahead_of_states(tile_products<C>(key_dim, value_dim, kChunk)) {
-    kp = padded(key_dim), vp = padded(value_dim);
-    kd = round_up(key_dim, C::kDepthAlign);
+    kp = padded(key_dim), vp = round_up(padded(value_dim), C::kPanel);
     const int widest = most(kp, vp);
     const int64_t square = int64_t{kp} * vp;
     const int64_t chunks = (least<int64_t>(kSegment, p.tokens) + kChunk - 1) / kChunk;
@@ -37,15 +36,13 @@ class Backward {
       head[i].allocate(p, scratch, kp, vp, head[0]);
     }
     dstate = scratch.take<A>(square);
-    panel = packed_panel<C>(kd + kChunk);
-    packed = scratch.take<E>(packed_size<C>(kd + kChunk, vp));
-    packed_t = scratch.take<E>(packed_size<C>(vp, kp));
+    packed = scratch.take<E>(packed_size<C>(kChunk, vp));
+    panel = scratch.take<E>(packed_panel<C>(most(key_dim, value_dim)));
     tokens = scratch.take<E>(packed_size<C>(widest, kChunk));
     query_rows = scratch.take<E>(packed_size<C>(kChunk, kp));
     key_rows = scratch.take<E>(packed_size<C>(kChunk, kp));
     operand = scratch.take<E>(kChunk * widest);
     dout_rows = scratch.take<E>(kChunk * vp);
-    rows = scratch.take<Row<C>>(kChunk * kp);
     transposed = scratch.take<E>(kp * kChunk);
     scores = scratch.take<A>(kChunk * kChunk);
     dscores = scratch.take<A>(kChunk * kChunk);
@@ -58,6 +55,7 @@ class Backward {
     dv = scratch.take<A>(kChunk * vp);
     cross = scratch.take<A>(kp);
     if (Channel) {
+      rows = scratch.take<Row<C>>(kChunk * kp);
       side = scratch.take<A>(kChunk * kp);
       product = scratch.take<A>(kChunk * kp);
       ddecay_rows = scratch.take<A>(kChunk * kp);
@@ -128,8 +126,7 @@ class Backward {
 
   // before = since * after + local: gradients of states.
   void finish(int index, A* before, const A* after) {
-    const Head& h = head[index];
-    combine_state(before, value_dim, h.since, after, value_dim, h.local, vp, key_dim, value_dim);
+    head[index].template finish<C>(before, after, kp, key_dim, value_dim);
   }
 
   const A* since(int index) const { return head[index].since; }
@@ -202,10 +199,12 @@ class Backward {
           }
         if constexpr (kIsSplit<C>) h.range->add(ChainRange::kState, peak.value());
         const Rows<const T> vs = h.values(t, kChunk, value_dim, ones);
-        pack_rows<C>(packed, panel, vs.data, vs.stride, kChunk, value_dim);
-        scale_rows<C>(rows, kp, h.k.from(t), kChunk, key_dim, [&](int j, int c) { return h.factors.key_at(j, c); });
-        copy_columns<C>(transposed, kChunk, rows, kp, key_dim, kChunk);
-        matmul<C>(key_dim, value_dim, kChunk, {transposed, kChunk}, {packed, panel}, {next, vp}, true, ahead_of_states);
+        pack_rows<C>(packed, packed_panel<C>(kChunk), vs.data, vs.stride, kChunk, value_dim);
+        const Rows<const T> ks = h.k.from(t);
+        copy_columns<C>(transposed, kChunk, ks.data, ks.stride, key_dim, kChunk,
+                        [&](Vec<A> x, int j, int c) { return Vec<A>(x * h.factors.key_at(j, c)); });
+        matmul<C>(key_dim, value_dim, kChunk, {transposed, kChunk}, {packed, packed_panel<C>(kChunk)}, {next, vp}, true,
+                  ahead_of_states);
       }
     if constexpr (kIsSplit<C>)
       for (int i = 0; i < heads; ++i) {
@@ -217,43 +216,56 @@ class Backward {
   // `before`: the state before the chunk [kp, vp] or null; `later`: whether the state after it has a gradient.
   void chunk(Head& h, int64_t t, int n, const A* before, const A* after, bool later, A* dbonus, bool outputs) {
     const Factors<A, Channel>& factors = h.factors;
-    A* const local = h.local;
     const Rows<const T> qs = h.q.from(t), ks = h.k.from(t);
     const Rows<const T> vs = h.values(t, n, value_dim, ones), ds = gradients(h, t, n);
     h.prepare(t, key_dim, n, row_scale);
-    pack_rows_at<C>(packed, panel, kd, ds.data, ds.stride, n, value_dim);
-    if constexpr (kIsSplit<C>) {
-      h.range->add_scaled_queries(largest(qs, n, key_dim), factors.largest_query_factor(n));
-      h.range->add(ChainRange::kOutGradient, largest(ds, n, value_dim));
-      h.range->add(ChainRange::kScale, largest(Rows<const A>{row_scale, 0}, 1, n));
+    Peak<A> query, gradient;
+    pack_rows<C>(packed, packed_panel<C>(kChunk), ds.data, ds.stride, n, value_dim, seen_by<C>(gradient));
+    copy_columns<C>(transposed, kChunk, qs.data, qs.stride, key_dim, n, [&](Vec<A> x, int i, int c) {
+      if constexpr (kIsSplit<C>) query.see(x);
+      return Vec<A>(x * factors.query_at(i, c));
+    });
+    const bool reads = outputs && later;
+    if (outputs) score(h, qs, ks, vs, ds, n);
+    if (reads) scale_rows<C>(operand, kp, ks, n, key_dim, [&](int j, int c) { return factors.key_at(j, c); });
+    // Panel by panel, so that the state's gradient is read and written while it is near, and its operand never leaves.
+    for (int c = 0; c < value_dim; c += C::kPanel) {
+      const int width = least(C::kPanel, value_dim - c);
+      A* const local = h.panel(c, kp);
+      const PackedB<C> of_gradients{packed + c / C::kPanel * packed_panel<C>(kChunk), 0};
+      if (reads) {
+        const A largest = pack_state<C>(panel, 0, h.since, after ? after + c : nullptr, value_dim, local, C::kPanel,
+                                        factors.total, key_dim, width, dstate + c, vp);
+        if constexpr (kIsSplit<C>) h.range->add(ChainRange::kStateGradient, largest);
+        matmul<C>(n, width, key_dim, {operand, kp}, {panel, 0}, {dv + c, vp}, false, ahead);
+      } else {
+        decay_state(local, C::kPanel, factors.total, key_dim);
+      }
+      if (outputs)
+        for (int r = 0; r < n; r += kRows)
+          matmul<C>(least(kRows, n - r), width, n - r, {weighted_t + r * kChunk + r, kChunk},
+                    {of_gradients.data, 0, r}, {dv + r * vp + c, vp}, later, ahead);
+      matmul<C>(key_dim, width, n, {transposed, kChunk}, of_gradients, {local, C::kPanel}, true, ahead);
     }
     if (outputs) {
-      if (later) {
-        const A largest_gradient =
-            pack_state<C>(packed, panel, h.since, after, value_dim, local, vp, factors.total, key_dim, value_dim, dstate);
-        if constexpr (kIsSplit<C>) h.range->add(ChainRange::kStateGradient, largest_gradient);
-      }
-      if constexpr (kIsSplit<C>) {
-        h.range->add(ChainRange::kKey, largest(ks, n, key_dim));
-        h.range->add(ChainRange::kValue, largest(vs, n, value_dim));
-      }
-      score(h, qs, ks, vs, ds, n);
-      value_gradient(h, t, n, ks, later);
+      const int columns = static_cast<int>(p.value_dim);
+      for (int i = 0; i < n; ++i) results.row(h.dv[t + i], columns, [&](int c) { return load(dv + i * vp + c); });
       key_query_gradients(h, t, n, qs, ks, vs, before, later ? dstate : nullptr, dbonus);
-    } else {
-      decay_state(local, vp, factors.total, key_dim);
     }
-    scale_rows<C>(rows, kp, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
-    copy_columns<C>(transposed, kChunk, rows, kp, key_dim, n);
-    matmul<C>(key_dim, value_dim, n, {transposed, kChunk}, {packed, panel, kd}, {local, vp}, true, ahead);
     for (int c = 0; c < kp; ++c) h.since[c] *= factors.total[c];
+    if constexpr (kIsSplit<C>) {
+      h.range->add_scaled_queries(query.value(), factors.largest_query_factor(n));
+      h.range->add(ChainRange::kOutGradient, gradient.value());
+      h.range->add(ChainRange::kScale, largest(Rows<const A>{row_scale, 0}, 1, n));
+    }
   }
 
   // weighted = P, dweighted = dP (both with row_scale), and for the gradient of scalar decay scores = P * (dO V^T).
   void score(const Head& h, Rows<const T> qs, Rows<const T> ks, Rows<const T> vs, Rows<const T> ds, int n) {
     const Factors<A, Channel>& factors = h.factors;
     const A* const bonus = h.bonus;
-    pack_columns<C>(tokens, packed_panel<C>(value_dim), vs.data, vs.stride, value_dim, n);
+    Peak<A> key, value;
+    pack_columns<C>(tokens, packed_panel<C>(value_dim), vs.data, vs.stride, value_dim, n, seen_by<C>(value));
     of_dout = left_operand<C>(dout_rows, ds, n, value_dim);
     for (int r = 0; r < n; r += kRows) {
       const int count = least(kRows, n - r), columns = least(r + kRows, n);
@@ -263,13 +275,17 @@ class Backward {
     if constexpr (Channel) {
       channel_scores<C>(factors, qs, ks, key_dim, n, rows, operand, tokens, side, scores);
     } else {
-      pack_columns<C>(tokens, packed_panel<C>(key_dim), ks.data, ks.stride, key_dim, n);
+      pack_columns<C>(tokens, packed_panel<C>(key_dim), ks.data, ks.stride, key_dim, n, seen_by<C>(key));
       for (int r = 0; r < n; r += kRows) {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
         const MatrixA<C> left = left_operand<C>(operand, qs.from(r), count, key_dim);
         matmul<C>(count, columns, key_dim, left, {tokens, packed_panel<C>(key_dim)},
                   {scores + r * kChunk, kChunk}, false, ahead);
       }
+    }
+    if constexpr (kIsSplit<C>) {
+      h.range->add(ChainRange::kKey, Channel ? largest(ks, n, key_dim) : key.value());
+      h.range->add(ChainRange::kValue, value.value());
     }
     const Vec<A> index = iota<A>();
     for (int i = 0; i < n; ++i) {
@@ -297,17 +313,13 @@ class Backward {
     copy_columns<C>(dweighted_t, kChunk, dweighted, kChunk, n, n);
   }
 
-  void value_gradient(const Head& h, int64_t t, int n, Rows<const T> ks, bool later) {
-    const Factors<A, Channel>& factors = h.factors;
-    if (later) {
-      scale_rows<C>(operand, kp, ks, n, key_dim, [&](int j, int c) { return factors.key_at(j, c); });
-      matmul<C>(n, value_dim, key_dim, {operand, kp}, {packed, panel}, {dv, vp}, false, ahead);
+  // to [n, key_dim] = left state^T, panel by panel.
+  void times_transposed(A* to, int n, MatrixA<C> left, const A* state) {
+    for (int c = 0; c < key_dim; c += C::kPanel) {
+      const int width = least(C::kPanel, key_dim - c);
+      pack_columns<C>(panel, 0, state + c * vp, vp, value_dim, width);
+      matmul<C>(n, width, value_dim, left, {panel, 0}, {to + c, kp}, false, ahead);
     }
-    for (int r = 0; r < n; r += kRows)
-      matmul<C>(least(kRows, n - r), value_dim, n - r, {weighted_t + r * kChunk + r, kChunk}, {packed, panel, kd + r},
-                {dv + r * vp, vp}, later, ahead);
-    const int columns = static_cast<int>(p.value_dim);
-    for (int i = 0; i < n; ++i) results.row(h.dv[t + i], columns, [&](int c) { return load(dv + i * vp + c); });
   }
 
   void key_query_gradients(const Head& h, int64_t t, int n, Rows<const T> qs, Rows<const T> ks, Rows<const T> vs,
@@ -316,15 +328,12 @@ class Backward {
     const A* const bonus = h.bonus;
     // From the state before the chunk, and through the state after it.
     if (before) {
-      pack_columns<C>(packed_t, packed_panel<C>(value_dim), before, vp, value_dim, key_dim);
-      matmul<C>(n, key_dim, value_dim, of_dout, {packed_t, packed_panel<C>(value_dim)}, {dq, kp}, false, ahead);
+      times_transposed(dq, n, of_dout, before);
     } else {
       fill<A>(dq, int64_t{n} * kp, 0);
     }
     if (later) {
-      pack_columns<C>(packed_t, packed_panel<C>(value_dim), later, vp, value_dim, key_dim);
-      const MatrixA<C> left = left_operand<C>(operand, vs, n, value_dim);
-      matmul<C>(n, key_dim, value_dim, left, {packed_t, packed_panel<C>(value_dim)}, {dk, kp}, false, ahead);
+      times_transposed(dk, n, left_operand<C>(operand, vs, n, value_dim), later);
     } else {
       fill<A>(dk, int64_t{n} * kp, 0);
     }
@@ -537,21 +546,20 @@ class Backward {
   const LinearAttentionBackwardParams& b;
   const LinearAttentionParams& p;
   const int key_dim, value_dim;  // value_dim with the column of ones
-  int kp, vp, kd;
-  int64_t panel;
+  int kp, vp;
   const ResultWriter results;
   Ahead ahead, ahead_of_states;
   Head head[kHeads];
   A* dstate;
-  E* packed;       // kd rows of the state's gradient, then kChunk of dout
-  E* packed_t;     // a state, transposed
+  E* packed;       // rows are tokens: dout (v)
+  E* panel;        // of a state or of its gradient
   E* tokens;       // columns are tokens: v or k
   E* query_rows;   // rows are tokens
   E* key_rows;
   E* operand;
   E* dout_rows;
   MatrixA<C> of_dout;  // dout as a left operand
-  Row<C>* rows;        // scaled queries or keys
+  Row<C>* rows = nullptr;  // channel decay: scaled queries and keys
   E* transposed;
   A* scores;
   A* dscores;

@@ -230,13 +230,13 @@ PYKERNELS_INLINE void scale_rows(To* to, int64_t ld, Rows<T> source, int rows, i
 }
 
 // Rows as the left operand of a product: in place where their type and padding allow, else copied to `buffer` [rows, padded].
-template <class C, class T>
-PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, Rows<T> source, int rows, int columns) {
+template <class C, class T, class Map = AsTheyAre>
+PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, Rows<T> source, int rows, int columns, Map map = {}) {
   if constexpr (sizeof(T) == sizeof(typename C::Elem) && C::kPair == (sizeof(T) == 2 ? 2 : 1)) {
     if (columns % C::kDepthAlign == 0 && rows % C::kRowAlign == 0)
       return {reinterpret_cast<const typename C::Elem*>(source.data), source.stride};
   }
-  copy_rows<C>(buffer, padded(columns), source.data, source.stride, rows, columns);
+  copy_rows<C>(buffer, padded(columns), source.data, source.stride, rows, columns, map);
   return {buffer, padded(columns)};
 }
 // The same of our own rows, which are padded already.
@@ -250,11 +250,33 @@ PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, const Row<C>*
   }
 }
 
-// pack_rows into rows first, first + 1, ... of a packed operand; first is a multiple of kDepthAlign.
-template <class C, class T>
-PYKERNELS_INLINE void pack_rows_at(typename C::Elem* b, int64_t panel_stride, int first, const T* source, int64_t stride,
-                                   int depth, int columns) {
-  pack_rows<C>(b + first * C::kPanel, panel_stride, source, stride, depth, columns);
+// The largest magnitude of what it sees, infinity and NaN above all numbers.
+template <class A>
+class Peak {
+ public:
+  PYKERNELS_INLINE void see(Vec<A> x) {
+    const Mask<A> bits = (Mask<A>)abs<A>(x);
+    top_ = bits > top_ ? bits : top_;
+  }
+  A value() const {
+    auto result = top_[0];
+    for (int i = 1; i < kLanes<A>; ++i) result = most(result, top_[i]);
+    return bit_cast<A>(result);
+  }
+
+ private:
+  Mask<A> top_{};
+};
+// For the functions that make operands: lets the peak see what goes into them, for SplitF32, which alone asks for it.
+template <class C>
+PYKERNELS_INLINE auto seen_by(Peak<typename C::Acc>& peak) {
+  if constexpr (kIsSplit<C>)
+    return [&peak](Vec<typename C::Acc> x, int, int) {
+      peak.see(x);
+      return x;
+    };
+  else
+    return AsTheyAre{};
 }
 
 // ---- decay -------------------------------------------------------------------------------------------------------------
@@ -390,69 +412,64 @@ PYKERNELS_INLINE void combine_state(A* to, int64_t ld_to, const A* factor, const
     }
 }
 
-// The largest magnitude of what it sees, infinity and NaN above all numbers.
-template <class A>
-class Peak {
- public:
-  PYKERNELS_INLINE void see(Vec<A> x) {
-    const Mask<A> bits = (Mask<A>)abs<A>(x);
-    top_ = bits > top_ ? bits : top_;
-  }
-  A value() const {
-    auto result = top_[0];
-    for (int i = 1; i < kLanes<A>; ++i) result = most(result, top_[i]);
-    return bit_cast<A>(result);
-  }
-
- private:
-  Mask<A> top_{};
-};
-
 // In one pass over a state [key_dim, columns], which is longer than the first-level cache: packs factor * from + local (from may
-// be null: zero) into the first rows of a packed operand and, unless null, writes it to `whole` [key_dim, ld] too, and multiplies
+// be null: zero) into the first rows of a packed operand and, unless null, writes it to `whole` [key_dim, ld_whole] too, and multiplies
 // local by total. For SplitF32 -> the largest magnitude.
 template <class C>
 typename C::Acc pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Acc* factor, const typename C::Acc* from,
                            int64_t ld_from, typename C::Acc* local, int64_t ld, const typename C::Acc* total, int key_dim,
-                           int columns, typename C::Acc* whole = nullptr) {
+                           int columns, typename C::Acc* whole = nullptr, int64_t ld_whole = 0) {
   using A = typename C::Acc;
   constexpr int lanes = kLanes<A>;
   [[maybe_unused]] Peak<A> peak;
-  const auto state = [&](int k, int c) {
-    if (k >= key_dim) return Vec<A>{};
-    A* const p = local + k * ld + c;
-    Vec<A> x = load(p);
-    store(p, x * total[k]);
-    if (from) x = load_upto(from + k * ld_from + c, columns - c) * factor[k] + x;
-    if (whole) store(whole + k * ld + c, x);
-    if constexpr (kIsSplit<C>) peak.see(x);
-    return x;
-  };
-  const int columns_padded = round_up(columns, C::kColumnAlign);
-  const auto at = [&](int k, int c) { return b + c / C::kPanel * panel_stride + k * C::kPanel; };
-  if constexpr (kIsSplit<C>) {
-#if defined(PYKERNELS_HAS_AMX)
-    for (int k = 0; k < key_dim; k += 32)
-      for (int i = 0; i < 16; ++i)
-        for (int c = 0; c < columns_padded; c += lanes)
-          store_pair(at(k, c), i, c % C::kPanel, split(state(k + i, c), state(k + i + 16, c)));
-    return peak.value();
-#endif
-  }
-  for (int k = 0; k < round_up(key_dim, C::kDepthAlign); k += C::kPair)
-    for (int c = 0; c < columns_padded; c += lanes) {
-      typename C::Elem* const to = at(k, c) + c % C::kPanel * C::kPair;
-      if constexpr (C::kPair == 1) {
-        store(to, state(k, c));
-      } else {
-#if defined(PYKERNELS_HAS_BF16_DOT)
-        const HalfU16 low = narrow(state(k, c), BFloat16{}), high = narrow(state(k + 1, c), BFloat16{});
-        const VecU32 pairs = detail::interleave(low, high);
-        __builtin_memcpy(to, &pairs, sizeof(pairs));
-#endif
+  // `panel`: one whole panel, of a size that the compiler knows.
+  const auto pack = [&](auto panel) {
+    constexpr bool whole_panel = decltype(panel)::value;
+    const auto state = [&](int k, int c) {
+      if (k >= key_dim) return Vec<A>{};
+      A* const p = local + k * ld + c;
+      Vec<A> x = load(p);
+      store(p, x * total[k]);
+      if (from) {
+        const A* const y = from + k * ld_from + c;
+        x = (whole_panel ? load(y) : load_upto(y, columns - c)) * factor[k] + x;
       }
+      if (whole) store(whole + k * ld_whole + c, x);
+      if constexpr (kIsSplit<C>) peak.see(x);
+      return x;
+    };
+    const int columns_padded = whole_panel ? C::kPanel : round_up(columns, C::kColumnAlign);
+    const auto at = [&](int k, int c) { return b + (whole_panel ? 0 : c / C::kPanel * panel_stride) + k * C::kPanel; };
+    if constexpr (kIsSplit<C>) {
+#if defined(PYKERNELS_HAS_AMX)
+      for (int k = 0; k < key_dim; k += 32)
+        for (int i = 0; i < 16; ++i)
+#pragma GCC unroll 2
+          for (int c = 0; c < columns_padded; c += lanes)
+            store_pair(at(k, c), i, c % C::kPanel, split(state(k + i, c), state(k + i + 16, c)));
+#endif
+    } else {
+      for (int k = 0; k < round_up(key_dim, C::kDepthAlign); k += C::kPair)
+#pragma GCC unroll 4
+        for (int c = 0; c < columns_padded; c += lanes) {
+          typename C::Elem* const to = at(k, c) + c % C::kPanel * C::kPair;
+          if constexpr (C::kPair == 1) {
+            store(to, state(k, c));
+          } else {
+#if defined(PYKERNELS_HAS_BF16_DOT)
+            const HalfU16 low = narrow(state(k, c), BFloat16{}), high = narrow(state(k + 1, c), BFloat16{});
+            const VecU32 pairs = detail::interleave(low, high);
+            __builtin_memcpy(to, &pairs, sizeof(pairs));
+#endif
+          }
+        }
     }
-  return 0;
+  };
+  if (columns == C::kPanel)
+    pack(std::true_type{});
+  else
+    pack(std::false_type{});
+  return kIsSplit<C> ? peak.value() : A(0);
 }
 
 // ---- channel decay inside a chunk --------------------------------------------------------------------------------------
@@ -645,7 +662,7 @@ void with_compute(const LinearAttentionParams& p, Run&& run) {
 // comes from the segment at hand, with the factor on what comes from outside it.
 template <class T, class A, bool Channel>
 struct Chain {
-  A* local;  // [kp, vp]
+  A* local;  // panels of columns
   A* since;  // [kp]
   Factors<A, Channel> factors;
   Rows<const T> q, k, v;
@@ -678,6 +695,17 @@ struct Chain {
       factors.prepare_constant(static_cast<const A*>(p.decay) + of * p.decay_stride.head);
     else
       decay = rows_of<const A>(p, p.decay, p.decay_stride, s, of);
+  }
+
+  // Columns [c, c + kPanel) of local. Panels are contiguous [kp, kPanel], so that they take turns in the first-level cache.
+  A* panel(int c, int kp) const { return local + int64_t{kp} * c; }
+
+  // to = since * from + local.
+  template <class C>
+  void finish(A* to, const A* from, int kp, int key_dim, int value_dim) const {
+    for (int c = 0; c < value_dim; c += C::kPanel)
+      combine_state(to + c, value_dim, since, from ? from + c : nullptr, value_dim, panel(c, kp), C::kPanel, key_dim,
+                    least(C::kPanel, value_dim - c));
   }
 
   void clear(int kp, int vp) {

@@ -1,5 +1,6 @@
-// Chunked forward pass. Per chunk of n tokens with the state S before it (rows of Q scaled by the decay since the chunk's start):
-//     out = [scaled Q | P] [S; V],  P = Q K^T * weights        S <- total S + (scaled K)^T V
+// Chunked forward pass. Per chunk of n tokens with the state S before it (rows of Q S scaled by the decay since the chunk's start,
+// those of Q where it differs between their channels):
+//     out = scaled (Q S) + P V,  P = Q K^T * weights        S <- total S + (scaled K)^T V
 // A segment computes its own part L of the state from zero and adds the decayed state S0 from before it where that is needed
 // (S = D S0 + L), so that its results are the same bits whether segments run one after the other or side by side.
 #include "chunk.h"
@@ -20,21 +21,20 @@ class Forward {
       : heads(group), p(params), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())),
         results(p.batch * p.tokens * p.heads * p.value_dim * static_cast<int64_t>(sizeof(T))),
         ahead(tile_products<C>(kChunk, value_dim, key_dim + kChunk) + tile_products<C>(key_dim, value_dim, kChunk)) {
-    kp = padded(key_dim), vp = padded(value_dim);
-    kd = round_up(key_dim, C::kDepthAlign);
+    kp = padded(key_dim), vp = round_up(padded(value_dim), C::kPanel);
     for (int i = 0; i < heads; ++i) head[i].allocate(p, scratch, kp, vp, head[0]);
-    lda = kp + kChunk;
-    a = scratch.take<E>(kChunk * lda);
-    panel = packed_panel<C>(kd + kChunk);
-    b = scratch.take<E>(packed_size<C>(kd + kChunk, vp));
-    rows = scratch.take<Row<C>>(kChunk * kp);
+    weights = scratch.take<E>(kChunk * kChunk);
+    state = scratch.take<E>(packed_panel<C>(key_dim));
+    values = scratch.take<E>(packed_size<C>(kChunk, vp));
     operand = scratch.take<E>(kChunk * kp);
     keys = scratch.take<E>(packed_size<C>(kp, kChunk));
     keys_t = scratch.take<E>(kp * kChunk);
     scores = scratch.take<A>(kChunk * kChunk);
     out = scratch.take<A>(kChunk * vp);
+    of_state = scratch.take<A>(kChunk * vp);
     ones = p.normalize ? scratch.take<T>(kChunk * value_dim) : nullptr;
     side = Channel ? scratch.take<A>(kChunk * kp) : nullptr;
+    rows = Channel ? scratch.take<Row<C>>(kChunk * kp) : nullptr;
     fill<A>(row_scale, kChunk, static_cast<A>(p.scale));
   }
 
@@ -69,8 +69,7 @@ class Forward {
 
   // after = since * before + local.
   void finish(int index, A* after, const A* before) {
-    const Head& h = head[index];
-    combine_state(after, value_dim, h.since, before, value_dim, h.local, vp, key_dim, value_dim);
+    head[index].template finish<C>(after, before, kp, key_dim, value_dim);
   }
 
   const A* since(int index) const { return head[index].since; }
@@ -93,51 +92,64 @@ class Forward {
 
   void chunk(Head& h, int64_t t, int n, const A* before, bool has_state, bool outputs) {
     Factors<A, Channel>& factors = h.factors;
-    A* const local = h.local;
     const Rows<const T> qs = h.q.from(t), ks = h.k.from(t);
     const Rows<const T> vs = h.values(t, n, value_dim, ones);
     h.prepare(t, key_dim, n, row_scale);
-    if constexpr (kIsSplit<C>) {
-      h.range->add(ChainRange::kKey, largest(ks, n, key_dim));
-      h.range->add(ChainRange::kValue, largest(vs, n, value_dim));
-      if (outputs) h.range->add_scaled_queries(largest(qs, n, key_dim), factors.largest_query_factor(n));
-    }
-    pack_rows_at<C>(b, panel, kd, vs.data, vs.stride, n, value_dim);
-
+    Peak<A> key, value, query;
+    pack_rows<C>(values, packed_panel<C>(kChunk), vs.data, vs.stride, n, value_dim, seen_by<C>(value));
+    copy_columns<C>(keys_t, kChunk, ks.data, ks.stride, key_dim, n, [&](Vec<A> x, int j, int c) {
+      if constexpr (kIsSplit<C>) key.see(x);
+      return Vec<A>(x * factors.key_at(j, c));
+    });
+    MatrixA<C> of_query{};
     if (outputs) {
-      const bool with_state = has_state;
-      if (with_state) {
-        const float state =
-            pack_state<C>(b, panel, h.since, before, value_dim, local, vp, factors.total, key_dim, value_dim);
-        if constexpr (kIsSplit<C>) h.range->add(ChainRange::kState, state);
-        scale_rows<C>(a, lda, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
-      }
-      if constexpr (Channel)
+      if constexpr (Channel) {
         channel_scores<C>(factors, qs, ks, key_dim, n, rows, operand, keys, side, scores);
-      else
+        if (has_state)
+          scale_rows<C>(operand, kp, qs, n, key_dim, [&](int i, int c) { return factors.query_at(i, c); });
+        of_query = {operand, kp};
+      } else {
         pack_columns<C>(keys, packed_panel<C>(key_dim), ks.data, ks.stride, key_dim, n);
+        of_query = left_operand<C>(operand, qs, n, key_dim, seen_by<C>(query));
+      }
       for (int r = 0; r < n; r += kRows) {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
-        if constexpr (!Channel) {
-          const MatrixA<C> left = left_operand<C>(operand, qs.from(r), count, key_dim);
-          matmul<C>(count, columns, key_dim, left, {keys, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false);
-        }
+        if constexpr (!Channel)
+          matmul<C>(count, columns, key_dim, {of_query.data + r * of_query.stride, of_query.stride},
+                    {keys, packed_panel<C>(key_dim)}, {scores + r * kChunk, kChunk}, false);
         weigh(h, qs, ks, r, count, columns);
-        const int skipped = with_state ? 0 : kd;
-        matmul<C>(count, value_dim, kd + columns - skipped, {a + r * lda + skipped, lda}, {b, panel, skipped},
-                  {out + r * vp, vp}, false, ahead);
       }
-      write(h, t, n);
     }
-
-    if (!outputs || !has_state) decay_state(local, vp, factors.total, key_dim);
-    scale_rows<C>(rows, kp, ks, n, key_dim, [&](int j, int c) { return factors.key_at(j, c); });
-    copy_columns<C>(keys_t, kChunk, rows, kp, key_dim, n);
-    matmul<C>(key_dim, value_dim, n, {keys_t, kChunk}, {b, panel, kd}, {local, vp}, true, ahead);
+    const bool reads = outputs && has_state;
+    // Panel by panel, so that the state is read and written while it is near, and its operand never leaves.
+    for (int c = 0; c < value_dim; c += C::kPanel) {
+      const int width = least(C::kPanel, value_dim - c);
+      A* const local = h.panel(c, kp);
+      const PackedB<C> of_values{values + c / C::kPanel * packed_panel<C>(kChunk), 0};
+      if (reads) {
+        const float largest = pack_state<C>(state, 0, h.since, before ? before + c : nullptr, value_dim, local, C::kPanel,
+                                            factors.total, key_dim, width);
+        if constexpr (kIsSplit<C>) h.range->add(ChainRange::kState, largest);
+        matmul<C>(n, width, key_dim, of_query, {state, 0}, {of_state + c, vp}, false, ahead);
+      } else {
+        decay_state(local, C::kPanel, factors.total, key_dim);
+      }
+      if (outputs)
+        for (int r = 0; r < n; r += kRows)
+          matmul<C>(least(kRows, n - r), width, least(r + kRows, n), {weights + r * kChunk, kChunk}, of_values,
+                    {out + r * vp + c, vp}, false, ahead);
+      matmul<C>(key_dim, width, n, {keys_t, kChunk}, of_values, {local, C::kPanel}, true, ahead);
+    }
+    if (outputs) write(h, t, n, has_state);
     for (int c = 0; c < kp; ++c) h.since[c] *= factors.total[c];
+    if constexpr (kIsSplit<C>) {
+      h.range->add(ChainRange::kKey, key.value());
+      h.range->add(ChainRange::kValue, value.value());
+      if (outputs) h.range->add_scaled_queries(Channel ? largest(qs, n, key_dim) : query.value(), factors.largest_query_factor(n));
+    }
   }
 
-  // a[i][kd + j] = scale * weight * score for rows [r, r + count) and the columns that are multiplied.
+  // weights[i][j] = scale * weight * score for rows [r, r + count) and the columns that are multiplied.
   void weigh(const Head& h, Rows<const T> qs, Rows<const T> ks, int r, int count, int columns) {
     constexpr int lanes = kLanes<A>;
     const Factors<A, Channel>& factors = h.factors;
@@ -145,7 +157,7 @@ class Forward {
     for (int i = r; i < r + count; ++i) {
       const int last = factors.exclusive ? i - 1 : i;  // key
       const A own = h.bonus ? bonus_score(qs[i], ks[i], h.bonus, key_dim, row_scale[i]) : A(0);
-      write_row<C>(a + i * lda + kd, columns, [&](int c) {
+      write_row<C>(weights + i * kChunk, columns, [&](int c) {
         Vec<A> x = load(scores + i * kChunk + c) * row_scale[i];
         if constexpr (!Channel) x = x * load(factors.weight + i * kChunk + c);
         if (c + lanes - 1 > last) x = index <= static_cast<A>(last - c) ? x : Vec<A>{};
@@ -155,38 +167,43 @@ class Forward {
     }
   }
 
-  void write(Head& h, int64_t t, int n) {
+  void write(Head& h, int64_t t, int n, bool has_state) {
     const int columns = static_cast<int>(p.value_dim);
     for (int i = 0; i < n; ++i) {
-      const A* const from = out + i * vp;
+      const A factor = Channel ? A(1) : h.factors.query[i];
+      const auto sum = [&](int c) {
+        const Vec<A> inside = load(out + i * vp + c);
+        return has_state ? Vec<A>(load(of_state + i * vp + c) * factor + inside) : inside;
+      };
       T* const to = h.o[t + i];
       if (p.normalize) {
-        const A sum = from[columns] + static_cast<A>(kNormalizeEpsilon);
-        *h.denominator[t + i] = sum;
-        const A inverse = A(1) / sum;
-        results.row(to, columns, [&](int c) { return Vec<A>(load(from + c) * inverse); });
+        const A denominator = sum(columns / kLanes<A> * kLanes<A>)[columns % kLanes<A>] + static_cast<A>(kNormalizeEpsilon);
+        *h.denominator[t + i] = denominator;
+        const A inverse = A(1) / denominator;
+        results.row(to, columns, [&](int c) { return Vec<A>(sum(c) * inverse); });
       } else {
-        results.row(to, columns, [&](int c) { return load(from + c); });
+        results.row(to, columns, sum);
       }
     }
   }
 
   const LinearAttentionParams& p;
   const int key_dim, value_dim;  // value_dim with the column of ones
-  int kp, vp, kd;
-  int64_t lda, panel;
+  int kp, vp;
   const ResultWriter results;
   Ahead ahead;
   Head head[kHeads];
-  E* a;       // [kChunk, kd | kChunk]
-  E* b;       // kd rows of the state, then kChunk of v
-  Row<C>* rows;  // [kChunk, kp]
-  E* operand;    // [kChunk, kp]
+  E* weights;  // [kChunk, kChunk]
+  E* state;   // a panel of the state, packed
+  E* values;  // packed, rows are tokens
+  E* operand;  // [kChunk, kp]: queries
   E* keys;    // packed, columns are tokens
   E* keys_t;  // [kp, kChunk]
   A* scores;  // [kChunk, kChunk]
-  A* out;     // [kChunk, vp]
+  A* out;      // [kChunk, vp]: of values in the chunk
+  A* of_state;  // [kChunk, vp]: of the state before it
   A* side;
+  Row<C>* rows;  // channel decay: [kChunk, kp]
   T* ones;
   alignas(64) A row_scale[kChunk];
 };

@@ -99,11 +99,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::named_barrier_sync(kBoth, 256);
     }
   }
-  // Zeros for the queries of the next sequence, which a weight of 0 does not keep out either.
+  // Zeros for the queries of the next sequence, which a weight of 0 does not keep out either. Both rings are at dO's
+  // step: consumer 1 still holds Q of the step before.
   const auto clear_queries = [&](int col0) {
     if (packed && col0 + kM > sequence.tq) {
-      q_ring.wait(q_state), dout_ring.wait(dout_state);
-      clear_rows<256>(q_ring.tile(q_state.stage()), sequence.tq - col0);
+      q_ring.wait(dout_state), dout_ring.wait(dout_state);
+      clear_rows<256>(q_ring.tile(dout_state.stage()), sequence.tq - col0);
       clear_rows<256>(dout_ring.tile(dout_state.stage()), sequence.tq - col0);
       ptx::fence_proxy_async();
       ptx::named_barrier_sync(kBoth, 256);

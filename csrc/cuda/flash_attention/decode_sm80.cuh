@@ -35,9 +35,10 @@ struct DecodeConfig {
   using KTile = SharedTile<T, kN, kHead>;
   using VTile = SharedTile<T, kN, kValue>;
   static constexpr unsigned kCacheBytes = 2 * KTile::kBytes + 2 * VTile::kBytes;
-  static constexpr unsigned kSharedBytes =
-      QTile::kBytes + kCacheBytes + 2 * kWarpsN * kM * static_cast<unsigned>(sizeof(float));
-  static constexpr unsigned kPagedBytes = 2 * kN * static_cast<unsigned>(sizeof(PagedRow));  // a paged cache's beside
+  // With what a paged cache alone takes: all launches of a kernel have the same shared memory, see LaunchConfig.
+  static constexpr unsigned kSharedBytes = QTile::kBytes + kCacheBytes +
+                                           2 * kWarpsN * kM * static_cast<unsigned>(sizeof(float)) +
+                                           2 * kN * static_cast<unsigned>(sizeof(PagedRow));
   static_assert(kWarpsN * kM * kValue * sizeof(float) <= kCacheBytes && KTile::kBytes % VTile::kAlignment == 0);
   static_assert(kN <= kThreads);
 };
@@ -402,8 +403,8 @@ const char* launch_decode_sm80_rows(const FlashAttentionDecodeParams& p, cudaStr
   Alignment a{};
   a.q = aligned(f.q, f.q_stride), a.k = aligned(f.k, f.k_stride), a.v = aligned(f.v, f.v_stride);
   if (const char* error = launch(flash_attention_decode_sm80_kernel<Config>,
-                                 {dim3(static_cast<unsigned>(blocks)), dim3(Config::kThreads),
-                                  Config::kSharedBytes + (f.block_table == nullptr ? 0 : Config::kPagedBytes), stream},
+                                 {dim3(static_cast<unsigned>(blocks)), dim3(Config::kThreads), Config::kSharedBytes,
+                                  stream},
                                  p, a, static_cast<int>(row_tiles)))
     return error;
   if (p.splits == 1) return nullptr;

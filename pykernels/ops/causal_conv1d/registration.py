@@ -50,6 +50,8 @@ run = _dispatch.register("causal_conv1d", SCHEMAS, {"fwd": _fake_fwd, "bwd": _fa
 class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, whose derivative is that of the reference's backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(dout, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu, backend):
         return run("bwd", backend, dout, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu)
@@ -73,6 +75,8 @@ class _Backward(torch.autograd.Function):
 class CausalConv1d(torch.autograd.Function):
     """causal_conv1d on a compiled backend -> (out, final_state), both differentiable. weight and bias in the compute
     dtype."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, weight, bias, initial_state, cu_seqlens, silu, backend):

@@ -295,8 +295,9 @@ def _with_spectrum(
     _checks.main_dtype("u", u)
     _check_spectrum(spectrum, k_rev, D, mode, u)
     _check_no_gradient("fft_conv of an FFTConvSpectrum", dict(u=u, D=D, pre_gate=pre_gate, post_gate=post_gate))
-    if followed(u):  # in forward mode, where a bare op would give zero tangents
-        raise RuntimeError("fft_conv of an FFTConvSpectrum has no derivatives: use fft_conv of k itself")
+    if followed(u):  # in forward mode, where a bare op would give zero tangents, or inside of vmap
+        raise RuntimeError("fft_conv of an FFTConvSpectrum has no derivatives: use fft_conv of k itself, or inside "
+                           "of torch.func.vmap torch.no_grad()")
     widen = _check_rows(u, pre_gate, post_gate, mode)
     (D,) = _widened(u, D)
     gates, dtype = (pre_gate, post_gate), u.dtype
@@ -475,21 +476,12 @@ def fft_conv_step(
     """
     if not isinstance(state, FFTConvState):
         raise TypeError(f"state must be an FFTConvState, which fft_conv_init makes, got {type(state).__name__}")
-    _checks.tensor("u_t", u_t, "B D")
-    _checks.shape("u_t", u_t, dict(zip("BD", state.inputs.shape[:2])))
-    if u_t.dtype != state.dtype:
-        raise TypeError(f"u_t must have the state's dtype {state.dtype}, got {u_t.dtype}")
-    _checks.same_device("u_t", u_t, "state", state.inputs)
-    gates = {"pre_gate": pre_gate, "post_gate": post_gate}
-    for name, gate in gates.items():
-        if gate is not None:
-            _checks.tensor(name, gate, "B D")
-            _checks.shape(name, gate, dict(zip("BD", u_t.shape)))
-            _check_gate_type(name, gate, u_t)
-    _check_no_gradient("fft_conv_step", {"u_t": u_t, **gates})
+    one_dtype = _check_step(u_t, state.inputs, state.dtype, pre_gate, post_gate)
+    if torch.is_grad_enabled():
+        _check_no_gradient("fft_conv_step", {"u_t": u_t, "pre_gate": pre_gate, "post_gate": post_gate})
     with torch.no_grad():
         if state.spectra is not None:
-            if any(gate is not None and gate.dtype != u_t.dtype for gate in (pre_gate, post_gate)):
+            if not one_dtype:
                 u_t, pre_gate, post_gate = (
                     None if x is None else x.to(torch.float32) for x in (u_t, pre_gate, post_gate)
                 )
@@ -499,3 +491,19 @@ def fft_conv_step(
             x = x * pre_gate
         out = decode.step(_convolution(state.backend), x, state)
         return (out if post_gate is None else out * post_gate).to(u_t.dtype)
+
+
+@_checks.by_metadata
+def _check_step(u_t: object, inputs: Tensor, dtype: torch.dtype, pre_gate: object, post_gate: object) -> bool:
+    """-> whether the gates have u_t's dtype. `inputs` and `dtype` are the state's."""
+    _checks.tensor("u_t", u_t, "B D")
+    _checks.shape("u_t", u_t, dict(zip("BD", inputs.shape[:2])))
+    if u_t.dtype != dtype:
+        raise TypeError(f"u_t must have the state's dtype {dtype}, got {u_t.dtype}")
+    _checks.same_device("u_t", u_t, "state", inputs)
+    gates = {name: gate for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate)) if gate is not None}
+    for name, gate in gates.items():
+        _checks.tensor(name, gate, "B D")
+        _checks.shape(name, gate, dict(zip("BD", u_t.shape)))
+        _check_gate_type(name, gate, u_t)
+    return all(gate.dtype == u_t.dtype for gate in gates.values())

@@ -83,6 +83,8 @@ def _gradients(backend, dout, tensors, options, input_gradient, kernel_gradient)
 class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, whose derivative is that of the reference's backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(dout, u, k, k_rev, D, pre_gate, post_gate, options, backend):
         return _gradients(backend, dout, (u, k, k_rev, D, pre_gate, post_gate), options, True, True)
@@ -120,6 +122,8 @@ class _Backward(torch.autograd.Function):
 @signature_kept
 class FFTConv(torch.autograd.Function):
     """fft_conv on a compiled backend. Nothing but the inputs is kept: backward computes the spectra again."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(u, k, k_rev, D, pre_gate, post_gate, options, backend):

@@ -276,7 +276,7 @@ def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_se
             if x is not None and x.requires_grad:
                 raise RuntimeError(f"{name} requires grad, but flash_attention_decode is for inference (it writes the cache in "
                                    "place): call it under torch.no_grad(), or use flash_attention")
-    if _checks.values_checked(q.device):
+    if _checks.values_checked(cache_seqlens):
         for b, length in enumerate(cache_seqlens.tolist()):
             if length < 0 or length + new_tokens > capacity:
                 raise ValueError(f"cache_seqlens must leave room for {new_tokens} new tokens in a cache of {capacity}, "
@@ -327,9 +327,10 @@ def _check_decode(q: object, k_cache: object, v_cache: object, cache_seqlens: ob
         new_tokens = k.shape[1]
         _checks.shape("k", k, {"B": batch, "Tnew": None, "H": heads, "K": head_dim})
         _checks.shape("v", v, {"B": batch, "Tnew": new_tokens, "H": heads, "V": v_cache.shape[3]})
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if k is not None and x.shape[3] > 1 and x.stride(3) != 1:
-            raise ValueError(f"{name} must be contiguous in its last axis to be appended to, got strides {x.stride()}")
+        for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if x.shape[3] > 1 and x.stride(3) != 1:
+                raise ValueError(f"{name} must be contiguous in its last axis to be appended to, got strides {x.stride()}")
+            _checks.writable(name, x)
     query = _query(q, v_cache, options, False, block_table=block_table is not None, alibi_slopes=slopes, sinks=sinks)
     return options, new_tokens, capacity, resolve(DECODE_OP, query, backend)
 

@@ -81,6 +81,8 @@ def _gradients(backend, tensors, bias, sinks, others, options, deterministic, dr
 class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, whose derivative is that of the reference's backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(dout, dlse, q, k, v, bias, sinks, out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, settings):
         options, dropout_p, deterministic, backend = settings
@@ -112,6 +114,8 @@ class _Backward(torch.autograd.Function):
 
 class FlashAttention(torch.autograd.Function):
     """flash_attention on a compiled backend -> (out, lse), both differentiable in q, k, v, bias and sinks."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(q, k, v, bias, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options, dropout_p, deterministic, backend):

@@ -68,18 +68,22 @@ def _check_qkv(q: object, k: object, v: object, axes: str) -> None:
             raise ValueError(f"{name} must have a head size of at least 1, got {size}")
 
 
-def _wide(name: str, x: Tensor, q: Tensor) -> Tensor:
-    """A decay, bonus or state in the dtype that the ops take it in."""
+def _check_wide(name: str, x: Tensor, q: Tensor) -> None:
+    """The dtype and device of a decay, bonus or state."""
     wide = registration.accumulator(q.dtype)
     if x.dtype not in (q.dtype, torch.float32, wide):
         raise TypeError(f"{name} must have q's dtype {q.dtype} or {wide}, got {x.dtype}")
     _checks.same_device(name, x, "q", q)
-    return x.to(wide)
 
 
-def _check_decay(decay: object, q: Tensor, v: Tensor, axes: str) -> Tensor | None:
+def _wide(x: Tensor | None, q: Tensor) -> Tensor | None:
+    """A decay, bonus or state in the dtype that the ops take it in."""
+    return None if x is None else x.to(registration.accumulator(q.dtype))
+
+
+def _check_decay(decay: object, q: Tensor, v: Tensor, axes: str) -> None:
     if decay is None:
-        return None
+        return
     lead = len(axes.split())
     if not isinstance(decay, Tensor):
         raise TypeError(f"decay must be None or a tensor, got {type(decay).__name__}")
@@ -90,18 +94,21 @@ def _check_decay(decay: object, q: Tensor, v: Tensor, axes: str) -> Tensor | Non
     sizes = dict(zip(names, (*v.shape[:-1], q.shape[-1])))
     expected = names[lead:-1] if decay.dim() == 1 else names[:decay.dim()]
     _checks.shape("decay", decay, {name: sizes[name] for name in expected})
-    wide = _wide("decay", decay, q)
-    if _checks.values_checked(q.device) and decay.numel() and bool((highest := decay.detach().max()) > 0):
-        raise ValueError(f"decay must be <= 0, the natural log of a factor of at most 1, got {float(highest)}")
-    return wide
+    _check_wide("decay", decay, q)
 
 
-def _check_bonus(bonus: object, q: Tensor, v: Tensor) -> Tensor | None:
+def _check_decay_values(decay: Tensor | None) -> None:
+    if decay is not None and _checks.values_checked(decay) and decay.numel():
+        if (highest := decay.detach().max().item()) > 0:
+            raise ValueError(f"decay must be <= 0, the natural log of a factor of at most 1, got {highest}")
+
+
+def _check_bonus(bonus: object, q: Tensor, v: Tensor) -> None:
     if bonus is None:
-        return None
+        return
     _checks.tensor("bonus", bonus, "H K")
     _checks.shape("bonus", bonus, {"H": v.shape[-2], "K": q.shape[-1]})
-    return _wide("bonus", bonus, q)
+    _check_wide("bonus", bonus, q)
 
 
 def _scale(scale: object, normalize: bool, q: Tensor) -> float:
@@ -167,8 +174,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = 
     _checks.flag("return_final_state", return_final_state)
     _checks.flag("reverse", reverse)
     scale = _scale(scale, normalize, q)
-    decay = _check_decay(decay, q, v, "B T")
-    bonus = _check_bonus(bonus, q, v)
+    _check_decay(decay, q, v, "B T")
+    _check_decay_values(decay)
+    _check_bonus(bonus, q, v)
     if cu_seqlens is not None:
         if q.shape[0] != 1:
             raise ValueError(f"q must have batch 1 when cu_seqlens packs sequences, got shape {list(q.shape)}")
@@ -178,8 +186,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = 
         count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         columns = {"V + 1": v.shape[3] + 1} if normalize else {"V": v.shape[3]}
         _checks.shape("initial_state", initial_state, {"N": count, "H": v.shape[2], "K": q.shape[3], **columns})
-        initial_state = _wide("initial_state", initial_state, q)
-    tensors = (q, k, v, decay, bonus, initial_state)
+        _check_wide("initial_state", initial_state, q)
+    tensors = (q, k, v, _wide(decay, q), _wide(bonus, q), _wide(initial_state, q))
     grad = followed(*tensors)
     query = _query(q, v, grad, varlen=cu_seqlens is not None, bonus=bonus is not None, normalize=normalize, reverse=reverse)
     chosen = resolve(OP, query, backend)
@@ -216,9 +224,34 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, dec
         BackendUnavailable: the backend asked for can't serve this call.
     """
     q, k, v = _checks.autocast(q, k, v)
+    chosen, factor, ready = _check_step(q, k, v, state, decay, bonus, normalize, scale, state_indices, backend)
+    _check_decay_values(decay)
+    if state_indices is not None:
+        if _checks.values_checked(state_indices):
+            slots = state_indices.tolist()
+            for b, slot in enumerate(slots):
+                if not 0 <= slot < state.shape[0]:
+                    raise ValueError(f"state_indices must name one of {state.shape[0]} slots, got {slot} for batch entry {b}")
+            if len(set(slots)) != len(slots):
+                raise ValueError(f"state_indices must name different slots, got {slots}")
+        state_indices = state_indices.to(torch.int32).contiguous()
+    if torch.is_grad_enabled():
+        _checks.inference("linear_attention_step", "linear_attention", q=q, k=k, v=v, state=state, decay=decay, bonus=bonus)
+    if not ready:
+        decay, bonus = _wide(decay, q), _wide(bonus, q)
+    arguments = state, q, k, v, decay, bonus, state_indices, factor, normalize
+    if chosen == "reference":
+        return reference.linear_attention_step(*arguments)
+    return registration.run("step", chosen, *arguments)
+
+
+@_checks.by_metadata
+def _check_step(q: object, k: object, v: object, state: object, decay: object, bonus: object, normalize: object, scale: object,
+                state_indices: object, backend: object) -> tuple[str, float, bool]:
+    """-> the backend that serves a step, the factor on q, whether decay and bonus are in the dtype that the ops take."""
     _check_qkv(q, k, v, "B")
     _checks.flag("normalize", normalize)
-    scale = _scale(scale, normalize, q)
+    factor = _scale(scale, normalize, q)
     batch, heads, value_dim = v.shape
     _checks.tensor("state", state, "N H K V")
     columns = {"V + 1": value_dim + 1} if normalize else {"V": value_dim}
@@ -229,28 +262,13 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, dec
     _checks.same_device("state", state, "q", q)
     if state.shape[3] > 1 and state.stride(3) != 1 or state.shape[2] > 1 and state.stride(2) != state.shape[3]:
         raise ValueError(f"state must be contiguous in its last two axes, got strides {state.stride()}")
-    decay = _check_decay(decay, q, v, "B")
-    bonus = _check_bonus(bonus, q, v)
+    _checks.writable("state", state)
+    _check_decay(decay, q, v, "B")
+    _check_bonus(bonus, q, v)
     if state_indices is not None:
         _checks.tensor("state_indices", state_indices, "B")
         _checks.integer("state_indices", state_indices)
         _checks.same_device("state_indices", state_indices, "q", q)
         _checks.shape("state_indices", state_indices, {"B": batch})
-        if _checks.values_checked(q.device):
-            slots = state_indices.tolist()
-            for b, slot in enumerate(slots):
-                if not 0 <= slot < state.shape[0]:
-                    raise ValueError(f"state_indices must name one of {state.shape[0]} slots, got {slot} for batch entry {b}")
-            if len(set(slots)) != len(slots):
-                raise ValueError(f"state_indices must name different slots, got {slots}")
-        state_indices = state_indices.to(torch.int32).contiguous()
-    if torch.is_grad_enabled():
-        for name, x in {"q": q, "k": k, "v": v, "state": state, "decay": decay, "bonus": bonus}.items():
-            if x is not None and x.requires_grad:
-                raise RuntimeError(f"{name} requires grad, but linear_attention_step is for inference (it writes the state in "
-                                   "place): call it under torch.no_grad(), or use linear_attention")
-    query = _query(q, v, step=True, bonus=bonus is not None, normalize=normalize)
-    chosen = resolve(OP, query, backend)
-    if chosen == "reference":
-        return reference.linear_attention_step(state, q, k, v, decay, bonus, state_indices, scale, normalize)
-    return registration.run("step", chosen, state, q, k, v, decay, bonus, state_indices, scale, normalize)
+    chosen = resolve(OP, _query(q, v, step=True, bonus=bonus is not None, normalize=normalize), backend)
+    return chosen, factor, all(x is None or x.dtype == wide for x in (decay, bonus))

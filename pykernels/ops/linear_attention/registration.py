@@ -92,6 +92,8 @@ def _gradients(backend, dout, dfinal, q, k, v, decay, bonus, initial_state, cu_s
 class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, whose derivative is that of the reference's backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(dout, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, out, checkpoints, denominator, options, backend):
         return _gradients(backend, dout, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, out, checkpoints, denominator,
@@ -115,6 +117,8 @@ class _Backward(torch.autograd.Function):
 
 class LinearAttention(torch.autograd.Function):
     """linear_attention on a compiled backend -> (out, final_state, checkpoints, denominator), the first two differentiable."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(q, k, v, decay, bonus, initial_state, cu_seqlens, options, backend):

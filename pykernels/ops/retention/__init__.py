@@ -24,7 +24,7 @@ def _decay(gamma: object, v: Tensor) -> Tensor:
     if gamma.dtype not in (v.dtype, torch.float32, wide):
         raise TypeError(f"gamma must have v's dtype {v.dtype} or {wide}, got {gamma.dtype}")
     _checks.same_device("gamma", gamma, "v", v)
-    if _checks.values_checked(v.device):
+    if _checks.values_checked(gamma):
         for head, value in enumerate(gamma.tolist()):
             if not (0 < value <= 1 or math.isnan(value)):
                 raise ValueError(f"gamma must be above 0 and at most 1, got {value} for head {head}")

@@ -99,6 +99,8 @@ def _backward(backend: str, dout: Tensor, dfinal_state: Tensor | None, inputs: t
 class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, whose derivative is that of the reference's backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(dout, dfinal_state, *inputs_and_settings):
         *inputs, chunk_states, delta_softplus, backend = inputs_and_settings
@@ -126,6 +128,8 @@ class SelectiveScan(torch.autograd.Function):
 
     A, D, delta_bias, constant B and C, and the state are in the compute dtype.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs_and_backend):

@@ -205,9 +205,12 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || static_cast<unsigned>(bytes) > cuda_host::shared_limit()) return cudaErrorInvalidValue;
-  cuda_host::shared_limits[kernel] = static_cast<unsigned>(bytes);
-  return cudaSuccess;
+  const auto limit = static_cast<unsigned>(bytes);
+  if (bytes < 0 || limit > cuda_host::shared_limit()) return cudaErrorInvalidValue;
+  if (cuda_host::shared_limits.try_emplace(kernel, limit).first->second == limit) return cudaSuccess;
+  cuda_host::launch_error = "launches of a kernel raise its limit of shared memory to different values: one host thread "
+                            "may lower it between another's raise and launch";
+  return cudaErrorLaunchFailure;
 }
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
