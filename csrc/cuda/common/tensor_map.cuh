@@ -25,7 +25,8 @@ struct TensorMapConfig {
   Swizzle swizzle;
 };
 
-// Returns null, or what is wrong.
+// Returns null, or what is wrong. For compute capability 9.0: on Blackwell a bug of drivers up to 13.1 asks for a
+// workaround where the tensor is smaller than 128 KiB (CUTLASS 4.3.4 has it).
 inline const char* encode_tensor_map(CUtensorMap* map, const TensorMapConfig& config) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
