@@ -745,6 +745,12 @@ def _decode_bad_inputs() -> Iterable[BadInput]:
             ValueError,
             rf"\b{name}_cache\b.*contiguous.*strides",
         )
+        yield BadInput(
+            f"{name}_cache-expanded",
+            {f"{name}_cache": cache[:1].expand(cache.shape)},
+            ValueError,
+            rf"\b{name}_cache\b.*share memory.*strides",
+        )
     yield BadInput("v-tokens", {"v": new[:, :1]}, ValueError, r"\bv\b.*Tnew=2.*\[2, 1, ")
     yield BadInput("v_cache-tokens", {"v_cache": cache[:, :8]}, ValueError, r"\bv_cache\b.*T=9.*\[2, 8, ")
     yield BadInput("k_cache-head-dim", {"k_cache": cache[..., :7]}, ValueError, r"\bk_cache\b.*K=8.*7\]")

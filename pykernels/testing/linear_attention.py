@@ -447,7 +447,10 @@ def _step_bad_inputs() -> Iterable[BadInput]:
     yield BadInput("state-columns", {"normalize": True}, ValueError, r"\bstate\b.*V \+ 1=6.*\[3, 4, 8, 5\]")
     yield BadInput("state-dtype", {"state": state.bfloat16()}, TypeError, r"\bstate\b.*float32.*bfloat16")
     yield BadInput("state-device", {"state": state.to("meta")}, ValueError, r"\bstate\b.*device")
-    yield BadInput("state-strided", {"state": torch.randn(3, 4, 8, 10)[..., ::2]}, ValueError, r"\bstate\b.*contiguous.*strides")
+    yield BadInput("state-strided", {"state": torch.randn(3, 4, 8, 10)[..., ::2]}, ValueError,
+                   r"\bstate\b.*contiguous.*strides")
+    yield BadInput("state-expanded", {"state": state[:1].expand(state.shape)}, ValueError,
+                   r"\bstate\b.*share memory.*strides")
     yield BadInput("decay-rank", {"decay": torch.zeros(2, 4, 8, 1)}, ValueError, r"decay.*\[H\], \[B, H\], \[B, H, K\].*\[2, 4, 8, 1\]")
     yield BadInput("decay-shape", {"decay": torch.zeros(2, 3)}, ValueError, r"decay.*H=4.*\[2, 3\]")
     yield BadInput("decay-positive", {"decay": torch.ones(4)}, ValueError, r"decay.*<= 0.*1.0")
