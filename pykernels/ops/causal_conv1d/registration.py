@@ -1,7 +1,7 @@
 """The causal convolution as PyTorch ops: fakes, and autograd around whichever backend runs.
 
-Each backend has its own ops, `causal_conv1d_{fwd,bwd,step}_<backend>`, with one schema for all. weight and bias are in the compute
-dtype; those of a step in that or x's, and its x is [B, D] or [B, D, T].
+Each backend has its own ops, `causal_conv1d_{fwd,bwd,step}_<backend>`, with one schema for all. weight and bias are in
+the compute dtype; those of a step in that or x's, and its x is [B, D] or [B, D, T].
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from . import reference
 SCHEMAS = {
     "fwd": "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
            "-> (Tensor out, Tensor final_state)",
-    "bwd": "(Tensor dout, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
-           "bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
+    "bwd": "(Tensor dout, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+           "Tensor? cu_seqlens, bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
     "step": "(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, Tensor? state_indices, bool silu) -> Tensor",
 }
 
