@@ -33,7 +33,8 @@ def cuda_arguments() -> list[str]:
     if nvcc is None:
         if wanted == "1":
             raise SystemExit("PYKERNELS_CUDA=1, but nvcc was not found: put it on PATH or set CUDA_HOME")
-        print(f"pykernels: building the CPU part only ({'PYKERNELS_CUDA=0' if wanted == '0' else 'nvcc was not found'})", flush=True)
+        print(f"pykernels: building the CPU part only "
+              f"({'PYKERNELS_CUDA=0' if wanted == '0' else 'nvcc was not found'})", flush=True)
         return ["-DPYKERNELS_CUDA=OFF"]
     print(f"pykernels: building the CUDA kernels with {nvcc}", flush=True)
     arguments = ["-DPYKERNELS_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
@@ -56,7 +57,8 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / hashlib.sha256("\n".join([sys.prefix, *options]).encode()).hexdigest()[:12]
         # cmake and ninja of this environment first, whether or not it is activated.
         environment = {**os.environ, "PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True, env=environment)
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True,
+                       env=environment)
         jobs = os.environ.get("MAX_JOBS")
         subprocess.run(["cmake", "--build", str(build), *(["--parallel", jobs] if jobs else [])], check=True,
                        env=environment)

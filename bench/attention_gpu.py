@@ -7,8 +7,8 @@
 It runs the op's ordinary samples on the CUDA kernels; checks large sizes, the forward pass against float64 on rows
 drawn at random and the gradients of the family in use against those of the bitwise repeatable one; and times forward
 and backward beside scaled_dot_product_attention (cuDNN and flash backends) and flash-attn 4 where it is installed, in
-turns, with a cold L2 cache. bf16, 16384 tokens in all, heads times head size 2048; TFLOP/s count 4 B H T^2 D forward, half of
-it under a causal mask, and 2.5 times that backward. The exit status is 1 if anything is wrong.
+turns, with a cold L2 cache. bf16, 16384 tokens in all, heads times head size 2048; TFLOP/s count 4 B H T^2 D forward,
+half of it under a causal mask, and 2.5 times that backward. The exit status is 1 if anything is wrong.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def _step_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
     for (device, threads), shape, dtype in itertools.product(places, STEP_SHAPES, ("fp32", "bf16")):
         moved = LAYERS * math.prod(shape) * BYTES[dtype] * 2 * WIDTH  # the states read and written, x, out
         yield Case("causal_conv1d_step", "B{} D{}".format(*shape) + f" W{WIDTH}", f"{LAYERS} layers", dtype, "step",
-                   device, threads, moved, ("copy",), extra=is_extra(device, threads, places, shape in CPU_MAIN_SHAPES)), shape
+                   device, threads, moved, ("copy",),
+                   extra=is_extra(device, threads, places, shape in CPU_MAIN_SHAPES)), shape
 
 
 def cases(places: Places) -> list[tuple[Case, tuple]]:

@@ -61,8 +61,8 @@ def _option_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
         limits = ("bf16 tile", "bf16 dot", "fp32") if device == "cpu" and dtype == "bf16" else (dtype,)
         direction = "fwd+bwd" if backward else "fwd"
         extra = is_extra(device, threads, places, not backward)
-        yield Case("flash_attention", "B{} H{} T{} D{}".format(*shape), options, dtype, direction, device, threads, work,
-                   limits, beside="the plain call", extra=extra), shape
+        yield Case("flash_attention", "B{} H{} T{} D{}".format(*shape), options, dtype, direction, device, threads,
+                   work, limits, beside="the plain call", extra=extra), shape
 
 
 def _packed_cases(places: Places) -> Iterator[tuple[Case, tuple]]:

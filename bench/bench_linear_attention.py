@@ -39,21 +39,23 @@ def _flops(B: int, T: int, H: int, D: int, backward: bool) -> float:
 def _attention_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
     for device, threads in places:
         shapes = [*CPU_SHAPES, LONG] if device == "cpu" else GPU_SHAPES
-        for shape, decay, dtype, backward in itertools.product(shapes, ("head", "token", "channel"), ("fp32", "bf16"), (False, True)):
+        for shape, decay, dtype, backward in itertools.product(shapes, ("head", "token", "channel"), ("fp32", "bf16"),
+                                                               (False, True)):
             if shape == LONG and (decay != "head" or backward):
                 continue
             limits = ("bf16 tile", "bf16 dot", "fp32") if device == "cpu" and dtype == "bf16" else (dtype,)
             direction = "fwd+bwd" if backward else "fwd"
-            yield Case("linear_attention", "B{} T{} H{} D{}".format(*shape), f"{decay} decay", dtype, direction, device, threads,
-                       _flops(*shape, backward), limits,
+            yield Case("linear_attention", "B{} T{} H{} D{}".format(*shape), f"{decay} decay", dtype, direction, device,
+                       threads, _flops(*shape, backward), limits,
                        extra=is_extra(device, threads, places, shape in CPU_MAIN_SHAPES and decay != "token")), shape
 
 
 def _step_cases(places: Places) -> Iterator[tuple[Case, tuple]]:
     for (device, threads), shape, dtype in itertools.product(places, STEP_SHAPES, ("fp32", "bf16")):
         B, H, D = shape
-        yield Case("linear_attention_step", f"B{B} H{H} D{D}", "head decay", dtype, "step", device, threads,
-                   2 * 4 * B * H * D * D, ("copy",), extra=is_extra(device, threads, places, shape in CPU_MAIN_SHAPES)), shape  # the state read and written
+        moved = 2 * 4 * B * H * D * D  # the state read and written
+        yield Case("linear_attention_step", f"B{B} H{H} D{D}", "head decay", dtype, "step", device, threads, moved,
+                   ("copy",), extra=is_extra(device, threads, places, shape in CPU_MAIN_SHAPES)), shape
 
 
 def cases(places: Places) -> list[tuple[Case, tuple]]:
@@ -80,7 +82,7 @@ def _inputs(shape: tuple, options: str, dtype: torch.dtype, device: str) -> tupl
 
 @functools.lru_cache(maxsize=1)
 def _expected(shape: tuple, options: str, dtype: torch.dtype, device: str) -> Expected:
-    """The last head's first tokens forward; backward from a gradient at those alone, so that the recurrence stays short."""
+    """The last head's first tokens forward; backward from a gradient at those alone: the recurrence stays short."""
     tokens, h = 256, shape[2] - 1
     q, k, v, dout, decay = _inputs(shape, options, dtype, device)
     q, k, v, dout = (x[:1, :tokens, h:h + 1] for x in (q, k, v, dout))
@@ -127,7 +129,8 @@ class Step:
     def __init__(self, case: Case, shape: tuple) -> None:
         B, H, D = shape
         generator = torch.Generator().manual_seed(0)
-        self.q, self.k, self.v = (torch.randn(B, H, D, generator=generator).to(case.device, DTYPES[case.dtype]) for _ in range(3))
+        self.q, self.k, self.v = (torch.randn(B, H, D, generator=generator).to(case.device, DTYPES[case.dtype])
+                                  for _ in range(3))
         self.decay = torch.log1p(-torch.exp2(-5 - torch.arange(H) * 8 / H)).to(case.device)
         state = torch.randn(B, H, D, D, generator=generator).to(case.device)
         count = 1  # on a GPU the timer flushes the cache
@@ -151,14 +154,15 @@ class Step:
         return Call(run, outputs)
 
     def ours(self, backend: str) -> Call:
-        return self.call(lambda q, k, v, state, decay: pykernels.linear_attention_step(q, k, v, state, decay=decay, backend=backend))
+        return self.call(lambda q, k, v, state, decay: pykernels.linear_attention_step(
+            q, k, v, state, decay=decay, backend=backend))
 
     def expected(self) -> Expected:
         def composition(compute: torch.dtype) -> dict[str, Tensor]:
             wide = torch.promote_types(compute, torch.float32)
             q, k, v = (x.to(compute) for x in (self.q, self.k, self.v))
-            return {"out": pykernels.linear_attention_step(q, k, v, self.first.to(wide, copy=True), decay=self.decay.to(wide),
-                                                           backend="reference")}
+            return {"out": pykernels.linear_attention_step(q, k, v, self.first.to(wide, copy=True),
+                                                           decay=self.decay.to(wide), backend="reference")}
 
         return Expected(composition(torch.float64), composition(self.q.dtype), lambda name, x: x, "everything")
 

@@ -1,7 +1,7 @@
 """Transformers' models as they are and with `pykernels.compat.transformers`: forward, training step, generation.
 
-A few layers of each model's true width, with a vocabulary cut in proportion, so that a case takes seconds. The whole models,
-Mamba-130M and a Llama of 16 layers, are extra cases, which take minutes:
+A few layers of each model's true width, with a vocabulary cut in proportion, so that a case takes seconds. The whole
+models, Mamba-130M and a Llama of 16 layers, are extra cases, which take minutes:
 
     python -m bench.run -k "transformers and whole"
 """

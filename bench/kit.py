@@ -78,7 +78,8 @@ class Expected:
         """What the case computes of it: without the gradients, if it is of the forward pass."""
         if case.backward:
             return self
-        return dataclasses.replace(self, reference={"out": self.reference["out"]}, yardstick={"out": self.yardstick["out"]})
+        return dataclasses.replace(self, reference={"out": self.reference["out"]},
+                                   yardstick={"out": self.yardstick["out"]})
 
 
 class Problem(Protocol):
@@ -128,7 +129,8 @@ def step(function: Callable[..., Tensor], inputs: Iterable[Tensor],
 
 def step_of_layers(function: Callable[..., Tensor], layers: Sequence[Mapping[str, Tensor]],
                    first: Mapping[str, Tensor]) -> Call:
-    """One token through `function(**arguments)` of all layers, whose states move on; `first` is a layer to check it on."""
+    """One token through `function(**arguments)` of all layers, whose states move on; `first` is a layer to check it
+    on."""
 
     def run() -> None:
         with torch.no_grad():

@@ -30,18 +30,19 @@ NOT_MEASURED = "not measured"
 _EXPLANATION = """\
 Ours and the peers are timed in turn, round by round, in one run. The columns:
 
-- **case**: B batch, H heads (H32/8: 32 of queries, 8 of keys and values), T tokens or L length, D head size or channels, N state
-  size, K taps of a long kernel, W taps of a short filter; then the options.
+- **case**: B batch, H heads (H32/8: 32 of queries, 8 of keys and values), T tokens or L length, D head size or
+  channels, N state size, K taps of a long kernel, W taps of a short filter; then the options.
 - **pass**: forward, forward and backward, or one decode step.
 - **ms**, **10-90%**: the median of our time, and the quantiles around it.
 - **rate**: operations or bytes that the case needs, per second of ours.
-- **of limit**: the rate as a share of what this machine reached in the same run at the named limit: its fastest multiply-adds
-  for the dtype, or, where an op is bound by memory, its copy bandwidth.
-- **beside**: our time as a multiple of that of another call of ours, timed in turn with it: the plain one without the option,
-  or the parts of the whole.
-- **times faster**: the fastest peer's median time over ours, in parentheses the median and the quantiles of the ratios round by
-  round. Below 1 we are slower, and the row says so.
-- **error/budget**: the largest error of outputs and gradients against the float64 reference, as a part of what is allowed."""
+- **of limit**: the rate as a share of what this machine reached in the same run at the named limit: its fastest
+  multiply-adds for the dtype, or, where an op is bound by memory, its copy bandwidth.
+- **beside**: our time as a multiple of that of another call of ours, timed in turn with it: the plain one without the
+  option, or the parts of the whole.
+- **times faster**: the fastest peer's median time over ours, in parentheses the median and the quantiles of the ratios
+  round by round. Below 1 we are slower, and the row says so.
+- **error/budget**: the largest error of outputs and gradients against the float64 reference, as a part of what is
+  allowed."""
 
 
 # ---- result files --------------------------------------------------------------------------------------------------
@@ -190,9 +191,9 @@ def line(record: dict) -> str:
 # ---- the terminal --------------------------------------------------------------------------------------------------
 
 # Each column with its alignment.
-_COLUMNS = {"case": "<", "dtype": "<", "pass": "<", "threads": ">", "backend": "<", "ms": ">", "10-90%": ">", "rate": ">",
-            "of limit": ">", "beside": "<", "fastest peer": "<", "peer ms": ">", "times faster (per round)": "<",
-            "error/budget": ">"}
+_COLUMNS = {"case": "<", "dtype": "<", "pass": "<", "threads": ">", "backend": "<", "ms": ">", "10-90%": ">",
+            "rate": ">", "of limit": ">", "beside": "<", "fastest peer": "<", "peer ms": ">",
+            "times faster (per round)": "<", "error/budget": ">"}
 
 
 def _cells(row: Row) -> list[str]:
@@ -342,7 +343,8 @@ def _unmeasured(records: Iterable[dict]) -> str:
         for count, directions in threads.items():
             alike.setdefault(kinds(directions), []).append(count)
         places = {kind: " and ".join(map(str, counts)) for kind, counts in alike.items()}
-        where = {kind: "" if count == "0" else f" on {count} thread{'s' * (count != '1')}" for kind, count in places.items()}
+        where = {kind: "" if count == "0" else f" on {count} thread{'s' * (count != '1')}"
+                 for kind, count in places.items()}
         cases.setdefault("; ".join(kind + where[kind] for kind in alike), []).append(case)
     return "Not measured: " + "; ".join(f"{', '.join(f'`{case}`' for case in names)} ({lack})"
                                         for lack, names in cases.items()) + "."

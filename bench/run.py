@@ -33,14 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-rounds", type=int, default=5)
     parser.add_argument("--backends", help="ours to measure, such as cpu,reference (default: the compiled ones)")
     parser.add_argument("--slow-peers", action="store_true", help="also peers that compile for every case")
-    parser.add_argument("--allocator-tuned", action="store_true", help="the cases for an allocator that keeps freed memory")
+    parser.add_argument("--allocator-tuned", action="store_true",
+                        help="the cases for an allocator that keeps freed memory")
     parser.add_argument("--save-results", action="store_true", help="also into bench/results/<machine>.json")
     parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args(arguments)
     if options.allocator_tuned and not environment.allocator_tuned():  # it reads its settings when a process starts
         given = sys.argv[1:] if arguments is None else arguments
-        return subprocess.run([sys.executable, "-m", "bench.run", *given], env={**os.environ, **environment.TUNED_ALLOCATOR},
-                              cwd=environment.ROOT, check=False).returncode
+        return subprocess.run([sys.executable, "-m", "bench.run", *given],
+                              env={**os.environ, **environment.TUNED_ALLOCATOR}, cwd=environment.ROOT,
+                              check=False).returncode
 
     report.OUTPUT.mkdir(exist_ok=True)
     raw = report.OUTPUT / "pytest-benchmark" / "newest.json"

@@ -136,8 +136,8 @@ def interleave(candidates: Mapping[str, Callable[[], object]], clock: CpuClock |
     """Times every candidate once per round, in random order -> per candidate its samples (time, whole-call time).
 
     Goes on for about `seconds` but for at least `min_rounds`, at most `max_rounds`. `warm` holds each candidate's
-    seconds in its untimed first call. Of `peers`, those that the first round shows far behind the fastest of them stay out
-    of the other rounds: they decide nothing, and some take seconds.
+    seconds in its untimed first call. Of `peers`, those that the first round shows far behind the fastest of them stay
+    out of the other rounds: they decide nothing, and some take seconds.
     """
     order = list(candidates)
     calls = {name: clock.calls(warm[name]) for name in order}

@@ -214,7 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = LanguageModel(options.mixer, options.dim, options.layers, longest, options.backend).to(options.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{','.join(options.mixer)} model of {parameters / 1e6:.1f}M parameters on {options.device}, "
-          f"{options.dtype}; {text.numel() / 1e6:.1f} MB of Python, unigram entropy {entropy:.3f} nats per byte", flush=True)
+          f"{options.dtype}; {text.numel() / 1e6:.1f} MB of Python, unigram entropy {entropy:.3f} nats per byte",
+          flush=True)
     train(torch.compile(model) if options.compile else model, text, options, precision)
     loss = evaluate(model, held_out, options, precision)
     print(f"held-out loss {loss:.3f} nats per byte ({loss / math.log(2):.2f} bits), unigram entropy {entropy:.3f}")

@@ -30,8 +30,8 @@ def forget() -> None:
 def by_metadata(function: Callable) -> Callable:
     """`function`, its results remembered by its tensors' shapes, strides, dtypes and devices and its other arguments.
 
-    For checks and choices that depend on nothing else (but on the default backend): calls that look alike, as the steps of a
-    loop do, pay for them once. A call that raises raises again.
+    For checks and choices that depend on nothing else (but on the default backend): calls that look alike, as the steps
+    of a loop do, pay for them once. A call that raises raises again.
     """
 
     @functools.wraps(function)
@@ -143,7 +143,7 @@ def autocast(*tensors: object) -> tuple:
 
 
 def cu_seqlens(name: str, x: object, total: int, device: torch.device) -> Tensor:
-    """Checks cumulative sequence lengths [sequences + 1] over a packed axis of `total` tokens; returns them as int32."""
+    """Checks offsets [sequences + 1] of sequences packed along an axis of `total` tokens; returns them as int32."""
     tensor(name, x, "sequences+1")
     integer(name, x)
     if x.device != device:
@@ -166,7 +166,8 @@ def parameter(name: str, x: Tensor, reference_name: str, reference: Tensor) -> N
     """Checks for what parameters, gates and states may be: the main dtype or float32, on the same device."""
     if x.dtype not in (reference.dtype, torch.float32):
         allowed = {str(reference.dtype), "torch.float32"}
-        raise TypeError(f"{name} must be {' or '.join(sorted(allowed))} beside {reference_name}'s {reference.dtype}, got {x.dtype}")
+        raise TypeError(f"{name} must be {' or '.join(sorted(allowed))} beside {reference_name}'s {reference.dtype}, "
+                        f"got {x.dtype}")
     same_device(name, x, reference_name, reference)
 
 
@@ -181,7 +182,8 @@ def state_indices(name: str, x: object, batch: int, slots: int, device: torch.de
         seen: set[int] = set()
         for b, slot in enumerate(x.tolist()):
             if not -1 <= slot < slots:
-                raise ValueError(f"{name} must hold slots below {slots}, or -1 for padding, got {slot} for batch entry {b}")
+                raise ValueError(f"{name} must hold slots below {slots}, or -1 for padding, "
+                                 f"got {slot} for batch entry {b}")
             if slot >= 0 and slot in seen:
                 raise ValueError(f"{name} must name each slot once, got {slot} again for batch entry {b}")
             seen.add(slot)
@@ -192,11 +194,12 @@ def inference(function: str, alternative: str, **tensors: Tensor | None) -> None
     """In grad mode: raises when autograd would follow an in-place function."""
     for name, x in tensors.items():
         if x is not None and x.requires_grad:
-            raise RuntimeError(f"{name} requires grad, but {function} is for inference (it overwrites its state): call it "
-                               f"under torch.no_grad(), or use {alternative}")
+            raise RuntimeError(f"{name} requires grad, but {function} is for inference (it overwrites its state): "
+                               f"call it under torch.no_grad(), or use {alternative}")
 
 
 def writable(name: str, x: Tensor) -> None:
     """Checks that no two elements of `x` share memory, as those of an expanded tensor do."""
     if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride())):
-        raise ValueError(f"{name} is overwritten, so its elements must not share memory, got strides {tuple(x.stride())}")
+        raise ValueError(f"{name} is overwritten, so its elements must not share memory, "
+                         f"got strides {tuple(x.stride())}")

@@ -58,9 +58,10 @@ def register(name: str, schemas: Mapping[str, str], fakes: Mapping[str, Callable
              mutated: Mapping[str, tuple[int, ...]] | None = None, triton: str | None = None) -> Callable:
     """Registers what the parts of op `name` ("fwd", "bwd", ...) need on every backend that has them.
 
-    The native library defines its parts itself; those of Triton are the functions of the module named `triton`, imported at the
-    first call since that takes a second. `mutated` gives the positions of the arguments that a part overwrites.
-    -> run(part, backend, *args), which calls one; one that overwrites below autograd, so that gradients must be ruled out.
+    The native library defines its parts itself; those of Triton are the functions of the module named `triton`,
+    imported at the first call since that takes a second. `mutated` gives the positions of the arguments that a part
+    overwrites.
+    -> run(part, backend, *args), which calls one; one that overwrites below autograd: rule out gradients before.
     """
     ops: dict[tuple[str, str], torch._ops.OpOverload] = {}
     mutated = {} if mutated is None else mutated
@@ -87,7 +88,7 @@ def register(name: str, schemas: Mapping[str, str], fakes: Mapping[str, Callable
         call = ops.get((part, backend)) or op(f"{name}_{part}_{backend}")
         if part not in mutated or torch.compiler.is_compiling():
             return call(*args)
-        # What the dispatcher would do on the way down to the kernel, without the microseconds that its layers in Python take.
+        # What the dispatcher would do on the way down to the kernel, without the microseconds of its layers in Python.
         torch.autograd.graph.increment_version([args[i] for i in mutated[part]])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return call(*args)

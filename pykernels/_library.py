@@ -1,9 +1,9 @@
 """The native library: found, loaded once, and asked about itself.
 
-`libpykernels.so` lies beside this file (or where `PYKERNELS_LIBRARY` says). It has no Python symbols: torch loads it for
-its ops, ctypes for a few plain C functions. A library that is missing or does not load is no error at import, since the
-Triton and reference backends do without it; `error()` then says why, and so does every message about the cpu and cuda
-backends.
+`libpykernels.so` lies beside this file (or where `PYKERNELS_LIBRARY` says). It has no Python symbols: torch loads it
+for its ops, ctypes for a few plain C functions. A library that is missing or does not load is no error at import, since
+the Triton and reference backends do without it; `error()` then says why, and so does every message about the cpu and
+cuda backends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def path() -> Path:
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     file = path()
     if not file.exists():
-        return None, f"{file} does not exist: pykernels was installed or checked out without building its native library"
+        return None, (f"{file} does not exist: pykernels was installed or checked out without building its native "
+                      "library")
     try:
         torch.ops.load_library(str(file))
         library = ctypes.CDLL(str(file))

@@ -51,8 +51,8 @@ class Environment:
 class Op:
     """An op's entry in the table of backends.
 
-    `backends` maps a backend's name to `supports(query) -> None | reason`; `explicit_only` are backends that "auto" leaves
-    out although they can serve, with the reason.
+    `backends` maps a backend's name to `supports(query) -> None | reason`; `explicit_only` are backends that "auto"
+    leaves out although they can serve, with the reason.
     """
 
     name: str
@@ -175,8 +175,8 @@ def default() -> str:
 class use_backend(contextlib.AbstractContextManager):
     """Sets the default of every op's `backend` argument, for the process, or for a `with` block.
 
-    `pykernels.use_backend("reference")` holds until the next call; as a context manager it restores the previous default
-    at the end. It is a plain module variable, not per thread. `PYKERNELS_BACKEND` sets the initial value.
+    `pykernels.use_backend("reference")` holds until the next call; as a context manager it restores the previous
+    default at the end. It is a plain module variable, not per thread. `PYKERNELS_BACKEND` sets the initial value.
     """
 
     def __init__(self, backend: str):

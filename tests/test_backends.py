@@ -14,6 +14,7 @@ import pykernels
 from pykernels import BackendUnavailable, _library, backends
 from pykernels.backends import Environment, Op, Query, choose
 from pykernels.testing import OPS, targets
+from pykernels.testing.targets import choice
 
 ALL = Environment(cpu=None, cuda=None, triton=None, triton_interpret=False, capability=(9, 0))
 NOTHING = Environment(
@@ -39,6 +40,14 @@ OP = Op(
 )
 CUDA_ON_REQUEST = dataclasses.replace(OP, explicit_only={"cuda": "not measured"})
 WITHOUT_CUDA = Op("toy", {name: supports for name, supports in OP.backends.items() if name != "cuda"})
+
+
+@pytest.mark.parametrize("op", list({op.op.name: op.op for op in OPS}.values()), ids=lambda op: op.name)
+def test_plain_calls_are_served_on_a_gpu(op, monkeypatch):
+    """`info`, `verify` and the tests ask for a plain call, whichever sizes an op's backends look at."""
+    monkeypatch.setattr(backends, "environment", lambda: ALL)
+    for requested, backend in (("auto", "triton"), ("triton", "triton"), ("cuda", "cuda")):
+        assert choice(op, requested, "cuda", torch.bfloat16).backend == backend
 
 
 def _query(device="cpu", dtype=torch.float32, head_dim=64) -> Query:

@@ -28,7 +28,8 @@ def train_lm() -> ModuleType:
 @pytest.mark.parametrize(("dtype", "mixer"), [
     ("fp32", "attention"), ("bf16", "attention"), ("bf16", "hyena"), ("bf16", "mamba"),
 ])
-def test_language_model_learns_and_decodes(train_lm: ModuleType, dtype: str, mixer: str, capsys: pytest.CaptureFixture) -> None:
+def test_language_model_learns_and_decodes(train_lm: ModuleType, dtype: str, mixer: str,
+                                           capsys: pytest.CaptureFixture) -> None:
     assert train_lm.main([*SMALL, "--steps", "80", "--dtype", dtype, "--mixer", mixer]) == 0
     out = capsys.readouterr().out
     loss, entropy = map(float, re.search(r"held-out loss ([\d.]+) .*unigram entropy ([\d.]+)", out).groups())

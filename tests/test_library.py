@@ -27,7 +27,8 @@ def test_takes_only_the_stable_c_symbols_of_torch():
     assert all(re.match(r"(aoti_torch|torch)_", s) for s in of_torch), sorted(of_torch)
     assert not {s for s in undefined if s.startswith(("Py", "_Py"))}, "Python symbols tie the library to one Python"
     # Whatever else is undefined comes from the C and C++ runtimes, by versioned names.
-    unversioned = {line.split()[-1] for line in _binutil("nm", "-D", "--undefined-only").splitlines() if "@" not in line}
+    undefined = _binutil("nm", "-D", "--undefined-only").splitlines()
+    unversioned = {line.split()[-1] for line in undefined if "@" not in line}
     assert unversioned - of_torch <= {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
 
 
@@ -35,7 +36,8 @@ def test_needs_libtorch_so_that_the_stream_accessor_resolves_and_no_cuda():
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", _binutil("readelf", "-d"))
     assert "libtorch.so" in needed  # brings libtorch_cuda.so into scope where there is one
     assert not [name for name in needed if "cuda" in name or "nvrtc" in name], needed
-    assert not re.search(r"\((RPATH|RUNPATH)\)", _binutil("readelf", "-d")), "a path of the build machine would travel along"
+    dynamic = _binutil("readelf", "-d")
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic), "a path of the build machine would travel along"
 
 
 def test_the_stream_accessor_is_weak():
@@ -50,19 +52,21 @@ def test_exports_only_its_plain_c_functions():
     exported = {line.split()[-1] for line in _binutil("nm", "-D", "--defined-only").splitlines()}
     ops = ("flash_attention", "linear_attention", "fft_conv") if _library.cuda_build() is not None else ()
     of_cuda = {f"pykernels_{op}_kernels" for op in ops}
-    assert exported == {"pykernels_active_isa", "pykernels_built_isas", "pykernels_machine_has_isa", "pykernels_set_isa",
-                        "pykernels_release_scratch", "pykernels_cuda_build", "pykernels_allocate_by_dispatch"} | of_cuda
+    assert exported == {"pykernels_active_isa", "pykernels_built_isas", "pykernels_machine_has_isa",
+                        "pykernels_set_isa", "pykernels_release_scratch", "pykernels_cuda_build",
+                        "pykernels_allocate_by_dispatch"} | of_cuda
 
 
 def _kernel_objects() -> list[tuple[str, str]]:
-    """(ISA, `nm` output) of each kernel object of the newest build folder, if the library was built from this checkout."""
+    """(ISA, `nm` output) of each kernel object of the newest build folder, if this checkout built the library."""
     root = _library.path().resolve().parents[1]
     builds = sorted((root / "build").glob("*/libpykernels.so"), key=lambda file: file.stat().st_mtime)
     if not builds:
         pytest.skip("the library was not built from a checkout: its object files are not at hand")
     objects = builds[-1].parent.glob("CMakeFiles/kernels_cpu_*.dir/**/*.o")
     return [(re.search(r"kernels_cpu_(\w+)\.dir", str(file)).group(1),
-             subprocess.run(["nm", "-C", str(file)], check=True, capture_output=True, text=True).stdout) for file in objects]
+             subprocess.run(["nm", "-C", str(file)], check=True, capture_output=True, text=True).stdout)
+            for file in objects]
 
 
 def test_kernel_code_sits_in_its_isa_namespace():

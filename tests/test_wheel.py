@@ -24,7 +24,8 @@ expected, expected_lse = pykernels.flash_attention(q, k, v, causal=True, return_
 torch.testing.assert_close(out, expected)
 torch.testing.assert_close(lse, expected_lse)
 loss = lambda out, lse: (out * out).sum() + lse.sum()
-for got, want in zip(torch.autograd.grad(loss(out, lse), (q, k, v)), torch.autograd.grad(loss(expected, expected_lse), (q, k, v))):
+for got, want in zip(torch.autograd.grad(loss(out, lse), (q, k, v)),
+                     torch.autograd.grad(loss(expected, expected_lse), (q, k, v))):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 print("ran", pykernels.__version__, "under torch", torch.__version__)
 """
@@ -33,8 +34,8 @@ print("ran", pykernels.__version__, "under torch", torch.__version__)
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder),
-                    str(ROOT)], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
+                    str(folder), str(ROOT)], check=True)
     (file,) = folder.glob("*.whl")
     return file
 
@@ -51,23 +52,26 @@ def test_holds_the_package_and_nothing_of_the_tests(wheel):
     packages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pykernels").rglob("*.py")}
     assert packages <= set(names)
     assert "pykernels/ops/flash_attention/README.md" in names
-    assert {name.split("/")[0] for name in names} == {"pykernels", next(n for n in names if n.endswith("WHEEL")).split("/")[0]}
+    assert {name.split("/")[0] for name in names} == {"pykernels",
+                                                      next(n for n in names if n.endswith("WHEEL")).split("/")[0]}
 
 
 def test_runs_in_a_fresh_environment(wheel, tmp_path):
-    """Everything but pykernels comes from this test's own environment, named in a .pth file, so nothing is downloaded."""
+    """Everything but pykernels comes from this test's own environment by a .pth file, so nothing is downloaded."""
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
     (site,) = environment.glob("lib/python*/site-packages")
     (site / "torch_from_the_test_environment.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)],
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site),
+                    str(wheel)],
                    check=True)
     python = environment / "bin" / "python"
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYKERNELS"))}
     result = subprocess.run([python, "-c", PROGRAM], cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "ran" in result.stdout
-    info = subprocess.run([python, "-m", "pykernels", "info"], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    info = subprocess.run([python, "-m", "pykernels", "info"], cwd=tmp_path, env=variables, capture_output=True,
+                          text=True)
     assert info.returncode == 0 and str(environment) in info.stdout, info.stdout + info.stderr
 
 

@@ -21,7 +21,8 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _causal_conv1d(problem, case: Case) -> Mapping[str, Call]:
     from causal_conv1d import causal_conv1d_fn
 
-    return {"causal_conv1d_fn": problem.call(lambda x, weight, bias: causal_conv1d_fn(x, weight, bias, activation="silu"))}
+    return {"causal_conv1d_fn": problem.call(
+        lambda x, weight, bias: causal_conv1d_fn(x, weight, bias, activation="silu"))}
 
 
 def _causal_conv1d_update(problem, case: Case) -> Mapping[str, Call]:
@@ -35,7 +36,8 @@ def _updated(update: Callable[..., Tensor], x: Tensor, state: Tensor, weight: Te
 
 
 PEERS = [
-    Peer("torch conv1d", "causal_conv1d", lambda case: None, lambda problem, case: {"depthwise": problem.call(_depthwise)}),
+    Peer("torch conv1d", "causal_conv1d", lambda case: None,
+         lambda problem, case: {"depthwise": problem.call(_depthwise)}),
     Peer("causal-conv1d", "causal_conv1d", on_gpu("causal_conv1d"), _causal_conv1d),
     Peer("torch in place", "causal_conv1d_step", lambda case: None, lambda problem, case: {
         "eager": problem.call(CAUSAL_CONV1D_STEP.peer(Sample({**problem.first, "activation": "silu"})))}),

@@ -14,8 +14,8 @@ from ..kit import Call, Case, Peer
 
 
 def _long(tuned: bool) -> Callable[[Case], str | None]:
-    """Torch's transforms lose most of their time to the page faults of fresh memory, unless glibc is told to keep it: both are
-    measured, as cases of their own."""
+    """Torch's transforms lose most of their time to the page faults of fresh memory, unless glibc is told to keep it:
+    both are measured, as cases of their own."""
 
     def missing(case: Case) -> str | None:
         if case.options in ("plain", "skip, spectrum kept"):
@@ -57,5 +57,6 @@ PEERS = [
     Peer("torch rfft, allocator tuned", "fft_conv", _long(True), _rfft),
     Peer("torch rfft, spectrum kept", "fft_conv",
          lambda case: None if case.options == "skip, spectrum kept" else "measured where ours is kept", _kept),
-    Peer("torch conv1d", "fft_conv", lambda case: None if case.options == "plain" else "measured with short kernels", _depthwise),
+    Peer("torch conv1d", "fft_conv", lambda case: None if case.options == "plain" else "measured with short kernels",
+         _depthwise),
 ]

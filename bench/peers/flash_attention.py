@@ -96,7 +96,8 @@ def _flex(problem, case: Case) -> Mapping[str, Call]:
     if problem.causal:
         lengths = problem.q.shape[1], problem.k.shape[1]
         window = options.get("window", (lengths[1], 0))[0]
-        mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j <= window), None, None, *lengths, device=case.device)
+        mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j <= window), None, None, *lengths,
+                                 device=case.device)
     slopes, bias, softcap = options.get("alibi_slopes"), options.get("bias"), options.get("softcap")
 
     def change(score, b, h, i, j):
@@ -151,7 +152,8 @@ def _no_flex(case: Case) -> str | None:
 
 def _plain(missing: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
     """The conditions of a package that is only set up for rows without options."""
-    return lambda case: missing(case) or (None if case.options in ("causal", "full") else "is not set up for options here")
+    return lambda case: missing(case) or (
+        None if case.options in ("causal", "full") else "is not set up for options here")
 
 
 PEERS = [

@@ -30,12 +30,14 @@ def _fla_linear(problem, case: Case) -> Mapping[str, Call]:
     if case.options == "channel decay":
         return {"chunk_gla": time_first(problem, lambda q, k, v: chunk_gla(q, k, v, problem.decay)[0])}
     name = "g_gamma" if case.options == "head decay" else "g"
-    return {"chunk_simple_gla": time_first(problem, lambda q, k, v: chunk_simple_gla(q, k, v, **{name: problem.decay})[0])}
+    return {"chunk_simple_gla": time_first(
+        problem, lambda q, k, v: chunk_simple_gla(q, k, v, **{name: problem.decay})[0])}
 
 
 PEERS = [
     Peer("torch chunkwise", "linear_attention", lambda case: None, _chunkwise),
-    Peer("torch chunkwise, compiled", "linear_attention", lambda case: None, functools.partial(_chunkwise, compiled=True), slow=True),
+    Peer("torch chunkwise, compiled", "linear_attention", lambda case: None,
+         functools.partial(_chunkwise, compiled=True), slow=True),
     Peer("fla", "linear_attention", needs("fla"), _fla_linear),
 ]
 

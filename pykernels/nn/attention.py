@@ -16,9 +16,9 @@ from .state import check_inference, check_input
 class AttentionState:
     """The keys and values of the tokens so far; entry b of the batch holds lengths[b] of them.
 
-    With a block table the caches are pages: token t of entry b lies in page block_table[b, t // page size]. Layers of one
-    model may share a table, and whoever manages the pages may give them out as sequences grow, or share those of a common
-    prompt (never one that is still appended to).
+    With a block table the caches are pages: token t of entry b lies in page block_table[b, t // page size]. Layers of
+    one model may share a table, and whoever manages the pages may give them out as sequences grow, or share those of a
+    common prompt (never one that is still appended to).
     """
 
     k: Tensor  # [B, Tmax, Hk, K], or [pages, page size, Hk, K]

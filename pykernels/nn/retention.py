@@ -44,15 +44,17 @@ def _theta_shift(x: Tensor, positions: Tensor) -> Tensor:
 class MultiScaleRetention(nn.Module):
     """RetNet's mixer: retention with a decay per head, a norm per head and a swish gate; x [B, T, dim] -> [B, T, dim].
 
-    Its parameters have torchscale's names and shapes (q_proj, k_proj, v_proj, g_proj, out_proj), so `load_state_dict` takes a
-    torchscale layer's, and with the default options it gives the same outputs as each of torchscale's three forms.
+    Its parameters have torchscale's names and shapes (q_proj, k_proj, v_proj, g_proj, out_proj), so `load_state_dict`
+    takes a torchscale layer's, and with the default options it gives the same outputs as each of torchscale's three
+    forms.
 
     Args:
         dim: size of the tokens.
         heads: number of heads; the key size is dim // heads, the value size value_dim // heads.
         value_dim: size of the values of all heads; None is 2 * dim, as in RetNet.
         positions: "theta_shift" (RetNet's rotation of interleaved pairs), "rotary" (`apply_rotary`) or None.
-        learnable_gamma: whether the decay per head is a parameter (`decay_logit`, gamma its sigmoid), starting at RetNet's.
+        learnable_gamma: whether the decay per head is a parameter (`decay_logit`, gamma its sigmoid), starting at
+            RetNet's.
         eps: of the norm.
         backend: as in `pykernels.retention`.
 
@@ -65,7 +67,8 @@ class MultiScaleRetention(nn.Module):
         super().__init__()
         value_dim = 2 * dim if value_dim is None else value_dim
         if heads < 1 or dim % heads != 0 or value_dim % heads != 0:
-            raise ValueError(f"heads must divide dim and value_dim, got {heads} heads for dim {dim} and value_dim {value_dim}")
+            raise ValueError(f"heads must divide dim and value_dim, got {heads} heads for dim {dim} "
+                             f"and value_dim {value_dim}")
         if positions not in ("theta_shift", "rotary", None):
             raise ValueError(f"positions must be 'theta_shift', 'rotary' or None, got {positions!r}")
         if positions is not None and dim // heads % 2 != 0:
@@ -132,7 +135,7 @@ class MultiScaleRetention(nn.Module):
         return q, k, v
 
     def forward(self, x: Tensor, state: RecurrentState | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences. `cu_seqlens` packs sequences along T."""
+        """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences. `cu_seqlens` packs them along T."""
         check_input(x, self.dim, True, None if state is None else state.lengths.shape[0])
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
@@ -182,7 +185,8 @@ class LinearAttention(nn.Module):
         key_heads: number of query and key heads, a divisor of `heads`; None is `heads`.
         head_dim: size of a head; None is dim // heads.
         feature_map: of queries and keys: "elu" (elu(x) + 1), "relu", "softmax" (over the head) or "identity".
-        normalize: whether weights are divided by their sum; None is True but for "identity", whose weights may be negative.
+        normalize: whether weights are divided by their sum; None is True but for "identity", whose weights may be
+            negative.
         bias: whether the projections have biases.
         backend: as in `pykernels.linear_attention`.
 
@@ -225,7 +229,7 @@ class LinearAttention(nn.Module):
         return of(q), of(k), v
 
     def forward(self, x: Tensor, state: RecurrentState | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences. `cu_seqlens` packs sequences along T."""
+        """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences. `cu_seqlens` packs them along T."""
         check_input(x, self.dim, True, None if state is None else state.lengths.shape[0])
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")

@@ -76,7 +76,8 @@ def attention_case(
 ) -> Case:
     """A call of flash_attention with normal inputs; `values` may change them, `layout` places them in memory.
 
-    `alibi` and `bias` are the shapes of the slopes and the bias (of `bias_dtype`, None: that of q), `sinks` is their mean.
+    `alibi` and `bias` are the shapes of the slopes and the bias (of `bias_dtype`, None: that of q), `sinks` is their
+    mean.
     """
     tk = tq if tk is None else tk
     heads_k = heads_q if heads_k is None else heads_k
@@ -302,8 +303,10 @@ EXTREMES = (
     attention_case("sinks-blind-rows", batch=2, tq=100, tk=30, head_dim=32, causal=True, sinks=2.0),
     attention_case("sinks-no-keys", batch=2, tq=33, tk=0, head_dim=16, sinks=0.0),
     attention_case("sinks-dominate", tq=60, head_dim=32, sinks=9.0),
-    # Weights of e^-60: in float64 the rounding of the exponents alone is beyond a budget without a yardstick's own error.
-    attention_case("sinks-overwhelm", tq=60, head_dim=32, sinks=60.0, dtypes=(torch.float32, torch.bfloat16, torch.float16)),
+    # Weights of e^-60: in float64 the rounding of the exponents alone is beyond a budget without a yardstick's own
+    # error.
+    attention_case("sinks-overwhelm", tq=60, head_dim=32, sinks=60.0,
+                   dtypes=(torch.float32, torch.bfloat16, torch.float16)),
     attention_case("bias-blind-rows", batch=2, tq=90, tk=130, head_dim=32, bias=(1, 1, 90, 130), bias_dtype=torch.bool,
                    bias_values=lambda x: x & (torch.arange(90) % 7 > 0)[:, None], sinks=0.0),
     attention_case("bias-hides-all", batch=2, tq=40, tk=50, head_dim=32, bias=(2, 1, 40, 50),
@@ -430,18 +433,20 @@ def _attention_bad_inputs() -> Iterable[BadInput]:
     yield from _bad_options()
     yield BadInput("deterministic-type", {"deterministic": 1}, TypeError, r"deterministic.*True or False.*1")
     yield BadInput("bias-type", {"bias": 0.5}, TypeError, r"bias.*tensor.*float")
-    yield BadInput("bias-rank", {"bias": torch.zeros(1, 2, 4, 6, 6)}, ValueError, r"bias.*broadcastable.*Tk=6.*\[1, 2, 4")
+    yield BadInput("bias-rank", {"bias": torch.zeros(1, 2, 4, 6, 6)}, ValueError,
+                   r"bias.*broadcastable.*Tk=6.*\[1, 2, 4")
     yield BadInput("bias-heads", {"bias": torch.zeros(2, 6, 6)}, ValueError, r"bias.*broadcastable.*H=4.*\[2, 6, 6\]")
     yield BadInput("bias-keys", {"bias": torch.zeros(6, 5)}, ValueError, r"bias.*broadcastable.*Tk=6.*\[6, 5\]")
-    yield BadInput("bias-dtype", {"bias": torch.zeros(6, 6, dtype=torch.float64)}, TypeError, r"bias.*bool.*float32.*float64")
+    yield BadInput("bias-dtype", {"bias": torch.zeros(6, 6, dtype=torch.float64)}, TypeError,
+                   r"bias.*bool.*float32.*float64")
     yield BadInput("bias-integer", {"bias": torch.zeros(6, 6, dtype=torch.uint8)}, TypeError, r"bias.*bool.*uint8")
     yield BadInput("bias-device", {"bias": torch.zeros(6, 6, device="meta")}, ValueError, r"bias.*device.*meta")
     yield BadInput("dropout-type", {"dropout_p": "0.1"}, TypeError, r"dropout_p.*number.*str")
     yield BadInput("dropout-one", {"dropout_p": 1}, ValueError, r"dropout_p.*less than 1.*1")
     yield BadInput("dropout-negative", {"dropout_p": -0.1}, ValueError, r"dropout_p.*at least 0.*-0.1")
     yield BadInput("dropout-nan", {"dropout_p": float("nan")}, ValueError, r"dropout_p.*finite.*nan")
-    yield BadInput("alibi-packed", {**packed, "cu_seqlens_q": cu(0, 3, 6), "alibi_slopes": torch.zeros(1, 4)}, ValueError,
-                   r"alibi_slopes.*sequences=2.*\[1, 4\]")
+    yield BadInput("alibi-packed", {**packed, "cu_seqlens_q": cu(0, 3, 6), "alibi_slopes": torch.zeros(1, 4)},
+                   ValueError, r"alibi_slopes.*sequences=2.*\[1, 4\]")
 
     both = {"cu_seqlens_q", "cu_seqlens_k"}
     for name in sorted(both):
@@ -505,7 +510,8 @@ def _bad_options() -> Iterable[BadInput]:
     yield BadInput("alibi-heads", {"alibi_slopes": torch.zeros(2)}, ValueError, r"alibi_slopes.*H=4.*\[2\]")
     yield BadInput("alibi-batch", {"alibi_slopes": torch.zeros(3, 4)}, ValueError, r"alibi_slopes.*B=2.*\[3, 4\]")
     yield BadInput("alibi-dtype", {"alibi_slopes": torch.zeros(4).half()}, TypeError, r"alibi_slopes.*float32.*float16")
-    yield BadInput("alibi-device", {"alibi_slopes": torch.zeros(4, device="meta")}, ValueError, r"alibi_slopes.*device.*meta")
+    yield BadInput("alibi-device", {"alibi_slopes": torch.zeros(4, device="meta")}, ValueError,
+                   r"alibi_slopes.*device.*meta")
     yield BadInput("alibi-grad", {"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError,
                    r"alibi_slopes.*require grad")
     yield BadInput("sinks-type", {"sinks": [0.0] * 4}, TypeError, r"sinks.*tensor.*list")
@@ -613,8 +619,8 @@ DECODE_CASES = (
     decode_case("no-append", lengths=(1, 64, 130), capacity=130),
     decode_case("draft", lengths=(5, 90), capacity=128, tq=4, new_tokens=4),
     decode_case("draft-not-causal", lengths=(5, 90), capacity=128, tq=4, new_tokens=4, causal=False),
-    decode_case("draft-long", lengths=(1500, 700), capacity=1600, tq=8, new_tokens=8, heads_q=8, heads_k=2, head_dim=128,
-                window=(900, None)),
+    decode_case("draft-long", lengths=(1500, 700), capacity=1600, tq=8, new_tokens=8, heads_q=8, heads_k=2,
+                head_dim=128, window=(900, None)),
     decode_case("prompt", lengths=(0, 0), capacity=150, tq=130, new_tokens=130, head_dim=32),
     decode_case("prompt-chunk", lengths=(70, 3), capacity=150, tq=65, new_tokens=65, head_dim=40, value_dim=24),
     decode_case("fewer-new-than-queries", lengths=(30, 40), capacity=50, tq=3, new_tokens=1),
@@ -641,18 +647,21 @@ DECODE_CASES = (
     decode_case("alibi", lengths=(50, 300), capacity=310, new_tokens=1, alibi=(4,)),
     decode_case("alibi-draft", lengths=(50, 130), capacity=140, tq=3, new_tokens=3, alibi=(2, 4), softcap=3.0),
     decode_case("sinks", lengths=(50, 600), capacity=610, new_tokens=1, sinks=1.0),
-    decode_case("sinks-prompt", lengths=(0, 70), capacity=150, tq=65, new_tokens=65, head_dim=32, sinks=0.0, alibi=(4,)),
+    decode_case("sinks-prompt", lengths=(0, 70), capacity=150, tq=65, new_tokens=65, head_dim=32, sinks=0.0,
+                alibi=(4,)),
     # Pages.
     decode_case("paged", lengths=(50, 0, 300), capacity=320, new_tokens=1, page_size=16),
-    decode_case("paged-odd", lengths=(50, 130), capacity=160, tq=4, new_tokens=4, page_size=7, head_dim=40, value_dim=24),
+    decode_case("paged-odd", lengths=(50, 130), capacity=160, tq=4, new_tokens=4, page_size=7, head_dim=40,
+                value_dim=24),
     decode_case("paged-one-token", lengths=(5, 13), capacity=16, tq=2, new_tokens=3, page_size=1, head_dim=16),
     decode_case("paged-large", lengths=(700, 513), capacity=1024, page_size=256, head_dim=128, heads_q=8),
     decode_case("paged-shared", lengths=(77, 90, 64), capacity=120, new_tokens=1, page_size=32, shared_pages=2,
                 window=(70, None), sinks=0.0),
     decode_case("paged-prompt", lengths=(0, 33), capacity=300, tq=130, new_tokens=130, page_size=32, head_dim=32),
-    decode_case("paged-draft", lengths=(260, 511), capacity=600, tq=8, new_tokens=8, page_size=64, alibi=(4,), softcap=5.0),
-    decode_case("paged-draft-odd", lengths=(20, 433), capacity=448, tq=3, new_tokens=3, page_size=7, heads_q=7, heads_k=1,
-                head_dim=40, value_dim=72, sinks=0.0),
+    decode_case("paged-draft", lengths=(260, 511), capacity=600, tq=8, new_tokens=8, page_size=64, alibi=(4,),
+                softcap=5.0),
+    decode_case("paged-draft-odd", lengths=(20, 433), capacity=448, tq=3, new_tokens=3, page_size=7, heads_q=7,
+                heads_k=1, head_dim=40, value_dim=72, sinks=0.0),
     decode_case("paged-padded", lengths=(20, 33), capacity=48, new_tokens=1, page_size=8, head_dim=33, layout=_padded),
 )
 
@@ -745,6 +754,12 @@ def _decode_bad_inputs() -> Iterable[BadInput]:
             ValueError,
             rf"\b{name}_cache\b.*contiguous.*strides",
         )
+        yield BadInput(
+            f"{name}_cache-expanded",
+            {f"{name}_cache": cache[:1].expand(cache.shape)},
+            ValueError,
+            rf"\b{name}_cache\b.*share memory.*strides",
+        )
     yield BadInput("v-tokens", {"v": new[:, :1]}, ValueError, r"\bv\b.*Tnew=2.*\[2, 1, ")
     yield BadInput("v_cache-tokens", {"v_cache": cache[:, :8]}, ValueError, r"\bv_cache\b.*T=9.*\[2, 8, ")
     yield BadInput("k_cache-head-dim", {"k_cache": cache[..., :7]}, ValueError, r"\bk_cache\b.*K=8.*7\]")
@@ -795,16 +810,19 @@ def _decode_bad_inputs() -> Iterable[BadInput]:
         ValueError,
         r"cache_seqlens.*cache of 9.*10 for batch entry 1",
     )
-    yield BadInput("head-dim-577", {"q": torch.randn(2, 1, 4, 577), "k_cache": torch.randn(2, 9, 2, 577), "k": None, "v": None},
+    wide = {"q": torch.randn(2, 1, 4, 577), "k_cache": torch.randn(2, 9, 2, 577), "k": None, "v": None}
+    yield BadInput("head-dim-577", wide,
                    ValueError, r"\bq\b.*576.*577")
     pages, table = torch.randn(6, 4, 2, 8), torch.tensor([[0, 1, 2], [3, 4, 5]], dtype=torch.int32)
     paged = {"k_cache": pages, "v_cache": pages.clone(), "block_table": table}
-    yield BadInput("table-type", {**paged, "block_table": [[0, 1, 2], [3, 4, 5]]}, TypeError, r"block_table.*tensor.*list")
+    yield BadInput("table-type", {**paged, "block_table": [[0, 1, 2], [3, 4, 5]]}, TypeError,
+                   r"block_table.*tensor.*list")
     yield BadInput("table-dtype", {**paged, "block_table": table.float()}, TypeError, r"block_table.*int32.*float32")
     yield BadInput("table-rank", {**paged, "block_table": table[0]}, ValueError, r"block_table.*2 axes.*\[3\]")
     yield BadInput("table-batch", {**paged, "block_table": table[:1]}, ValueError, r"block_table.*B=2.*\[1, 3\]")
     yield BadInput("table-device", {**paged, "block_table": table.to("meta")}, ValueError, r"block_table.*device.*meta")
-    yield BadInput("table-page", {**paged, "block_table": table + 1}, ValueError, r"block_table.*below 6.*6 at \[1, 2\]")
+    yield BadInput("table-page", {**paged, "block_table": table + 1}, ValueError,
+                   r"block_table.*below 6.*6 at \[1, 2\]")
     yield BadInput("table-negative", {**paged, "block_table": table - 1}, ValueError, r"block_table.*-1 at \[0, 0\]")
     yield BadInput("table-shared-append", {**paged, "cache_seqlens": torch.tensor([8, 8]),
                                            "block_table": torch.tensor([[0, 1, 2], [3, 4, 2]])},

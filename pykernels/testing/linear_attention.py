@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.linear_attention import OP, linear_attention, linear_attention_step
 from .kit import BadInput, Case, Description, Sample, seed
 
-# ---- Tensors -----------------------------------------------------------------------------------------------------------
+# ---- Tensors --------------------------------------------------------------------------------------------------------
 
 
 def _generator(name: str) -> torch.Generator:
@@ -58,18 +58,20 @@ def _decay(name: str, shape: Sequence[int], strength: float | Callable[[Tensor],
     return strength(uniform) if callable(strength) else -strength * uniform
 
 
-# ---- linear_attention --------------------------------------------------------------------------------------------------
+# ---- linear_attention -----------------------------------------------------------------------------------------------
 
 _DECAYS = {None: "", "head": "H", "token": "BTH", "channel": "BTHK"}
 
 
-def linear_case(name: str, *, batch: int = 1, tokens: int, heads: int = 2, heads_k: int | None = None, key_dim: int = 32,
-                value_dim: int | None = None, decay: str | None = None, strength: float | Callable[[Tensor], Tensor] = 0.2,
-                bonus: bool = False, state: bool = False, lengths: Sequence[int] | None = None, narrow: bool = False,
-                layout: Callable[[Tensor], Tensor] = _contiguous, values: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
+def linear_case(name: str, *, batch: int = 1, tokens: int, heads: int = 2, heads_k: int | None = None,
+                key_dim: int = 32, value_dim: int | None = None, decay: str | None = None,
+                strength: float | Callable[[Tensor], Tensor] = 0.2, bonus: bool = False, state: bool = False,
+                lengths: Sequence[int] | None = None, narrow: bool = False,
+                layout: Callable[[Tensor], Tensor] = _contiguous,
+                values: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
                 dtypes: tuple[torch.dtype, ...] | None = None, **options: Any) -> Case:
-    """A call of linear_attention with normal inputs; `decay` is a key of _DECAYS, `strength` its size; `state` gives an initial
-    state; `narrow` keeps decay, bonus and state in the dtype of q."""
+    """A call of linear_attention with normal inputs; `decay` is a key of _DECAYS, `strength` its size; `state` gives an
+    initial state; `narrow` keeps decay, bonus and state in the dtype of q."""
     heads_k = heads if heads_k is None else heads_k
     value_dim = key_dim if value_dim is None else value_dim
     sizes = {"B": batch, "T": tokens, "H": heads, "K": key_dim}
@@ -127,14 +129,17 @@ CASES = (
     linear_case("bonus-head", tokens=100, key_dim=24, decay="head", bonus=True),
     linear_case("bonus-alone", tokens=50, key_dim=16, bonus=True, state=True),
     linear_case("normalize", batch=2, tokens=100, key_dim=24, normalize=True),
-    linear_case("normalize-decay", tokens=75, key_dim=32, value_dim=20, normalize=True, decay="token", state=True, scale=0.5),
-    linear_case("normalize-channel-grouped", tokens=70, heads=4, heads_k=2, key_dim=16, normalize=True, decay="channel"),
+    linear_case("normalize-decay", tokens=75, key_dim=32, value_dim=20, normalize=True, decay="token", state=True,
+                scale=0.5),
+    linear_case("normalize-channel-grouped", tokens=70, heads=4, heads_k=2, key_dim=16, normalize=True,
+                decay="channel"),
     linear_case("reverse", batch=2, tokens=100, decay="token", reverse=True, state=True),
     linear_case("reverse-channel", tokens=80, key_dim=24, decay="channel", reverse=True, state=True, bonus=True),
     linear_case("narrow", tokens=70, decay="token", narrow=True, state=True, bonus=True),
     # Packed sequences, with empty ones, ones of length 1, and tokens that belong to none.
     linear_case("packed", tokens=170, decay="head", lengths=(65, 0, 1, 37, 60), state=True),
-    linear_case("packed-channel", tokens=150, key_dim=16, decay="channel", lengths=(1, 100, 0, 41), state=True, bonus=True),
+    linear_case("packed-channel", tokens=150, key_dim=16, decay="channel", lengths=(1, 100, 0, 41), state=True,
+                bonus=True),
     linear_case("packed-causal-gqa", tokens=120, heads=4, heads_k=2, key_dim=20, decay="token", lengths=(33, 7, 0, 60),
                 reverse=True),
     linear_case("packed-normalize", tokens=90, key_dim=20, lengths=(50, 40), normalize=True, state=True),
@@ -172,29 +177,37 @@ def _without_decay_gradient(case: Case) -> Case:
 EXTREMES = (
     *(linear_case(f"strong-{kind}", tokens=70, key_dim=24, decay=kind, strength=lambda x: -50 - 50 * x, state=True,
                   dtypes=(torch.float32, torch.float64)) for kind in ("head", "token", "channel")),
-    *(linear_case(f"mixed-{kind}", tokens=100, key_dim=24, decay=kind, strength=_mixed, state=True) for kind in ("token", "channel")),
+    *(linear_case(f"mixed-{kind}", tokens=100, key_dim=24, decay=kind, strength=_mixed, state=True)
+      for kind in ("token", "channel")),
     *(linear_case(f"zero-{kind}", tokens=100, key_dim=24, decay=kind, strength=0.0, state=True)
       for kind in ("head", "token", "channel")),
-    *(_without_decay_gradient(linear_case(f"clearing-{kind}", tokens=100, key_dim=24, decay=kind, strength=_clearing, state=True))
+    *(_without_decay_gradient(linear_case(f"clearing-{kind}", tokens=100, key_dim=24, decay=kind, strength=_clearing,
+                                          state=True))
       for kind in ("token", "channel")),
     linear_case("strong-bonus", tokens=70, key_dim=24, decay="channel", strength=lambda x: -50 - 50 * x, bonus=True,
                 dtypes=(torch.float32, torch.float64)),
     # Heads wide enough for matrix units, whose number formats must not show.
-    *(linear_case(f"strong-wide-{kind}", tokens=130, key_dim=48, value_dim=64, decay=kind, strength=lambda x: -50 - 50 * x, state=True,
+    *(linear_case(f"strong-wide-{kind}", tokens=130, key_dim=48, value_dim=64, decay=kind,
+                  strength=lambda x: -50 - 50 * x, state=True,
                   dtypes=(torch.float32, torch.float64)) for kind in ("head", "token", "channel")),
     *(linear_case(f"mixed-wide-{kind}", tokens=130, key_dim=64, decay=kind, strength=_mixed, state=True, bonus=True,
                   dtypes=(torch.float32, torch.float64)) for kind in ("token", "channel")),
-    _without_decay_gradient(linear_case("clearing-wide", tokens=130, key_dim=64, decay="channel", strength=_clearing, state=True)),
-    linear_case("fading-wide", tokens=130, key_dim=64, decay="head", strength=lambda x: -85 - x, values=_scaled(1, 1, 0), state=True,
-                dtypes=(torch.float32, torch.float64)),
-    *(linear_case(f"wide-{name}", tokens=130, key_dim=64, decay="token", values=_scaled(*factors), dtypes=(torch.float32, torch.float64))
+    _without_decay_gradient(linear_case("clearing-wide", tokens=130, key_dim=64, decay="channel", strength=_clearing,
+                                        state=True)),
+    linear_case("fading-wide", tokens=130, key_dim=64, decay="head", strength=lambda x: -85 - x,
+                values=_scaled(1, 1, 0), state=True, dtypes=(torch.float32, torch.float64)),
+    *(linear_case(f"wide-{name}", tokens=130, key_dim=64, decay="token", values=_scaled(*factors),
+                  dtypes=(torch.float32, torch.float64))
       for name, factors in {"huge-values": (1, 1, 1e25), "huge-keys": (1e-8, 1e12, 1), "huge-state": (1e-12, 1e7, 1e15),
-                            "tiny-values": (1, 1, 1e-27), "tiny-scores": (1e-14, 1e-14, 1e10), "tiny-queries": (1e-30, 1, 1)}.items()),
+                            "tiny-values": (1, 1, 1e-27), "tiny-scores": (1e-14, 1e-14, 1e10),
+                            "tiny-queries": (1e-30, 1, 1)}.items()),
     linear_case("large-values", tokens=60, key_dim=16, decay="head", values=_scaled(1, 1, 1e2)),
     linear_case("small-everything", tokens=60, key_dim=16, decay="token", values=_scaled(1e-2, 1e-2, 1e-2)),
-    linear_case("denormal", tokens=60, key_dim=16, decay="head", values=_scaled(1, 1, 1e-40), dtypes=(torch.float32, torch.float64)),
+    linear_case("denormal", tokens=60, key_dim=16, decay="head", values=_scaled(1, 1, 1e-40),
+                dtypes=(torch.float32, torch.float64)),
     linear_case("zeros", tokens=40, decay="head", values=_scaled(0, 0, 1)),
-    linear_case("zeros-normalized", tokens=40, normalize=True, values=_scaled(0, 1, 1), dtypes=(torch.float32, torch.float64)),
+    linear_case("zeros-normalized", tokens=40, normalize=True, values=_scaled(0, 1, 1),
+                dtypes=(torch.float32, torch.float64)),
     linear_case("no-tokens", batch=2, tokens=0, decay="token", state=True),
     linear_case("no-batch", batch=0, tokens=5, decay="channel"),
     linear_case("no-heads", tokens=5, heads=0, heads_k=2, decay="head"),
@@ -224,17 +237,20 @@ def _calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:
     forward = f"linear_attention_fwd_{backend}"
     for checkpoint in (False, True):
         yield forward, (q, k, v, decay, bonus, state, cu_seqlens, *options, checkpoint)
-    out, final, checkpoints, denominator = getattr(torch.ops.pykernels, forward)(q, k, v, decay, bonus, state, cu_seqlens, *options, True)
+    op = getattr(torch.ops.pykernels, forward)
+    out, final, checkpoints, denominator = op(q, k, v, decay, bonus, state, cu_seqlens, *options, True)
     dout, dfinal = torch.randn_like(out), torch.randn_like(final)
     for dfinal, decay_gradient in ((dfinal, decay is not None), (None, False)):
-        yield f"linear_attention_bwd_{backend}", (dout, dfinal, q, k, v, decay, bonus, cu_seqlens, out, checkpoints, denominator,
-                                                  *options, decay_gradient)
+        yield f"linear_attention_bwd_{backend}", (dout, dfinal, q, k, v, decay, bonus, cu_seqlens, out, checkpoints,
+                                                  denominator, *options, decay_gradient)
 
 
-def chunkwise(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None, chunk: int = 128) -> Tensor:
+def chunkwise(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None,
+              chunk: int = 128) -> Tensor:
     """The best plain PyTorch: matrix products on chunks, a loop over chunk states. T is a multiple of chunk.
 
-    With a decay per channel queries are multiplied by e^b and keys by e^-b, which overflows where a chunk decays by e^-88.
+    With a decay per channel queries are multiplied by e^b and keys by e^-b, which overflows where a chunk decays by
+    e^-88.
     """
     batch, tokens, heads, key_dim = q.shape
     scale = key_dim ** -0.5 if scale is None else scale
@@ -286,30 +302,39 @@ def _bad_inputs() -> Iterable[BadInput]:
     yield BadInput("k-tokens", {"k": k[:, :5]}, ValueError, r"\bk\b.*T=6.*\[2, 5, ")
     yield BadInput("v-tokens", {"v": v[:, :5]}, ValueError, r"\bv\b.*T=6.*\[2, 5, ")
     yield from _bad_options()
-    yield BadInput("decay-rank", {"decay": torch.zeros(2, 6)}, ValueError, r"decay.*\[H\], \[B, T, H\], \[B, T, H, K\].*\[2, 6\]")
+    yield BadInput("decay-rank", {"decay": torch.zeros(2, 6)}, ValueError,
+                   r"decay.*\[H\], \[B, T, H\], \[B, T, H, K\].*\[2, 6\]")
     yield BadInput("decay-heads", {"decay": torch.zeros(2)}, ValueError, r"decay.*H=4.*\[2\]")
     yield BadInput("decay-tokens", {"decay": torch.zeros(2, 5, 4)}, ValueError, r"decay.*T=6.*\[2, 5, 4\]")
     yield BadInput("decay-channels", {"decay": torch.zeros(2, 6, 4, 7)}, ValueError, r"decay.*K=8.*\[2, 6, 4, 7\]")
     yield BadInput("decay-positive", {"decay": torch.tensor([-1.0, 0.5, 0.0, 0.0])}, ValueError, r"decay.*<= 0.*0.5")
     yield BadInput("initial_state-type", {"initial_state": 1.0}, TypeError, r"initial_state.*tensor.*float")
-    yield BadInput("initial_state-rank", {"initial_state": torch.zeros(4, 8, 5)}, ValueError, r"initial_state.*4 axes.*\[4, 8, 5\]")
-    yield BadInput("initial_state-shape", {"initial_state": torch.zeros(2, 4, 5, 8)}, ValueError, r"initial_state.*K=8.*\[2, 4, 5, 8\]")
-    yield BadInput("initial_state-count", {"initial_state": torch.zeros(3, 4, 8, 5)}, ValueError, r"initial_state.*N=2.*\[3, 4, 8, 5\]")
+    yield BadInput("initial_state-rank", {"initial_state": torch.zeros(4, 8, 5)}, ValueError,
+                   r"initial_state.*4 axes.*\[4, 8, 5\]")
+    yield BadInput("initial_state-shape", {"initial_state": torch.zeros(2, 4, 5, 8)}, ValueError,
+                   r"initial_state.*K=8.*\[2, 4, 5, 8\]")
+    yield BadInput("initial_state-count", {"initial_state": torch.zeros(3, 4, 8, 5)}, ValueError,
+                   r"initial_state.*N=2.*\[3, 4, 8, 5\]")
     yield BadInput("initial_state-columns", {"normalize": True}, ValueError, r"initial_state.*V \+ 1=6.*\[2, 4, 8, 5\]")
-    yield BadInput("initial_state-dtype", {"initial_state": torch.zeros(2, 4, 8, 5).half()}, TypeError, r"initial_state.*float32.*float16")
-    yield BadInput("initial_state-device", {"initial_state": torch.zeros(2, 4, 8, 5, device="meta")}, ValueError, r"initial_state.*device")
-    yield BadInput("return_final_state-type", {"return_final_state": 1}, TypeError, r"return_final_state.*True or False.*1")
+    yield BadInput("initial_state-dtype", {"initial_state": torch.zeros(2, 4, 8, 5).half()}, TypeError,
+                   r"initial_state.*float32.*float16")
+    yield BadInput("initial_state-device", {"initial_state": torch.zeros(2, 4, 8, 5, device="meta")}, ValueError,
+                   r"initial_state.*device")
+    yield BadInput("return_final_state-type", {"return_final_state": 1}, TypeError,
+                   r"return_final_state.*True or False.*1")
     yield BadInput("reverse-type", {"reverse": None}, TypeError, r"reverse.*True or False.*None")
-    for name, value, exception, match in (("type", [0, 6], TypeError, "tensor.*list"), ("dtype", cu(0, 6).float(), TypeError, "int32 or int64"),
-                                          ("rank", cu(0, 6)[None], ValueError, r"1 axes.*\[1, 2\]"), ("empty", cu(), ValueError, "empty"),
+    for name, value, exception, match in (("type", [0, 6], TypeError, "tensor.*list"),
+                                          ("dtype", cu(0, 6).float(), TypeError, "int32 or int64"),
+                                          ("rank", cu(0, 6)[None], ValueError, r"1 axes.*\[1, 2\]"),
+                                          ("empty", cu(), ValueError, "empty"),
                                           ("start", cu(1, 6), ValueError, "start at 0.*1"),
                                           ("decreases", cu(0, 4, 3), ValueError, "not decrease.*4 then 3"),
                                           ("overruns", cu(0, 7), ValueError, "within the 6.*7"),
                                           ("device", cu(0, 6).to("meta"), ValueError, "device")):
         yield BadInput(f"cu_seqlens-{name}", {**packed, "cu_seqlens": value}, exception, f"cu_seqlens.*{match}")
     yield BadInput("cu_seqlens-batch", {"cu_seqlens": cu(0, 6)}, ValueError, r"\bq\b.*batch 1.*\[2, 6, 2, 8\]")
-    yield BadInput("cu_seqlens-states", {**packed, "cu_seqlens": cu(0, 3, 6), "initial_state": torch.zeros(1, 4, 8, 5)}, ValueError,
-                   r"initial_state.*N=2.*\[1, 4, 8, 5\]")
+    yield BadInput("cu_seqlens-states", {**packed, "cu_seqlens": cu(0, 3, 6), "initial_state": torch.zeros(1, 4, 8, 5)},
+                   ValueError, r"initial_state.*N=2.*\[1, 4, 8, 5\]")
 
 
 def _bad_qkv(q: Tensor, k: Tensor, v: Tensor, rank: int) -> Iterable[BadInput]:
@@ -360,13 +385,14 @@ LINEAR_ATTENTION = Description(
     peer=_peer,
 )
 
-# ---- linear_attention_step ---------------------------------------------------------------------------------------------
+# ---- linear_attention_step ------------------------------------------------------------------------------------------
 
 
-def step_case(name: str, *, batch: int = 2, heads: int = 3, heads_k: int | None = None, key_dim: int = 32, value_dim: int | None = None,
-              decay: str | None = None, strength: float | Callable[[Tensor], Tensor] = 0.5, bonus: bool = False,
-              slots: Sequence[int] | None = None, of: int | None = None, layout: Callable[[Tensor], Tensor] = _contiguous,
-              **options: Any) -> Case:
+def step_case(name: str, *, batch: int = 2, heads: int = 3, heads_k: int | None = None, key_dim: int = 32,
+              value_dim: int | None = None, decay: str | None = None,
+              strength: float | Callable[[Tensor], Tensor] = 0.5, bonus: bool = False,
+              slots: Sequence[int] | None = None, of: int | None = None,
+              layout: Callable[[Tensor], Tensor] = _contiguous, **options: Any) -> Case:
     """A step; with `slots`, entry b has slot slots[b] of `of`."""
     heads_k = heads if heads_k is None else heads_k
     value_dim = key_dim if value_dim is None else value_dim
@@ -374,14 +400,17 @@ def step_case(name: str, *, batch: int = 2, heads: int = 3, heads_k: int | None 
 
     def make(dtype: torch.dtype, device: str) -> Sample:
         args: dict[str, Any] = {}
-        for axis, shape in (("q", (batch, heads_k, key_dim)), ("k", (batch, heads_k, key_dim)), ("v", (batch, heads, value_dim))):
+        for axis, shape in (("q", (batch, heads_k, key_dim)), ("k", (batch, heads_k, key_dim)),
+                            ("v", (batch, heads, value_dim))):
             x = _normal(name + axis, shape)
             args[axis] = layout((x.abs() if options.get("normalize") else x).to(device, dtype))
         wide = _wide(dtype)
-        state = _normal(name + "state", (batch if slots is None else of, heads, key_dim, value_dim + options.get("normalize", False)))
+        columns = value_dim + options.get("normalize", False)
+        state = _normal(name + "state", (batch if slots is None else of, heads, key_dim, columns))
         args["state"] = (state.abs() if options.get("normalize") else state).to(device, wide)
         if decay is not None:
-            args["decay"] = _decay(name + "decay", [sizes[axis] for axis in _DECAYS[decay].replace("T", "")], strength).to(device, wide)
+            args["decay"] = _decay(name + "decay", [sizes[axis] for axis in _DECAYS[decay].replace("T", "")],
+                                   strength).to(device, wide)
         if bonus:
             args["bonus"] = _normal(name + "bonus", (heads, key_dim)).to(device, wide)
         if slots is not None:
@@ -422,7 +451,8 @@ def _step_calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:
 def _step_peer(sample: Sample) -> Callable[..., Tensor] | None:
     """In-place operations on the state, then a product with it."""
     args = sample.args
-    if any(name in args for name in ("bonus", "normalize", "state_indices")) or args["q"].shape[1] != args["v"].shape[1]:
+    unlike = any(name in args for name in ("bonus", "normalize", "state_indices"))
+    if unlike or args["q"].shape[1] != args["v"].shape[1]:
         return None
     scale, _ = _options(sample)
 
@@ -447,20 +477,29 @@ def _step_bad_inputs() -> Iterable[BadInput]:
     yield BadInput("state-columns", {"normalize": True}, ValueError, r"\bstate\b.*V \+ 1=6.*\[3, 4, 8, 5\]")
     yield BadInput("state-dtype", {"state": state.bfloat16()}, TypeError, r"\bstate\b.*float32.*bfloat16")
     yield BadInput("state-device", {"state": state.to("meta")}, ValueError, r"\bstate\b.*device")
-    yield BadInput("state-strided", {"state": torch.randn(3, 4, 8, 10)[..., ::2]}, ValueError, r"\bstate\b.*contiguous.*strides")
-    yield BadInput("state-shared", {"state": state[:1].expand(state.shape)}, ValueError, r"\bstate\b.*share memory.*strides")
-    yield BadInput("decay-rank", {"decay": torch.zeros(2, 4, 8, 1)}, ValueError, r"decay.*\[H\], \[B, H\], \[B, H, K\].*\[2, 4, 8, 1\]")
+    yield BadInput("state-strided", {"state": torch.randn(3, 4, 8, 10)[..., ::2]}, ValueError,
+                   r"\bstate\b.*contiguous.*strides")
+    yield BadInput("state-expanded", {"state": state[:1].expand(state.shape)}, ValueError,
+                   r"\bstate\b.*share memory.*strides")
+    yield BadInput("decay-rank", {"decay": torch.zeros(2, 4, 8, 1)}, ValueError,
+                   r"decay.*\[H\], \[B, H\], \[B, H, K\].*\[2, 4, 8, 1\]")
     yield BadInput("decay-shape", {"decay": torch.zeros(2, 3)}, ValueError, r"decay.*H=4.*\[2, 3\]")
     yield BadInput("decay-positive", {"decay": torch.ones(4)}, ValueError, r"decay.*<= 0.*1.0")
     yield BadInput("state_indices-type", {"state_indices": [0, 1]}, TypeError, r"state_indices.*tensor.*list")
-    yield BadInput("state_indices-dtype", {"state_indices": slots.float()}, TypeError, r"state_indices.*int32 or int64.*float32")
+    yield BadInput("state_indices-dtype", {"state_indices": slots.float()}, TypeError,
+                   r"state_indices.*int32 or int64.*float32")
     yield BadInput("state_indices-shape", {"state_indices": slots[:1]}, ValueError, r"state_indices.*B=2.*\[1\]")
     yield BadInput("state_indices-device", {"state_indices": slots.to("meta")}, ValueError, r"state_indices.*device")
-    yield BadInput("state_indices-beyond", {"state_indices": torch.tensor([0, 3])}, ValueError, r"state_indices.*3 slots.*3 for batch entry 1")
-    yield BadInput("state_indices-negative", {"state_indices": torch.tensor([-1, 2])}, ValueError, r"state_indices.*-1 for batch entry 0")
-    yield BadInput("state_indices-twice", {"state_indices": torch.tensor([2, 2])}, ValueError, r"state_indices.*different.*\[2, 2\]")
-    for name, x in (("q", q), ("k", k), ("v", v), ("state", state), ("decay", torch.zeros(4)), ("bonus", torch.zeros(4, 8))):
-        yield BadInput(f"{name}-requires-grad", {name: x.clone().requires_grad_()}, RuntimeError, rf"\b{name}\b.*requires grad.*no_grad")
+    yield BadInput("state_indices-beyond", {"state_indices": torch.tensor([0, 3])}, ValueError,
+                   r"state_indices.*3 slots.*3 for batch entry 1")
+    yield BadInput("state_indices-negative", {"state_indices": torch.tensor([-1, 2])}, ValueError,
+                   r"state_indices.*-1 for batch entry 0")
+    yield BadInput("state_indices-twice", {"state_indices": torch.tensor([2, 2])}, ValueError,
+                   r"state_indices.*different.*\[2, 2\]")
+    for name, x in (("q", q), ("k", k), ("v", v), ("state", state), ("decay", torch.zeros(4)),
+                    ("bonus", torch.zeros(4, 8))):
+        yield BadInput(f"{name}-requires-grad", {name: x.clone().requires_grad_()}, RuntimeError,
+                       rf"\b{name}\b.*requires grad.*no_grad")
 
 
 LINEAR_ATTENTION_STEP = Description(

@@ -17,7 +17,8 @@ def _with_gamma(case: Case) -> Case:
     """The case with gamma in place of the log decay."""
     def make(dtype: torch.dtype, device: str) -> Sample:
         sample = case.make(dtype, device)
-        args = {"gamma" if name == "decay" else name: x.exp() if name == "decay" else x for name, x in sample.args.items()}
+        args = {"gamma" if name == "decay" else name: x.exp() if name == "decay" else x
+                for name, x in sample.args.items()}
         return Sample(args, tuple("gamma" if name == "decay" else name for name in sample.differentiable))
 
     return Case(case.name, make, case.dtypes)
@@ -80,8 +81,8 @@ def _bad_inputs() -> Iterable[BadInput]:
     yield from _without(LINEAR_ATTENTION.bad_inputs(), "decay", "bonus", "normalize")
     packed = {name: torch.randn(1, 6, 4, 8) for name in "qkv"}
     for name, offsets in (("overruns", (0, 7)), ("start", (1, 6))):
-        yield BadInput(f"cu_seqlens-{name}", {**packed, "initial_state": None, "cu_seqlens": torch.tensor(offsets)}, ValueError,
-                       "cu_seqlens")
+        yield BadInput(f"cu_seqlens-{name}", {**packed, "initial_state": None, "cu_seqlens": torch.tensor(offsets)},
+                       ValueError, "cu_seqlens")
 
 
 def _step_bad_inputs() -> Iterable[BadInput]:
@@ -104,7 +105,8 @@ def _peer(of: Callable) -> Callable[[Sample], Callable[..., Tensor] | None]:
 
 RETENTION = dataclasses.replace(
     LINEAR_ATTENTION, function=retention, cases=CASES, extremes=EXTREMES,
-    good=_with_gamma(linear_case("good", batch=2, tokens=6, heads=4, heads_k=2, key_dim=8, value_dim=5, decay="head", state=True)),
+    good=_with_gamma(linear_case("good", batch=2, tokens=6, heads=4, heads_k=2, key_dim=8, value_dim=5, decay="head",
+                                 state=True)),
     bad_inputs=_bad_inputs, calls=lambda sample, backend: LINEAR_ATTENTION.calls(_as_linear(sample), backend),
     timing=linear_case("timing", tokens=4096, heads=8, key_dim=128), peer=_peer(LINEAR_ATTENTION.peer),
 )

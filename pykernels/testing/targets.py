@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -77,9 +78,8 @@ class Target:
 
 def choice(op: backends.Op, backend: str, device: str, dtype: torch.dtype) -> backends.Choice:
     """What `backend` ("auto" or a name) would get for a plain call here."""
-    return backends.choose(
-        op, backends.Query(device, dtype, {"head_dim": 64, "value_dim": 64}), backend, backends.environment()
-    )
+    sizes = collections.defaultdict(lambda: 64)  # whichever an op's backends look at
+    return backends.choose(op, backends.Query(device, dtype, sizes), backend, backends.environment())
 
 
 def devices() -> list[str]:

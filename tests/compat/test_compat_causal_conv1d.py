@@ -204,7 +204,8 @@ def test_update_with_padding_takes_gradients(indices):
             kept[slot] = torch.cat((before, row), 2)[0, :, -(W - 1) :]
     wanted, cotangents = (x["x"], x["weight"], slots), (torch.randn_like(out), torch.randn_like(state))
     near(state, torch.stack(kept))
-    for a, e in zip(*(torch.autograd.grad(y, wanted, cotangents) for y in ((out, state), (expected, torch.stack(kept))))):
+    both = (out, state), (expected, torch.stack(kept))
+    for a, e in zip(*(torch.autograd.grad(y, wanted, cotangents) for y in both)):
         near(a, e)
 
 

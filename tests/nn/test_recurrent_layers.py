@@ -1,4 +1,4 @@
-"""pykernels.nn.MultiScaleRetention and LinearAttention: torchscale's layer from its formulas, and one interface for all forms."""
+"""pykernels.nn.MultiScaleRetention and LinearAttention: torchscale's layer from its formulas, one interface for all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 class Torchscale(nn.Module):
-    """torchscale's MultiScaleRetention, written from its formulas: its parameters, its relative positions, its three forms."""
+    """torchscale's MultiScaleRetention, written from its formulas: its parameters, its relative positions, its three
+    forms."""
 
     def __init__(self, dim: int, value_dim: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -42,7 +43,8 @@ class Torchscale(nn.Module):
     def project(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """-> q, k [B, H, T, K], v [B, H, T, V]."""
         batch, tokens, _ = x.shape
-        q, k, v = (p(x).view(batch, tokens, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p(x).view(batch, tokens, self.heads, -1).transpose(1, 2)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))
         index = torch.arange(first, first + tokens, dtype=torch.float64)[:, None] * self.angle
         sin, cos = index.sin(), index.cos()
 
@@ -92,7 +94,8 @@ class Torchscale(nn.Module):
             rows = slice(first, first + chunk)
             scores = q[:, :, rows] @ k[:, :, rows].transpose(-1, -2) * inner
             outs.append(scores @ v[:, :, rows] + ((i + 1)[:, None] * gamma).exp() * (q[:, :, rows] @ state))
-            state = (chunk * gamma).exp() * state + (k[:, :, rows] * ((chunk - 1 - i)[:, None] * gamma).exp()).transpose(-1, -2) @ v[:, :, rows]
+            keys = k[:, :, rows] * ((chunk - 1 - i)[:, None] * gamma).exp()
+            state = (chunk * gamma).exp() * state + keys.transpose(-1, -2) @ v[:, :, rows]
         return self.finish(x, torch.cat(outs, 2).transpose(1, 2))
 
 
@@ -121,7 +124,8 @@ def layers(backend: str) -> dict[str, nn.Module]:
         "retention": MultiScaleRetention(32, 2, **options),
         "rotary-learned": MultiScaleRetention(32, 2, positions="rotary", learnable_gamma=True, value_dim=32, **options),
         "no-positions": MultiScaleRetention(32, 4, positions=None, **options),
-        **{name: LinearAttention(32, 4, feature_map=name, **options) for name in ("elu", "relu", "softmax", "identity")},
+        **{name: LinearAttention(32, 4, feature_map=name, **options)
+           for name in ("elu", "relu", "softmax", "identity")},
         "grouped": LinearAttention(32, 4, key_heads=2, bias=True, **options),
     }
 

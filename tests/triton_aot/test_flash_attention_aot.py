@@ -114,7 +114,8 @@ def test_options_one_by_one(target, options, part):
 
 
 @ahead_of_time
-@pytest.mark.parametrize("part, head, dtype", [("fwd", 64, BF16), ("bwd", 64, BF16), ("bwd", 256, FP16), ("fwd", 128, FP32)])
+@pytest.mark.parametrize("part, head, dtype", [("fwd", 64, BF16), ("bwd", 64, BF16), ("bwd", 256, FP16),
+                                               ("fwd", 128, FP32)])
 @pytest.mark.parametrize("target", ["sm_86", "sm_100", "gfx942"])
 def test_all_options_together(target, part, head, dtype):
     _check(target, part, dtype, head, softcap=20.0, alibi=True, sinks=True, bias=(2, 16, 4096, 4096), bias_dtype=FP32,

@@ -171,7 +171,8 @@ def _check_step(x: object, state: object, weight: object, bias: object, activati
     _checks.tensor("state", state, "slots D W-1")
     _checks.same_dtype("state", state, "x", x)
     _checks.same_device("state", state, "x", x)
-    _checks.shape("state", state, {"slots": None if indexed else x.shape[0], "D": x.shape[1], "W-1": weight.shape[1] - 1})
+    _checks.shape("state", state, {"slots": None if indexed else x.shape[0], "D": x.shape[1],
+                                   "W-1": weight.shape[1] - 1})
     _checks.writable("state", state)
     chosen = resolve(OP, Query(x.device.type, x.dtype, {"width": weight.shape[1]}), backend)
     return chosen, chosen != "reference" and x.dtype != torch.float64

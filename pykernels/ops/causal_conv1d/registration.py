@@ -1,7 +1,7 @@
 """The causal convolution as PyTorch ops: fakes, and autograd around whichever backend runs.
 
-Each backend has its own ops, `causal_conv1d_{fwd,bwd,step}_<backend>`, with one schema for all. weight and bias are in the compute
-dtype; those of a step in that or x's, and its x is [B, D] or [B, D, T].
+Each backend has its own ops, `causal_conv1d_{fwd,bwd,step}_<backend>`, with one schema for all. weight and bias are in
+the compute dtype; those of a step in that or x's, and its x is [B, D] or [B, D, T].
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _dispatch
-from ..._autograd import second_derivative
+from ..._autograd import second_derivative, signature_kept
 from ..._dispatch import empty_like_layout
 from . import reference
 
 SCHEMAS = {
     "fwd": "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
            "-> (Tensor out, Tensor final_state)",
-    "bwd": "(Tensor dout, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
-           "bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
+    "bwd": "(Tensor dout, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+           "Tensor? cu_seqlens, bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
     "step": "(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, Tensor? state_indices, bool silu) -> Tensor",
 }
 
@@ -72,6 +72,7 @@ class _Backward(torch.autograd.Function):
         return *cotangents, *primals, None, None, None
 
 
+@signature_kept
 class CausalConv1d(torch.autograd.Function):
     """causal_conv1d on a compiled backend -> (out, final_state), both differentiable. weight and bias in the compute
     dtype."""

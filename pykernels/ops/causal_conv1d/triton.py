@@ -26,8 +26,8 @@ def _entries(p_x, p_s, o_d, m_d, o_e, m_e, length, stride_xc, stride_xt, W: tl.c
     """e at its entries o_e, of which the first W - 1 are the state's, in fp32, zero outside. -> [BD, BT]"""
     o_t = o_e - (W - 1)
     m_x = m_e & (o_t >= 0) & (o_t < length)
-    b_e = load(p_x + (o_d[:, None] * stride_xc + o_t.to(tl.int64)[None, :] * stride_xt), m_d[:, None] & m_x[None,
-                                                                                                            :]).to(tl.float32)
+    p_e = p_x + (o_d[:, None] * stride_xc + o_t.to(tl.int64)[None, :] * stride_xt)
+    b_e = load(p_e, m_d[:, None] & m_x[None, :]).to(tl.float32)
     if p_s is not None:
         m_s = m_e & (o_e >= 0) & (o_t < 0)
         b_e += load(p_s + (o_d[:, None] * (W - 1) + o_e[None, :]), m_d[:, None] & m_s[None, :]).to(tl.float32)
@@ -140,8 +140,8 @@ def causal_conv1d_bwd_sums_kernel(x, weight, bias, state, dout, dy, dweight, dbi
     p_x = x + i_b * stride_xb + tl.cast(start, tl.int64) * stride_xt
     p_s = _at(state, i_s, D, W)
     p_d = dout + i_b * stride_db + tl.cast(start, tl.int64) * stride_dt
-    b_g = load(p_d + (o_d[:, None] * stride_dc + o_t.to(tl.int64)[None, :] * stride_dt), m_in[:, None] & m_t[None,
-                                                                                                             :]).to(tl.float32)
+    p_g = p_d + (o_d[:, None] * stride_dc + o_t.to(tl.int64)[None, :] * stride_dt)
+    b_g = load(p_g, m_in[:, None] & m_t[None, :]).to(tl.float32)
     if SILU:
         b_y = _convolve(p_x, p_s, weight, bias, o_d, m_in, o_t, m_t, length, stride_xc, stride_xt, W)
         b_s = tl.sigmoid(b_y)
@@ -301,7 +301,8 @@ def bwd(dout, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu):
     batch, channels, length = x.shape
     width = weight.shape[1]
     weight = weight.contiguous()
-    bias, initial_state, dfinal_state = (None if s is None else s.contiguous() for s in (bias, initial_state, dfinal_state))
+    bias, initial_state, dfinal_state = (None if s is None else s.contiguous()
+                                         for s in (bias, initial_state, dfinal_state))
     dx = empty_like_layout(x)
     BD, BT = _blocks(x)
     grid = _tiles(x, BT, cu_seqlens)
@@ -333,7 +334,7 @@ def step(x, state, weight, bias, state_indices, silu):
     BD = 128
     launch(causal_conv1d_step_kernel, (batch * triton.cdiv(channels, BD),), x.device, x=x, state=state,
            weight=weight.contiguous(),
-           bias=None if bias is None else bias.contiguous(), state_indices=state_indices, out=out, D=channels, slots=state.shape[0], T=tokens,
-           W=weight.shape[1], SILU=silu,
+           bias=None if bias is None else bias.contiguous(), state_indices=state_indices, out=out, D=channels,
+           slots=state.shape[0], T=tokens, W=weight.shape[1], SILU=silu,
            BD=BD, **_strides(x=x, s=state, o=out), **_COMPILED)
     return out

@@ -80,7 +80,7 @@ def _check_qkv(q: object, k: object, v: object, k_name: str, v_name: str, larges
 
 
 def _check_options(causal: object, window: object, scale: object, softcap: object, head_dim: int) -> tuple:
-    """-> (scale, softcap, window_left, window_right), where -1 is unbounded and causal has become a bound on the right."""
+    """-> (scale, softcap, window_left, window_right); -1 is unbounded, causal has become a bound on the right."""
     _checks.flag("causal", causal)
     left = right = -1
     if window is not None:
@@ -107,7 +107,8 @@ def _check_slopes(slopes: object, q: Tensor, sequences: int, axis: str) -> Tenso
         raise TypeError(f"alibi_slopes must be a tensor [H] or [{axis}, H], got {type(slopes).__name__}")
     if slopes.dim() not in (1, 2):
         raise ValueError(f"alibi_slopes must have axes [H] or [{axis}, H], got shape {list(slopes.shape)}")
-    _checks.shape("alibi_slopes", slopes, {axis: sequences, "H": q.shape[2]} if slopes.dim() == 2 else {"H": q.shape[2]})
+    rows = {axis: sequences} if slopes.dim() == 2 else {}
+    _checks.shape("alibi_slopes", slopes, {**rows, "H": q.shape[2]})
     _checks.parameter("alibi_slopes", slopes, "q", q)
     if slopes.requires_grad:
         raise ValueError("alibi_slopes must not require grad: no gradient is computed for it (a bias has one)")
@@ -120,7 +121,8 @@ def _check_bias(bias: object, q: Tensor, tk: int) -> Tensor:
     wanted = {"B": batch, "H": heads, "Tq": tq, "Tk": tk}
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a tensor [B, H, Tq, Tk], got {type(bias).__name__}")
-    if bias.dim() > 4 or any(size != 1 and size != full for size, full in zip(reversed(bias.shape), reversed(wanted.values()))):
+    sizes = zip(reversed(bias.shape), reversed(wanted.values()))
+    if bias.dim() > 4 or any(size != 1 and size != full for size, full in sizes):
         labels = ", ".join(f"{label}={size}" for label, size in wanted.items())
         raise ValueError(f"bias must be broadcastable to [{labels}], got shape {list(bias.shape)}")
     if bias.dtype not in (torch.bool, q.dtype, torch.float32):
@@ -145,11 +147,12 @@ def _query(q: Tensor, v: Tensor, options: tuple, grad: bool, **used: bool) -> Qu
                  frozenset(name for name, on in used.items() if on), grad)
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: tuple[int | None, int | None] | None = None,
-                    scale: float | None = None, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
-                    bias: Tensor | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
-                    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, return_lse: bool = False,
-                    deterministic: bool | None = None, backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
+                    window: tuple[int | None, int | None] | None = None, scale: float | None = None,
+                    softcap: float = 0.0, alibi_slopes: Tensor | None = None, bias: Tensor | None = None,
+                    sinks: Tensor | None = None, dropout_p: float = 0.0, cu_seqlens_q: Tensor | None = None,
+                    cu_seqlens_k: Tensor | None = None, return_lse: bool = False, deterministic: bool | None = None,
+                    backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention, exact, in memory linear in T.
 
     .. math::
@@ -166,29 +169,30 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, wi
         softcap: if positive, scores become softcap * tanh(score / softcap).
         alibi_slopes: [Hq] or [B, Hq] ([sequences, Hq] for packed input), q's dtype or float32: the score of query i (at
             position p) and key j is lowered by slope * abs(p - j). No gradient: it must not require one.
-        bias: added to the scores after the softcap; broadcastable to [B, Hq, Tq, Tk], in q's dtype or float32, or boolean:
-            then a key is visible where True, as with -inf where False. Packed input: Tq and Tk are the packed tokens.
+        bias: added to the scores after the softcap; broadcastable to [B, Hq, Tq, Tk], in q's dtype or float32, or
+            boolean: then a key is visible where True, as with -inf where False. Packed input: Tq and Tk are the packed
+            tokens.
         sinks: [Hq], q's dtype or float32: a score per head that takes part in the softmax, whose value is zero.
-        dropout_p: in [0, 1): each weight is zeroed with this probability, the others divided by 1 - dropout_p; lse is of all.
-            The seed is drawn from torch's generator for q's device. Which weights are zeroed depends on it, and on head,
-            query and key (the definition is in reference.py), on no backend.
-        cu_seqlens_q: int32 or int64 [sequences + 1], token offsets of the sequences packed along T (then B is 1), starting
-            at 0. Tokens after the last offset belong to no sequence and give zeros.
+        dropout_p: in [0, 1): each weight is zeroed with this probability, the others divided by 1 - dropout_p; lse is
+            of all. The seed is drawn from torch's generator for q's device. Which weights are zeroed depends on it, and
+            on head, query and key (the definition is in reference.py), on no backend.
+        cu_seqlens_q: int32 or int64 [sequences + 1], token offsets of the sequences packed along T (then B is 1),
+            starting at 0. Tokens after the last offset belong to no sequence and give zeros.
         cu_seqlens_k: the same for k and v; None takes cu_seqlens_q.
         return_lse: also return the log-sum-exp of each row's scores, differentiable.
         deterministic: bitwise repeatable gradients; None follows torch.use_deterministic_algorithms.
         backend: "auto", "cpu", "triton", "cuda" or "reference" (see pykernels.backends).
 
     Returns:
-        out [B, Tq, Hq, V] in q's dtype, or (out, lse) with lse [B, Hq, Tq] in float32 (float64 for float64), natural log.
-        A row that sees no key is zero, its lse is -inf, or its head's sink.
+        out [B, Tq, Hq, V] in q's dtype, or (out, lse) with lse [B, Hq, Tq] in float32 (float64 for float64), natural
+        log. A row that sees no key is zero, its lse is -inf, or its head's sink.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
         BackendUnavailable: the backend asked for can't serve this call.
 
-    Derivatives of first and second order exist with respect to q, k, v, bias and sinks (through out and lse); the second in
-    eager mode only, computed by the quadratic reference.
+    Derivatives of first and second order exist with respect to q, k, v, bias and sinks (through out and lse); the
+    second in eager mode only, computed by the quadratic reference.
 
     Source: Dao et al., FlashAttention (arXiv:2205.14135) and FlashAttention-2 (arXiv:2307.08691); Press et al., ALiBi
     (arXiv:2108.12409); Xiao et al., attention sinks (arXiv:2309.17453); Salmon et al., Philox (SC 2011).
@@ -210,7 +214,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, wi
             raise ValueError(f"q must have batch 1 when cu_seqlens_q packs sequences, got shape {list(q.shape)}")
         same = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
         total_q, total_k = q.shape[1], k.shape[1]
-        cu_seqlens_q = _checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, min(total_q, total_k) if same else total_q, q.device)
+        cu_seqlens_q = _checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, min(total_q, total_k) if same else total_q,
+                                          q.device)
         cu_seqlens_k = cu_seqlens_q if same else _checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, total_k, q.device)
         if cu_seqlens_k.shape != cu_seqlens_q.shape:
             raise ValueError(f"cu_seqlens_k must have as many offsets as cu_seqlens_q ({cu_seqlens_q.shape[0]}), "
@@ -222,25 +227,27 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, wi
     bias = None if bias is None else _check_bias(bias, q, k.shape[1])
     sinks = None if sinks is None else _check_sinks(sinks, q)
     grad = followed(q, k, v, bias, sinks)
-    chosen = resolve(OP, _query(q, v, options, grad, varlen=cu_seqlens_q is not None, alibi_slopes=alibi_slopes is not None,
-                                bias=bias is not None, sinks=sinks is not None, dropout_p=dropout_p > 0), backend)
+    chosen = resolve(OP, _query(q, v, options, grad, varlen=cu_seqlens_q is not None,
+                                alibi_slopes=alibi_slopes is not None, bias=bias is not None, sinks=sinks is not None,
+                                dropout_p=dropout_p > 0), backend)
     seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     if chosen == "reference":
-        out, lse = reference.flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks, seed,
-                                             dropout_p)
+        out, lse = reference.flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks,
+                                             seed, dropout_p)
     elif grad:
         tensors = apart(q, k, v, bias, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed)
         out, lse = registration.FlashAttention.apply(*tensors, options, dropout_p, deterministic, chosen)
     else:
-        out, lse = registration.run("fwd", chosen, q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks, seed,
-                                    dropout_p)
+        out, lse = registration.run("fwd", chosen, q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias,
+                                    sinks, seed, dropout_p)
     return (out, lse) if return_lse else out
 
 
-def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *, k: Tensor | None = None,
-                           v: Tensor | None = None, block_table: Tensor | None = None, causal: bool = True,
-                           window: tuple[int | None, int | None] | None = None, scale: float | None = None, softcap: float = 0.0,
-                           alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, return_lse: bool = False,
+def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *,
+                           k: Tensor | None = None, v: Tensor | None = None, block_table: Tensor | None = None,
+                           causal: bool = True, window: tuple[int | None, int | None] | None = None,
+                           scale: float | None = None, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+                           sinks: Tensor | None = None, return_lse: bool = False,
                            backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
     """One step of generation: appends new keys and values to the cache in place, then attends to all of it.
 
@@ -251,9 +258,9 @@ def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_se
         v_cache: [B, Tmax, Hk, V].
         cache_seqlens: int32 or int64 [B], valid tokens *before* the append; not changed.
         k, v: new tokens [B, Tnew, Hk, K] and [B, Tnew, Hk, V], written at cache_seqlens[b]; both or neither.
-        block_table: int32 or int64 [B, pages of an entry]: the cache is paged, k_cache [pages, page size, Hk, K] and v_cache
-            [pages, page size, Hk, V], and token t of entry b lies in page block_table[b, t // page size] at t % page size.
-            Pages may be shared and in any order; what lies behind the last token's page is never looked at.
+        block_table: int32 or int64 [B, pages of an entry]: the cache is paged, k_cache [pages, page size, Hk, K] and
+            v_cache [pages, page size, Hk, V], and token t of entry b lies in page block_table[b, t // page size] at t %
+            page size. Pages may be shared and in any order; what lies behind the last token's page is never looked at.
         causal, window: positions align so that the last query sits at the last valid key, cache_seqlens[b] + Tnew - 1.
         scale, softcap, alibi_slopes, sinks, return_lse, backend: as in `flash_attention`.
 
@@ -261,8 +268,10 @@ def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_se
         out [B, Tq, Hq, V], or (out, lse) with lse [B, Hq, Tq].
 
     Raises:
-        TypeError, ValueError: as in `flash_attention`; also when the append would overrun the cache (nothing is written).
-        RuntimeError: grad mode is on and an input requires grad: this function is for inference, its cache is overwritten.
+        TypeError, ValueError: as in `flash_attention`; also when the append would overrun the cache (nothing is
+            written).
+        RuntimeError: grad mode is on and an input requires grad: this function is for inference, its cache is
+            overwritten.
         BackendUnavailable: the backend asked for can't serve this call.
     """
     options, new_tokens, capacity, chosen = _check_decode(
@@ -274,8 +283,8 @@ def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_se
         named = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "sinks": sinks}
         for name, x in named.items():
             if x is not None and x.requires_grad:
-                raise RuntimeError(f"{name} requires grad, but flash_attention_decode is for inference (it writes the cache in "
-                                   "place): call it under torch.no_grad(), or use flash_attention")
+                raise RuntimeError(f"{name} requires grad, but flash_attention_decode is for inference (it writes the "
+                                   "cache in place): call it under torch.no_grad(), or use flash_attention")
     if _checks.values_checked(cache_seqlens):
         for b, length in enumerate(cache_seqlens.tolist()):
             if length < 0 or length + new_tokens > capacity:
@@ -298,9 +307,9 @@ def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_se
 
 
 @_checks.by_metadata
-def _check_decode(q: object, k_cache: object, v_cache: object, cache_seqlens: object, k: object, v: object, block_table: object,
-                  causal: object, window: object, scale: object, softcap: object, slopes: bool, sinks: bool, return_lse: object,
-                  backend: object) -> tuple[tuple, int, int, str]:
+def _check_decode(q: object, k_cache: object, v_cache: object, cache_seqlens: object, k: object, v: object,
+                  block_table: object, causal: object, window: object, scale: object, softcap: object, slopes: bool,
+                  sinks: bool, return_lse: object, backend: object) -> tuple[tuple, int, int, str]:
     """-> options, new tokens, tokens that an entry has room for, the backend that serves."""
     _check_qkv(q, k_cache, v_cache, "k_cache", "v_cache", _MAX_DECODE_KEY_DIM, block_table is not None)
     options = _check_options(causal, window, scale, softcap, q.shape[3])
@@ -329,7 +338,8 @@ def _check_decode(q: object, k_cache: object, v_cache: object, cache_seqlens: ob
         _checks.shape("v", v, {"B": batch, "Tnew": new_tokens, "H": heads, "V": v_cache.shape[3]})
         for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
             if x.shape[3] > 1 and x.stride(3) != 1:
-                raise ValueError(f"{name} must be contiguous in its last axis to be appended to, got strides {x.stride()}")
+                raise ValueError(f"{name} must be contiguous in its last axis to be appended to, "
+                                 f"got strides {x.stride()}")
             _checks.writable(name, x)
     query = _query(q, v_cache, options, False, block_table=block_table is not None, alibi_slopes=slopes, sinks=sinks)
     return options, new_tokens, capacity, resolve(DECODE_OP, query, backend)
@@ -343,8 +353,9 @@ def _check_pages(block_table: Tensor, cache_seqlens: Tensor, new_tokens: int, k_
         end = -(-(length + new_tokens) // size) if size else 0
         for i, page in enumerate(row[:end]):
             if not 0 <= page < pages:
-                raise ValueError(f"block_table must hold pages below {pages} where tokens are, got {page} at [{b}, {i}]")
+                raise ValueError(f"block_table must hold pages below {pages} where tokens are, "
+                                 f"got {page} at [{b}, {i}]")
         for page in row[length // size:end] if new_tokens and size else ():
             if written.setdefault(page, b) != b:
-                raise ValueError(f"block_table must give each entry pages of its own to append to, got page {page} for batch "
-                                 f"entries {written[page]} and {b}")
+                raise ValueError(f"block_table must give each entry pages of its own to append to, "
+                                 f"got page {page} for batch entries {written[page]} and {b}")

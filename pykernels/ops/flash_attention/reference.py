@@ -104,10 +104,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, lef
     return out, torch.where(empty, nothing, lse)
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float,
-                    softcap: float, left: int, right: int, alibi_slopes: Tensor | None = None, bias: Tensor | None = None,
-                    sinks: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
-    """`attention`, sequence by sequence when packed: then alibi_slopes may be [sequences, Hq], bias is by packed tokens."""
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+                    scale: float, softcap: float, left: int, right: int, alibi_slopes: Tensor | None = None,
+                    bias: Tensor | None = None, sinks: Tensor | None = None, seed: Tensor | None = None,
+                    dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    """`attention`, sequence by sequence when packed: alibi_slopes may be [sequences, Hq], bias is by packed tokens."""
     batch, heads = q.shape[0], q.shape[2]
 
     def keep(q0: int, q1: int, k0: int, k1: int) -> Tensor | None:
@@ -117,7 +118,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None
         return dropout(seed, dropout_p, *of).unflatten(0, (batch, heads))
 
     if cu_seqlens_q is None:
-        return attention(q, k, v, scale, softcap, left, right, alibi_slopes, bias, sinks, keep(0, q.shape[1], 0, k.shape[1]))
+        return attention(q, k, v, scale, softcap, left, right, alibi_slopes, bias, sinks,
+                         keep(0, q.shape[1], 0, k.shape[1]))
     # Padding after the last sequence belongs to none: zeros, and lse -inf.
     outs, lses = [], []
     # An empty sequence first, so that the outputs depend on all inputs even when there is no other.
@@ -147,8 +149,8 @@ def _entry(cache: Tensor, block_table: Tensor | None, b: int) -> Tensor:
     return cache[block_table[b].long().clamp(0, cache.shape[0] - 1)].flatten(0, 1)[None]
 
 
-def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, new_tokens: int, scale: float,
-                           softcap: float, left: int, right: int, block_table: Tensor | None = None,
+def flash_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, new_tokens: int,
+                           scale: float, softcap: float, left: int, right: int, block_table: Tensor | None = None,
                            alibi_slopes: Tensor | None = None, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`attention` of each batch entry against the valid part of its cache."""
     slopes = None if alibi_slopes is None else alibi_slopes.expand(q.shape[0], -1)

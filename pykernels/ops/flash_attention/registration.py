@@ -1,7 +1,7 @@
 """Flash attention as PyTorch ops: fakes, the Triton backend's definitions, and autograd around whichever backend runs.
 
-Each backend has its own ops, `flash_attention_{fwd,bwd,decode,append}_<backend>`, with one schema for all. Autograd is an
-`autograd.Function` around them; its backward is differentiable again in eager mode, through the reference.
+Each backend has its own ops, `flash_attention_{fwd,bwd,decode,append}_<backend>`, with one schema for all. Autograd is
+an `autograd.Function` around them; its backward is differentiable again in eager mode, through the reference.
 
 What is off is None (dropout_p: 0). Inside the ops alibi_slopes [Hq] or [B or sequences, Hq] and sinks [Hq] are in the
 accumulator's dtype, bias is [B or 1, Hq or 1, Tq or 1, Tk or 1] in bool, q's dtype or float32, seed is int64 [1] and
@@ -43,21 +43,21 @@ def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(batch, tq, heads, v.shape[3]), q.new_empty(batch, heads, tq, dtype=accumulator(q.dtype))
 
 
-def _fake_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right, alibi_slopes=None, bias=None,
-              sinks=None, seed=None, dropout_p=0.0):
+def _fake_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right, alibi_slopes=None,
+              bias=None, sinks=None, seed=None, dropout_p=0.0):
     return _outputs(q, v)
 
 
-def _fake_bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right, deterministic,
-              alibi_slopes=None, bias=None, sinks=None, seed=None, dropout_p=0.0, bias_gradient=False):
+def _fake_bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right,
+              deterministic, alibi_slopes=None, bias=None, sinks=None, seed=None, dropout_p=0.0, bias_gradient=False):
     wide = accumulator(q.dtype)
     return (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape),
             q.new_empty(bias.shape if bias_gradient else 0, dtype=wide),
             q.new_empty(0 if sinks is None else sinks.shape, dtype=wide))
 
 
-def _fake_decode(q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, window_left, window_right, block_table=None,
-                 alibi_slopes=None, sinks=None):
+def _fake_decode(q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, window_left, window_right,
+                 block_table=None, alibi_slopes=None, sinks=None):
     return _outputs(q, v_cache)
 
 
@@ -112,14 +112,17 @@ class _Backward(torch.autograd.Function):
         return *given, *inputs, *[None] * 7
 
 
+@_autograd.signature_kept
 class FlashAttention(torch.autograd.Function):
     """flash_attention on a compiled backend -> (out, lse), both differentiable in q, k, v, bias and sinks."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, bias, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options, dropout_p, deterministic, backend):
-        return run("fwd", backend, q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks, seed, dropout_p)
+    def forward(q, k, v, bias, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options, dropout_p, deterministic,
+                backend):
+        return run("fwd", backend, q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, bias, sinks, seed,
+                   dropout_p)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -137,6 +140,6 @@ class FlashAttention(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             gradients = _Backward.apply(dout, dlse, q, k, v, bias, sinks, out, lse, *others, ctx.settings)
         else:
-            gradients = _gradients(backend, (dout, dlse, q, k, v, out, lse), bias, sinks, others, options, deterministic,
-                                   dropout_p, ctx.needs_input_grad[3])
+            gradients = _gradients(backend, (dout, dlse, q, k, v, out, lse), bias, sinks, others, options,
+                                   deterministic, dropout_p, ctx.needs_input_grad[3])
         return *gradients, *[None] * 8

@@ -1,6 +1,7 @@
-"""Linear attention: the state-space form of attention without softmax, with decay, in time linear in the sequence length.
+"""Linear attention: attention without softmax as a recurrence with decay, in time linear in the sequence length.
 
-The definition is `reference.py`; `registration.py` makes ops of the backends; README.md derives the chunked form and gradients.
+The definition is `reference.py`; `registration.py` makes ops of the backends; README.md derives the chunked form and
+the gradients.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = 
                      normalize: bool = False, scale: float | None = None, initial_state: Tensor | None = None,
                      return_final_state: bool = False, cu_seqlens: Tensor | None = None, reverse: bool = False,
                      backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
-    r"""Linear attention with decay: the recurrence S_t = e^{decay_t} S_{t-1} + k_t v_t^T, out_t = scale q_t^T S_t, by chunks.
+    r"""Linear attention with decay: S_t = e^{decay_t} S_{t-1} + k_t v_t^T, out_t = scale q_t^T S_t, chunk by chunk.
 
     .. math::
         out_i = scale \sum_{j \le i} e^{decay_{j+1} + \dots + decay_i} (q_i \cdot k_j)\, v_j
@@ -134,29 +135,31 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = 
     and with a bonus u (RWKV-6's), which weighs the current token, so that the state is read before it decays:
 
     .. math::
-        out_i = scale \Big( (q_i \cdot (u \odot k_i))\, v_i + \sum_{j < i} e^{decay_{j+1} + \dots + decay_{i-1}} (q_i \cdot k_j)\, v_j \Big)
+        out_i = scale \Big( (q_i \cdot (u \odot k_i))\, v_i
+            + \sum_{j < i} e^{decay_{j+1} + \dots + decay_{i-1}} (q_i \cdot k_j)\, v_j \Big)
 
     Args:
         q: queries [B, T, Hk, K], float32, bfloat16, float16, or float64 on the CPU; any strides. K is 1 to 256.
         k: keys, q's shape and dtype.
-        v: values [B, T, H, V], V 1 to 512. H is a multiple of Hk: head h reads q and k of head h // (H // Hk). (Mamba-2's SSD is
-            this op with q = C, k = B, v = dt x, decay = dt A.)
-        decay: natural log of the factor on the state, <= 0 (-inf clears it); None, [H], [B, T, H], or [B, T, H, K] for a factor
-            per key channel (GLA, RWKV-6). q's dtype or float32.
+        v: values [B, T, H, V], V 1 to 512. H is a multiple of Hk: head h reads q and k of head h // (H // Hk).
+            (Mamba-2's SSD is this op with q = C, k = B, v = dt x, decay = dt A.)
+        decay: natural log of the factor on the state, <= 0 (-inf clears it); None, [H], [B, T, H], or [B, T, H, K] for
+            a factor per key channel (GLA, RWKV-6). q's dtype or float32.
         bonus: [H, K], q's dtype or float32, see above.
-        normalize: divide out_t by scale q_t . (the same sum of keys alone) + 1e-6. States then have V + 1 columns, the last of
-            which is that sum.
+        normalize: divide out_t by scale q_t . (the same sum of keys alone) + 1e-6. States then have V + 1 columns, the
+            last of which is that sum.
         scale: factor on q; None is K ** -0.5, and 1 with normalize.
-        initial_state: the state before the first token [B, H, K, V], packed [sequences, H, K, V]; q's dtype or float32 (float64
-            for float64). None is zero.
+        initial_state: the state before the first token [B, H, K, V], packed [sequences, H, K, V]; q's dtype or float32
+            (float64 for float64). None is zero.
         return_final_state: also return the state after the last token.
-        cu_seqlens: int32 or int64 [sequences + 1], token offsets of sequences packed along T (then B is 1), starting at 0.
-            Tokens after the last offset belong to no sequence and give zeros.
+        cu_seqlens: int32 or int64 [sequences + 1], token offsets of sequences packed along T (then B is 1), starting at
+            0. Tokens after the last offset belong to no sequence and give zeros.
         reverse: time runs from the last token to the first (the initial state is that after the last token).
         backend: "auto", "cpu", "triton", "cuda" or "reference" (see pykernels.backends).
 
     Returns:
-        out [B, T, H, V] in q's dtype, or (out, final_state) with final_state [B or sequences, H, K, V] in float32 (float64).
+        out [B, T, H, V] in q's dtype, or (out, final_state) with final_state [B or sequences, H, K, V] in float32
+        (float64).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
@@ -165,8 +168,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = 
     Derivatives of first and second order exist with respect to q, k, v, decay, bonus and initial_state (through out and
     final_state); the second in eager mode only, computed by the reference. Results do not depend on the thread count.
 
-    Source: Katharopoulos et al., Transformers are RNNs (arXiv:2006.16236); Sun et al., RetNet (arXiv:2307.08621); Yang et al.,
-    Gated Linear Attention (arXiv:2312.06635).
+    Source: Katharopoulos et al., Transformers are RNNs (arXiv:2006.16236); Sun et al., RetNet (arXiv:2307.08621); Yang
+    et al., Gated Linear Attention (arXiv:2312.06635).
     """
     q, k, v = _checks.autocast(q, k, v)
     _check_qkv(q, k, v, "B T")
@@ -189,7 +192,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = 
         _check_wide("initial_state", initial_state, q)
     tensors = (q, k, v, _wide(decay, q), _wide(bonus, q), _wide(initial_state, q))
     grad = followed(*tensors)
-    query = _query(q, v, grad, varlen=cu_seqlens is not None, bonus=bonus is not None, normalize=normalize, reverse=reverse)
+    query = _query(q, v, grad, varlen=cu_seqlens is not None, bonus=bonus is not None, normalize=normalize,
+                   reverse=reverse)
     chosen = resolve(OP, query, backend)
     options = scale, normalize, reverse
     if chosen == "reference":
@@ -209,8 +213,8 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, dec
     Args:
         q, k: [B, Hk, K] (see `linear_attention` for dtypes, sizes and grouped heads).
         v: [B, H, V].
-        state: [B, H, K, V] (V + 1 columns with normalize), or [slots, ...] with state_indices; float32 (float64 for float64),
-            contiguous in its last two axes. Overwritten. A final_state of `linear_attention` continues here.
+        state: [B, H, K, V] (V + 1 columns with normalize), or [slots, ...] with state_indices; float32 (float64 for
+            float64), contiguous in its last two axes. Overwritten. A final_state of `linear_attention` continues here.
         decay: natural log, <= 0: None, [H], [B, H] or [B, H, K].
         bonus, normalize, scale, backend: as in `linear_attention`.
         state_indices: int32 or int64 [B], the slot of each entry, all different. None: entry b has slot b.
@@ -219,7 +223,8 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, dec
         out [B, H, V] in q's dtype.
 
     Raises:
-        TypeError, ValueError: as in `linear_attention`; also a slot that does not exist, or named twice (nothing is written).
+        TypeError, ValueError: as in `linear_attention`; also a slot that does not exist, or named twice (nothing is
+            written).
         RuntimeError: grad mode is on and an input requires grad: the state is overwritten, so this is for inference.
         BackendUnavailable: the backend asked for can't serve this call.
     """
@@ -255,7 +260,8 @@ def _check_step(q: object, k: object, v: object, state: object, decay: object, b
     batch, heads, value_dim = v.shape
     _checks.tensor("state", state, "N H K V")
     columns = {"V + 1": value_dim + 1} if normalize else {"V": value_dim}
-    _checks.shape("state", state, {"N": batch if state_indices is None else None, "H": heads, "K": q.shape[2], **columns})
+    _checks.shape("state", state, {"N": batch if state_indices is None else None, "H": heads, "K": q.shape[2],
+                                   **columns})
     wide = registration.accumulator(q.dtype)
     if state.dtype != wide:
         raise TypeError(f"state must have dtype {wide} when q has {q.dtype}, got {state.dtype}")

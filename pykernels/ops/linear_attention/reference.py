@@ -5,8 +5,9 @@ Per sequence and head, with a state S [K, V] that starts at the initial state or
     without bonus:  S = exp(decay_t) * S + k_t v_t^T       out_t = scale * q_t^T S
     with bonus u:   out_t = scale * q_t^T (S + (u * k_t) v_t^T)       S = exp(decay_t) * S + k_t v_t^T
 
-exp(decay_t) multiplies rows of S (it is one number unless the decay is per key channel). With `normalize`, v has one more column
-of ones, and out_t is divided by its own last column plus 1e-6. `reverse` runs time from the last token to the first.
+exp(decay_t) multiplies rows of S (it is one number unless the decay is per key channel). With `normalize`, v has one
+more column of ones, and out_t is divided by its own last column plus 1e-6. `reverse` runs time from the last token to
+the first.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ def _with_ones(v: Tensor) -> Tensor:
 
 def token(q: Tensor, k: Tensor, v: Tensor, factor: Tensor | None, bonus: Tensor | None, state: Tensor,
           scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """One token: q, k [B, H, K], v [B, H, Ve], factor [B, H, K or 1], state [B, H, K, Ve] -> out [B, H, V], the new state.
+    """One token: q, k [B, H, K], v [B, H, Ve], factor [B, H, K or 1], state [B, H, K, Ve] -> out [B, H, V], the new
+    state.
 
-    Products are taken in the input's dtype and the state is kept in fp32 (fp64), so that in float64 this is the reference and
-    in a low precision the yardstick of what plain PyTorch loses there.
+    Products are taken in the input's dtype and the state is kept in fp32 (fp64), so that in float64 this is the
+    reference and in a low precision the yardstick of what plain PyTorch loses there.
     """
     update = (k[..., :, None] * v[..., None, :]).to(state.dtype)
     decayed = state if factor is None else factor[..., None] * state
@@ -53,15 +55,17 @@ def sequences(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tens
     outs = []
     times = range(v.shape[1])
     for t in reversed(times) if reverse else times:
-        out, state = token(q[:, t], k[:, t], v[:, t], None if factor is None else factor[:, t], bonus, state, scale, normalize)
+        out, state = token(q[:, t], k[:, t], v[:, t], None if factor is None else factor[:, t], bonus, state, scale,
+                           normalize)
         outs.append(out)
     if not outs:  # still a function of the inputs
         return v[..., :v.shape[3] - normalize] + 0 * (q.sum() + k.sum()), state
     return torch.stack(outs[::-1] if reverse else outs, dim=1), state
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, initial_state: Tensor | None,
-                     cu_seqlens: Tensor | None, scale: float, normalize: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None,
+                     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, normalize: bool,
+                     reverse: bool) -> tuple[Tensor, Tensor]:
     """-> out [B, T, H, V], final states [N, H, K, Ve]; sequence by sequence when packed."""
     if normalize:
         v = _with_ones(v)
@@ -76,7 +80,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonu
     for s, (first, last) in enumerate(zip(ends, ends[1:])):
         here = decay if decay is None or decay.dim() == 1 else decay[:, first:last]
         before = state[max(s - 1, 0):s] if s else state.new_zeros(1, *state.shape[1:])
-        out, after = sequences(q[:, first:last], k[:, first:last], v[:, first:last], here, bonus, before, scale, normalize, reverse)
+        out, after = sequences(q[:, first:last], k[:, first:last], v[:, first:last], here, bonus, before, scale,
+                               normalize, reverse)
         outs.append(out)
         if s:
             states.append(after)
@@ -99,5 +104,6 @@ def linear_attention_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, decay:
     out = torch.zeros_like(v)
     picked = slots[exists]
     values = _with_ones(v) if normalize else v
-    out[exists], state[picked] = token(q[exists], k[exists], values[exists], factor, bonus, state[picked], scale, normalize)
+    out[exists], state[picked] = token(q[exists], k[exists], values[exists], factor, bonus, state[picked], scale,
+                                       normalize)
     return out

@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _dispatch
-from ..._autograd import second_derivative
+from ..._autograd import second_derivative, signature_kept
 from . import reference
 
-SEGMENT = 512  # tokens between the states that forward keeps for backward, as in csrc/include/pykernels/linear_attention.h
+SEGMENT = 512  # tokens between the states kept for backward, as in csrc/include/pykernels/linear_attention.h
 
 _OPTIONS = "float scale, bool normalize, bool reverse"
 SCHEMAS = {
     "fwd": "(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? bonus, Tensor? initial_state, Tensor? cu_seqlens, "
            f"{_OPTIONS}, bool checkpoint) -> (Tensor out, Tensor final_state, Tensor checkpoints, Tensor denominator)",
-    "bwd": "(Tensor dout, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? bonus, Tensor? cu_seqlens, "
-           f"Tensor out, Tensor checkpoints, Tensor denominator, {_OPTIONS}, bool decay_gradient) "
+    "bwd": "(Tensor dout, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? bonus, "
+           f"Tensor? cu_seqlens, Tensor out, Tensor checkpoints, Tensor denominator, {_OPTIONS}, bool decay_gradient) "
            "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ddecay, Tensor dbonus, Tensor dinitial_state)",
-    "step": "(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? bonus, Tensor? state_indices, float scale, "
-            "bool normalize) -> Tensor",
+    "step": "(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? bonus, Tensor? state_indices, "
+            "float scale, bool normalize) -> Tensor",
 }
 
 
@@ -53,8 +53,8 @@ def _fake_fwd(q, k, v, decay, bonus, initial_state, cu_seqlens, scale, normalize
             q.new_empty(v.shape[0], v.shape[1] if normalize else 0, v.shape[2], dtype=wide))
 
 
-def _fake_bwd(dout, dfinal_state, q, k, v, decay, bonus, cu_seqlens, out, checkpoints, denominator, scale, normalize, reverse,
-              decay_gradient):
+def _fake_bwd(dout, dfinal_state, q, k, v, decay, bonus, cu_seqlens, out, checkpoints, denominator, scale, normalize,
+              reverse, decay_gradient):
     wide = accumulator(q.dtype)
     per_head = (*v.shape[:3], q.shape[3])
     of_k = q.dtype if q.shape[2] == v.shape[2] else wide
@@ -74,11 +74,12 @@ run = _dispatch.register("linear_attention", SCHEMAS, {"fwd": _fake_fwd, "bwd": 
                          mutated={"step": (0,)}, triton=f"{__package__}.triton")
 
 
-def _gradients(backend, dout, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, out, checkpoints, denominator, options,
-               decay_gradient):
+def _gradients(backend, dout, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, out, checkpoints, denominator,
+               options, decay_gradient):
     """The backward op, and the sums that it leaves to do -> gradients of q, k, v, decay, bonus, initial_state."""
     dq, dk, dv, ddecay, dbonus, dinitial = run(
-        "bwd", backend, dout, dfinal, q, k, v, decay, bonus, cu_seqlens, out, checkpoints, denominator, *options, decay_gradient)
+        "bwd", backend, dout, dfinal, q, k, v, decay, bonus, cu_seqlens, out, checkpoints, denominator, *options,
+        decay_gradient)
     if q.shape[2] != v.shape[2]:
         shape = (*q.shape[:3], v.shape[2] // q.shape[2], q.shape[3])
         dq, dk = (x.view(shape).sum(3).to(q.dtype) for x in (dq, dk))
@@ -95,9 +96,10 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dout, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, out, checkpoints, denominator, options, backend):
-        return _gradients(backend, dout, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, out, checkpoints, denominator,
-                          options, decay is not None)
+    def forward(dout, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, out, checkpoints, denominator, options,
+                backend):
+        return _gradients(backend, dout, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, out, checkpoints,
+                          denominator, options, decay is not None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -109,14 +111,17 @@ class _Backward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *upstream):
         dout, dfinal, *primals, cu_seqlens = ctx.saved_tensors
-        # out, the checkpoints and the denominator are functions of the inputs, so their own derivatives are already inside.
-        cotangents, primals = second_derivative(lambda *p: reference.linear_attention(*p, cu_seqlens, *ctx.options), primals,
-                                                (dout, dfinal), upstream)
+        # out, the checkpoints and the denominator are functions of the inputs, so their own derivatives are already
+        # inside.
+        cotangents, primals = second_derivative(lambda *p: reference.linear_attention(*p, cu_seqlens, *ctx.options),
+                                                primals, (dout, dfinal), upstream)
         return *cotangents, *primals, *[None] * 6
 
 
+@signature_kept
 class LinearAttention(torch.autograd.Function):
-    """linear_attention on a compiled backend -> (out, final_state, checkpoints, denominator), the first two differentiable."""
+    """linear_attention on a compiled backend -> (out, final_state, checkpoints, denominator), the first two
+    differentiable."""
 
     generate_vmap_rule = True
 

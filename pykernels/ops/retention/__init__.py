@@ -34,10 +34,10 @@ def _decay(gamma: object, v: Tensor) -> Tensor:
 def retention(q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor | None = None, scale: float | None = None,
               initial_state: Tensor | None = None, return_final_state: bool = False, cu_seqlens: Tensor | None = None,
               reverse: bool = False, backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
-    r"""Retention: out_i = scale * sum over j <= i of gamma^(i - j) (q_i . k_j) v_j, in time linear in the sequence length.
+    r"""Retention: out_i = scale * sum over j <= i of gamma^(i - j) (q_i . k_j) v_j, in time linear in the length.
 
-    The parallel form above, the recurrence S <- gamma S + k v^T, out = scale q^T S, and the chunked form that the kernels
-    compute are one result; `retention_step` continues it token by token.
+    The parallel form above, the recurrence S <- gamma S + k v^T, out = scale q^T S, and the chunked form that the
+    kernels compute are one result; `retention_step` continues it token by token.
 
     Args:
         q, k: [B, T, Hk, K]; Hk divides H. See `linear_attention` for dtypes, sizes and strides.
@@ -46,7 +46,8 @@ def retention(q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor | None = None, s
         scale, initial_state, return_final_state, cu_seqlens, reverse, backend: as in `linear_attention`.
 
     Returns:
-        out [B, T, H, V], or (out, final_state) with final_state [B or sequences, H, K, V] in float32 (float64 for float64).
+        out [B, T, H, V], or (out, final_state) with final_state [B or sequences, H, K, V] in float32 (float64 for
+        float64).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
@@ -57,17 +58,19 @@ def retention(q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor | None = None, s
     """
     _checks.tensor("v", v, "B T H V")
     return linear_attention(q, k, v, decay=_decay(gamma, v), scale=scale, initial_state=initial_state,
-                            return_final_state=return_final_state, cu_seqlens=cu_seqlens, reverse=reverse, backend=backend)
+                            return_final_state=return_final_state, cu_seqlens=cu_seqlens, reverse=reverse,
+                            backend=backend)
 
 
-def retention_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, gamma: Tensor | None = None, scale: float | None = None,
-                   state_indices: Tensor | None = None, backend: str = "auto") -> Tensor:
+def retention_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, gamma: Tensor | None = None,
+                   scale: float | None = None, state_indices: Tensor | None = None, backend: str = "auto") -> Tensor:
     """One token of `retention`: updates the state in place and returns the token's output.
 
     Args:
         q, k: [B, Hk, K].
         v: [B, H, V].
-        state: [B, H, K, V], or [slots, ...] with state_indices; overwritten. A final_state of `retention` continues here.
+        state: [B, H, K, V], or [slots, ...] with state_indices; overwritten. A final_state of `retention` continues
+            here.
         gamma: as in `retention`.
         scale, state_indices, backend: as in `linear_attention_step`.
 

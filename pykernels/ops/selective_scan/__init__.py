@@ -156,7 +156,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
         else:
             _checks.shape(name, x, {"B": batch, "G": None, "N": n, "L": length})
             if x.shape[1] == 0 or channels % x.shape[1] != 0:
-                raise ValueError(f"{name} must have a number of groups G that divides u's {channels} channels, got {x.shape[1]}")
+                raise ValueError(f"{name} must have a number of groups G that divides u's {channels} channels, "
+                                 f"got {x.shape[1]}")
         if x.dim() > 2:
             groups[name] = x.shape[1] if x.dim() == 4 else 1
         _check_projection(name, x, "u", u, state)
@@ -178,7 +179,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
         sequences = {"B": batch} if cu_seqlens is None else {"sequences": cu_seqlens.shape[0] - 1}
         _checks.shape("initial_state", initial_state, {**sequences, "D": channels, "N": n})
         if initial_state.dtype != state:
-            raise TypeError(f"initial_state must be {state} beside u's {u.dtype} and A's {A.dtype}, got {initial_state.dtype}")
+            raise TypeError(f"initial_state must be {state} beside u's {u.dtype} and A's {A.dtype}, "
+                            f"got {initial_state.dtype}")
         _checks.same_device("initial_state", initial_state, "u", u)
     grad = followed(u, delta, A, B, C, D, z, delta_bias, initial_state)
     options = {"complex": state.is_complex, "varlen": cu_seqlens is not None}
@@ -227,12 +229,13 @@ def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: T
             overwritten.
         BackendUnavailable: the backend asked for can't serve this call.
     """
-    chosen, ready = _check_step(x, state, delta, A, B, C, D, z, delta_bias, delta_softplus, state_indices is not None, backend)
+    chosen, ready = _check_step(x, state, delta, A, B, C, D, z, delta_bias, delta_softplus, state_indices is not None,
+                                backend)
     if state_indices is not None:
         state_indices = _checks.state_indices("state_indices", state_indices, x.shape[0], state.shape[0], x.device)
     if torch.is_grad_enabled():
-        _checks.inference("selective_scan_step", "selective_scan", x=x, state=state, delta=delta, A=A, B=B, C=C, D=D, z=z,
-                          delta_bias=delta_bias)
+        _checks.inference("selective_scan_step", "selective_scan", x=x, state=state, delta=delta, A=A, B=B, C=C, D=D,
+                          z=z, delta_bias=delta_bias)
     arguments = x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus
     if not ready:
         arguments = _step_arguments(chosen, *arguments)
@@ -242,8 +245,8 @@ def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: T
 
 
 @_checks.by_metadata
-def _check_step(x: object, state: object, delta: object, A: object, B: object, C: object, D: object, z: object, delta_bias: object,
-                delta_softplus: object, indexed: bool, backend: object) -> tuple[str, bool]:
+def _check_step(x: object, state: object, delta: object, A: object, B: object, C: object, D: object, z: object,
+                delta_bias: object, delta_softplus: object, indexed: bool, backend: object) -> tuple[str, bool]:
     """-> the backend that serves a step, and whether it takes the arguments as they are."""
     if not isinstance(x, Tensor) or x.dim() not in (2, 3):
         _checks.tensor("x", x, "B D" if isinstance(x, Tensor) and x.dim() < 2 else "B H P")
@@ -292,8 +295,9 @@ def _check_step(x: object, state: object, delta: object, A: object, B: object, C
     return chosen, chosen != "reference" and x.dtype != torch.float64 and A.dtype == torch.float32
 
 
-def _step_arguments(chosen: str, x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-                    z: Tensor | None, delta_bias: Tensor | None, state_indices: Tensor | None, delta_softplus: bool) -> tuple:
+def _step_arguments(chosen: str, x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+                    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, state_indices: Tensor | None,
+                    delta_softplus: bool) -> tuple:
     """The arguments in the dtypes that the backends take them in, complex ones as real ones."""
     compute = _compute(x.dtype)
     A = A.to(state.dtype)

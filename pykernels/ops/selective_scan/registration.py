@@ -1,8 +1,9 @@
 """The selective scan as PyTorch ops: fakes, and autograd around whichever backend runs.
 
 Each backend has its own ops, `selective_scan_{fwd,bwd,step}_<backend>`, with one schema for all. They take complex
-tensors as real ones with a last axis of 2. What chunk_states holds is the backend's own affair. A step's x is [B, D], or in
-heads [B, H, P], as are state, delta, z, A, D and delta_bias; B and C are [B, N] or [B, G, N]; D and delta_bias may be in x's dtype.
+tensors as real ones with a last axis of 2. What chunk_states holds is the backend's own affair. A step's x is [B, D],
+or in heads [B, H, P], as are state, delta, z, A, D and delta_bias; B and C are [B, N] or [B, G, N]; D and delta_bias
+may be in x's dtype.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _dispatch
-from ..._autograd import second_derivative
+from ..._autograd import second_derivative, signature_kept
 from ..._dispatch import empty_like_layout
 from . import reference
 
-_INPUTS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, "
-           "Tensor? cu_seqlens, bool delta_softplus")
+_INPUTS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+           "Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus")
 SCHEMAS = {
     "fwd": f"({_INPUTS}, bool keep_states) -> (Tensor out, Tensor final_state, Tensor chunk_states)",
-    "bwd": f"(Tensor dout, Tensor? dfinal_state, {_INPUTS}, Tensor chunk_states) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, "
-           "Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)",
-    "step": "(Tensor x, Tensor(a!) state, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-            "Tensor? state_indices, bool delta_softplus) -> Tensor",
+    "bwd": f"(Tensor dout, Tensor? dfinal_state, {_INPUTS}, Tensor chunk_states) -> (Tensor du, Tensor ddelta, "
+           "Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)",
+    "step": "(Tensor x, Tensor(a!) state, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+            "Tensor? delta_bias, Tensor? state_indices, bool delta_softplus) -> Tensor",
 }
 CHUNK = 64  # tokens between the states that the forward pass keeps
 
@@ -63,8 +64,8 @@ def real(x: Tensor | None) -> Tensor | None:
     return torch.view_as_real(x.resolve_conj()) if x is not None and x.is_complex() else x
 
 
-def in_heads(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-             delta_bias: Tensor | None, *settings) -> tuple:
+def in_heads(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+             z: Tensor | None, delta_bias: Tensor | None, *settings) -> tuple:
     """A step's arguments in heads, one for each group where they are [B, D], and with groups."""
     grouped = 3 + A.dim() - x.dim()  # axes, of which pairs of real numbers have one more
     B, C = (y[:, None] if y.dim() < grouped else y for y in (B, C))
@@ -123,6 +124,7 @@ class _Backward(torch.autograd.Function):
         return *cotangents, *primals, None, None, None, None
 
 
+@signature_kept
 class SelectiveScan(torch.autograd.Function):
     """selective_scan on a compiled backend -> (out, final_state, chunk_states), the first two differentiable.
 

@@ -91,8 +91,8 @@ def _channels(i_d, per_group, D, inside, BD: tl.constexpr):
 @triton.jit
 def _tokens(p, o_d, m_d, o_t, m_t, stride_c, stride_t):
     """[BD, BT] of a tensor [B, D, L], in fp32."""
-    return load(p + (o_d[:, None] * stride_c + o_t.to(tl.int64)[None, :] * stride_t), m_d[:, None] & m_t[None,
-                                                                                                         :]).to(tl.float32)
+    p = p + (o_d[:, None] * stride_c + o_t.to(tl.int64)[None, :] * stride_t)
+    return load(p, m_d[:, None] & m_t[None, :]).to(tl.float32)
 
 
 @triton.jit
@@ -493,7 +493,8 @@ class _Call:
 
 
 def fwd(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, keep_states):
-    call = _Call(_FWD_CHANNELS[u.element_size()], u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus)
+    call = _Call(_FWD_CHANNELS[u.element_size()], u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
+                 delta_softplus)
     out, final_state = empty_like_layout(u), A.new_empty(call.sequences, *A.shape)
     states, products = call.local()
     call.launch(selective_scan_fwd_chunk_kernel, ends=states, products=products, **call.inputs, **call.B, **call.steps)
@@ -514,7 +515,8 @@ def bwd(dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, initial_state, 
     dinitial_state = A.new_empty(0 if initial_state is None else call.sequences, *A.shape)
     call.carry(carries, products, dfinal_state, None if initial_state is None else dinitial_state, True)
 
-    du, ddelta, dz = empty_like_layout(u), empty_like_layout(delta), u.new_empty(0) if z is None else empty_like_layout(z)
+    du, ddelta = empty_like_layout(u), empty_like_layout(delta)
+    dz = u.new_empty(0) if z is None else empty_like_layout(z)
     chunks, states, channels = call.states_shape
 
     def part(x: Tensor) -> Tensor:
