@@ -573,8 +573,8 @@ struct NaturalOrder {
   static constexpr int source(int k) { return k; }
 };
 
-// What happens to numbers on their way into an operand: map(x, row, column) -> what becomes of the elements x of that row of the
-// source from `column` on. Only copy_columns takes another one for BF16.
+// What happens to numbers on their way into an operand: map(x, row, column) -> what becomes of the elements x of that row
+// of the source from `column` on. Only copy_columns takes another one for BF16.
 struct AsTheyAre {
   template <class V>
   PYKERNELS_INLINE V operator()(V x, int, int) const {
@@ -584,7 +584,8 @@ struct AsTheyAre {
 
 // B[k][n] = source[k * stride + n]: rows of the source are rows of B. T is any storage type that C's Acc can hold.
 template <class C, class Order = NaturalOrder, class T, class Map = AsTheyAre>
-void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64_t stride, int depth, int columns, Map map = {}) {
+void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64_t stride, int depth, int columns,
+               Map map = {}) {
   using Acc = typename C::Acc;
   constexpr int lanes = kLanes<Acc>;
   const int depth_padded = round_up(depth, most(C::kDepthAlign, Order::kBlock));
@@ -599,7 +600,8 @@ void pack_rows(typename C::Elem* b, int64_t panel_stride, const T* source, int64
           for (int n = 0; n < width; n += lanes) {
             const auto row = [&](int r) {
               const int from = r < depth ? r : 0;
-              return map(load_upto(source + from * stride + first + n, r < depth ? columns - first - n : 0), from, first + n);
+              const int left = r < depth ? columns - first - n : 0;
+              return map(load_upto(source + from * stride + first + n, left), from, first + n);
             };
             store_pair(b + k * C::kPanel, i, n, split(row(k + i), row(k + i + 16)));
           }
@@ -647,8 +649,8 @@ void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, in
           for (int h = 0; h < 2; ++h) {
             const int first_k = k + h * lanes;
             for (int i = 0; i < lanes; ++i)
-              square[h][i] =
-                  i < rows ? map(load_upto(from + i * stride + first_k, depth - first_k), first + n + i, first_k) : Vec<Acc>{};
+              square[h][i] = i < rows ? map(load_upto(from + i * stride + first_k, depth - first_k), first + n + i, first_k)
+                                      : Vec<Acc>{};
             transpose(square[h]);
           }
           for (int i = 0; i < lanes; ++i) store_pair(b + k * C::kPanel, i, n, split(square[0][i], square[1][i]));

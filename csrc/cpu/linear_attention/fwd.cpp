@@ -1,5 +1,5 @@
-// Chunked forward pass. Per chunk of n tokens with the state S before it (rows of Q S scaled by the decay since the chunk's start,
-// those of Q where it differs between their channels):
+// Chunked forward pass. Per chunk of n tokens with the state S before it (rows of Q S scaled by the decay since the
+// chunk's start, those of Q where it differs between their channels):
 //     out = scaled (Q S) + P V,  P = Q K^T * weights        S <- total S + (scaled K)^T V
 // A segment computes its own part L of the state from zero and adds the decayed state S0 from before it where that is needed
 // (S = D S0 + L), so that its results are the same bits whether segments run one after the other or side by side.
