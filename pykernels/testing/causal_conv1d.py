@@ -14,8 +14,7 @@ from ..ops.causal_conv1d import OP, causal_conv1d, causal_conv1d_step
 from .kit import BadInput, Case, Description, Sample, seed
 from .targets import DTYPES
 
-# ---- Tensors of [B, D, L], also for the scan
-# ---------------------------------------------------------------------------
+# ---- Tensors of [B, D, L], also for the scan ------------------------------------------------------------------------
 
 
 def normal(name: str, shape: Sequence[int]) -> Tensor:
@@ -54,8 +53,7 @@ def offsets(lengths: Sequence[int], device: str, dtype: torch.dtype = torch.int3
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype, device=device)
 
 
-# ---- causal_conv1d
-# -----------------------------------------------------------------------------------------------------
+# ---- causal_conv1d --------------------------------------------------------------------------------------------------
 
 
 def conv_case(name: str, *, batch: int = 1, channels: int, length: int, width: int = 4, bias: bool = True,
@@ -240,8 +238,7 @@ CAUSAL_CONV1D = Description(
     peer=_conv_peer,
 )
 
-# ---- causal_conv1d_step
-# ------------------------------------------------------------------------------------------------
+# ---- causal_conv1d_step ---------------------------------------------------------------------------------------------
 
 
 def conv_step_case(name: str, *, batch: int, channels: int, width: int = 4, tokens: int | None = None,

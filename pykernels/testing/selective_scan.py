@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..ops.selective_scan import OP, selective_scan, selective_scan_step
 from .causal_conv1d import (contiguous, cu_seqlens_bad_inputs, expanded, normal, offsets, padded,
-                            state_indices_bad_inputs, strided,
-                            token_first)
+                            state_indices_bad_inputs, strided, token_first)
 from .kit import BadInput, Case, Description, Sample
 from .targets import DTYPES
 
@@ -26,8 +25,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def scan_case(name: str, *, batch: int = 1, channels: int, length: int, state: int = 16, B: str = "token",
-              C: str = "token",
-              groups: int = 2, given: Sequence[str] = OPTIONAL, lengths: Sequence[int] | None = None,
+              C: str = "token", groups: int = 2, given: Sequence[str] = OPTIONAL, lengths: Sequence[int] | None = None,
               layout: Callable[[Tensor], Tensor] = contiguous, wide: bool = False,
               values: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None, delta_softplus: bool = True,
               dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
@@ -36,9 +34,9 @@ def scan_case(name: str, *, batch: int = 1, channels: int, length: int, state: i
 
     def make(dtype: torch.dtype, device: str) -> Sample:
         def projection(label: str, kind: str) -> Tensor:
-            shape = {"constant": (channels, state), "token": (batch, state, length), "group": (batch, groups, state,
-                                                                                               length)}[kind]
-            return normal(name + label, shape)
+            shape = {"constant": (channels, state), "token": (batch, state, length),
+                     "group": (batch, groups, state, length)}
+            return normal(name + label, shape[kind])
 
         sequences = batch if lengths is None else len(lengths)
         tokens = batch, channels, length
@@ -130,10 +128,6 @@ EXTREMES = (
     scan_case("packed-none", channels=5, length=20, lengths=(), given=("D",)),
     scan_case("packed-all-empty", channels=5, length=0, lengths=(0, 0)),
 )
-
-
-def _real(x: Tensor | None) -> Tensor | None:
-    return torch.view_as_real(x) if x is not None and x.is_complex() else x
 
 
 def _compute(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -323,8 +317,7 @@ SELECTIVE_SCAN = Description(
     peer=_scan_peer,
 )
 
-# ---- selective_scan_step
-# -----------------------------------------------------------------------------------------------
+# ---- selective_scan_step --------------------------------------------------------------------------------------------
 
 
 def scan_step_case(name: str, *, batch: int, axes: tuple[int, ...], state: int = 16, groups: int | None = None,
