@@ -12,7 +12,7 @@ from pykernels import backends, flash_attention, flash_attention_decode
 from pykernels.ops.flash_attention import reference
 from pykernels.testing import FLASH_ATTENTION as OP
 from pykernels.testing import FLASH_ATTENTION_DECODE as DECODE
-from pykernels.testing import Target, check, run, serves, targets, use_threads
+from pykernels.testing import Target, check, dtypes, run, serves, targets, use_threads
 from pykernels.testing.flash_attention import attention_case, decode_case
 
 
@@ -264,15 +264,53 @@ def test_a_bias_that_is_not_finite_stays_in_its_row(target, value):
 
 
 @on_bias
-def test_a_mask_keeps_nan_in_padding_out(target):
-    """Keys that a boolean bias hides from all rows may hold anything."""
-    q, k, v = _qkv(target)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_a_mask_keeps_nan_in_padding_out(target, dtype, value):
+    """Keys that a bias hides from all rows, boolean or -inf, may hold anything, and so may their values."""
+    if dtype not in dtypes(OP.op, target):
+        return  # this target has no such dtype
+    q, k, v = _qkv(target, dtype)
     mask = torch.arange(90, device=target.device) < 60
+    for bias in (mask, torch.where(mask, 0.5, -torch.inf)):
+        for poisoned in (v, k):
+            with target.active():
+                clean = flash_attention(q, k, v, bias=bias, backend=target.backend)
+                poisoned[:, 60:] = value
+                dirty = flash_attention(q, k, v, bias=bias, backend=target.backend)
+            torch.testing.assert_close(dirty, clean, rtol=0, atol=0 if poisoned is v else 0.02)
+        q, k, v = _qkv(target, dtype)
+
+
+@on_native
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+@pytest.mark.parametrize("option", ("alibi", "alibi, softcap", "bias", "mask"))
+def test_a_value_that_is_not_finite_reaches_the_rows_that_see_it_and_no_others(target, dtype, value, option):
+    """Also those that give it a weight of zero: that of a key far away is too small for any format.
+
+    (In the reference zero weights of hidden keys bring NaN to the other rows as well.)
+    """
+    q, k, v = _qkv(target, dtype, tq=520, tk=520, heads_q=2, heads_k=1)
+    distance = (torch.arange(520) - torch.arange(520)[:, None]).abs()
+    sees = (torch.arange(520) >= 7)[:, None].expand(-1, 2).clone()
+    options = {"causal": True}
+    if "alibi" in option:
+        options["alibi_slopes"] = torch.tensor([0.5, 0.01])
+    if "softcap" in option:
+        options["softcap"] = 20.0
+    if option == "bias":
+        options["bias"] = -0.5 * distance
+    if option == "mask":
+        options["bias"] = (-2.0 * distance).masked_fill(distance % 3 == 1, -torch.inf)
+        sees &= (torch.arange(520) % 3 != 2)[:, None]
     with target.active():
-        clean = flash_attention(q, k, v, bias=mask, backend=target.backend)
-        v[:, 60:] = torch.nan
-        dirty = flash_attention(q, k, v, bias=mask, backend=target.backend)
-    torch.testing.assert_close(dirty, clean, rtol=0, atol=0)
+        clean = flash_attention(q, k, v, backend=target.backend, **options)
+        v[:, 7] = value
+        dirty = flash_attention(q, k, v, backend=target.backend, **options)
+    assert clean.isfinite().all()
+    assert not dirty[:, sees].isfinite().any()
+    torch.testing.assert_close(dirty[:, ~sees], clean[:, ~sees], rtol=0, atol=0.02)
 
 
 @on_native

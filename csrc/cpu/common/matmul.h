@@ -135,13 +135,16 @@ struct MatrixC {
 // meanwhile; it does nothing for other ISAs.
 class Tiles {
  public:
-  Tiles() {
+  Tiles() : Tiles(16, 16) {}
+  // For products of fewer rows: how many tiles 0 and 1 have, and tiles 2 and 3. `matmul` wants 16.
+  Tiles([[maybe_unused]] int first, [[maybe_unused]] int second) {
 #if defined(PYKERNELS_HAS_AMX)
-    struct alignas(64) {
+    const auto low = static_cast<uint8_t>(first), high = static_cast<uint8_t>(second);
+    const struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
+      uint8_t rows[16];
+    } config = {.rows = {low, low, high, high, 16, 16, 16, 16}};
     // Not the intrinsic: as far as GCC 12 knows that one reads only the first bytes, and it drops the stores of the
     // others.
     asm volatile("ldtilecfg %0" ::"m"(config));

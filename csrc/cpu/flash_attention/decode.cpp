@@ -209,8 +209,7 @@ class TileProducts {
   TileProducts(Scratch& scratch, int64_t heads, int64_t rows, int64_t head_dim, int64_t value_dim)
       : rows_(static_cast<int>(rows)), head_dim_(static_cast<int>(head_dim)), value_dim_(static_cast<int>(value_dim)),
         depth_(round_up(head_dim_, kBlock)), query_size_((rows > kTile ? 2 : 1) * kTile * depth_),
-        low_rows_(least(rows_, kTile)), high_rows_(most(rows_ - kTile, 1)) {
-    configure();
+        tiles_(least(rows_, kTile), most(rows_ - kTile, 1)) {
     q_ = scratch.take<BFloat16>(heads * query_size_);
     k_ = scratch.take<BFloat16>(kTile * depth_);
     const int64_t value_size = 2 * 2 * kTile * round_up(value_dim_, kBlock);
@@ -296,16 +295,6 @@ class TileProducts {
     return n >= kBlock ? load_bits<VecU32>(p)
                        : (VecU32)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1), p);
   }
-  // Tiles 0 and 1 have the first tile's rows, 2 and 3 the second one's; the others 16.
-  void configure() {
-    const auto low = static_cast<uint8_t>(low_rows_), high = static_cast<uint8_t>(high_rows_);
-    const struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16];
-    } config = {.rows = {low, low, high, high, kTile, kTile, kTile, kTile}};
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
   void write_scores() {
     if (!scores_.s) return;
     for (int first = 0; first < rows_; first += kTile) {
@@ -337,8 +326,7 @@ class TileProducts {
 
   const int rows_, head_dim_, value_dim_, depth_;
   const int64_t query_size_;
-  const int low_rows_, high_rows_;  // of the first and the second tile of rows
-  const Tiles tiles_;               // switches them off in the end
+  const Tiles tiles_;  // 0 and 1 have the first tile's rows, 2 and 3 the second one's
   BFloat16* q_;  // [head, tile of rows, block, pair, row] pairs
   BFloat16* k_;  // [slot, depth]
   BFloat16* v_;  // [half a block: even or odd columns, pair of slots, column] pairs

@@ -558,6 +558,11 @@ class Worker {
               {v_, packed_panel<C>(kKeys), begin}, {o_ + row * width_, width_}, true);
   }
 
+  bool hidden_by_bias(int row, int64_t key) const {
+    const Cursor at = cursor(row);
+    return terms_.bias_of(place(static_cast<int>(at.head)), at.token, key) == -static_cast<Acc>(kInfinity);
+  }
+
   // O += P V over the values left out of the packed V, for the rows that see them: zero weights would make NaN of the
   // infinities and NaN that are hidden from a row.
   void add_exceptional_values(int row, int rows, int64_t key, int begin, int columns, const Elem* weights) {
@@ -575,7 +580,8 @@ class Worker {
       for (int i = 0; i < rows; ++i) {
         if (key + n < ranges[i].begin || key + n >= ranges[i].end) continue;
         const Acc weight = weight_at(weights + i * kStride, j);
-        if (weight == 0 && (p_.bias || dropout_.on())) continue;  // hidden, or dropped
+        // Hidden, or dropped; 0 times infinity is NaN where it was seen.
+        if (weight == 0 && (dropout_.on() || hidden_by_bias(row + i, key + n))) continue;
         Acc* const o = o_ + (row + i) * width_;
         for (int64_t d = 0; d < width_; d += kLane) store(o + d, load(o + d) + load(exceptional_row_ + d) * weight);
       }

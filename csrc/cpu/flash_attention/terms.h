@@ -309,10 +309,12 @@ class ScoreTerms {
   }
 
   bool alibi() const { return f_.alibi_slopes != nullptr; }
+  // -infinity: hidden.
   S bias_of(const Place& place, int64_t query, int64_t key) const {
     if (!f_.bias) return 0;
     if (f_.bias_type == BiasType::kBoolean) return bias_at(address<uint8_t>(place, query, key));
-    if (f_.bias_type == BiasType::kFloat32) return bias_at(address<float>(place, query, key));
+    if constexpr (!std::is_same_v<T, double>)
+      if (f_.bias_type == BiasType::kFloat32) return bias_at(address<float>(place, query, key));
     return bias_at(address<T>(place, query, key));
   }
 #if defined(__AVX512BF16__)
@@ -412,10 +414,14 @@ class ScoreTerms {
       if (!by_key) constant = bias_at(bias);
     }
     const int64_t keys = place.tk - key;
+    const Vec<S> hidden = splat(-static_cast<S>(kInfinity));
     for (int j = 0; j < n; j += kLane) {
-      Vec<S> x = load(s + j) * factor - slope * abs<S>(iota<S>() + (static_cast<S>(j) - distance)) + constant;
-      if constexpr (biased)
-        if (by_key) x += load_bias(bias + j, keys - j);
+      Vec<S> x = load(s + j) * factor - slope * abs<S>(iota<S>() + (static_cast<S>(j) - distance));
+      if constexpr (biased) {
+        // A score that is hidden may be NaN.
+        const Vec<S> b = by_key ? load_bias(bias + j, keys - j) : splat(constant);
+        x = (b == hidden) ? hidden : x + b;
+      }
       bounded.look(x);
       store(s + j, x);
     }
