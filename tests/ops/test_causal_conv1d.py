@@ -255,6 +255,19 @@ def test_infinities_and_nan_reach_only_the_tokens_that_see_them():
     assert torch.equal(out[0, 1].isnan(), torch.tensor([60 <= t < 64 for t in range(100)]))
 
 
+@pytest.mark.parametrize("target", [target for target in COMPILED if target.backend == "cpu"], ids=str)
+def test_silu_of_every_bf16(target):
+    """SiLU that is to be rounded to bf16 is less exact than in fp32: within a sixteenth of what the rounding may do."""
+    x = torch.arange(-2**15, 2**15, dtype=torch.int16).view(torch.bfloat16)
+    x = x[x.abs() <= 2**13]
+    weight = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+    with target.active():
+        out = causal_conv1d(x[None, None], weight, activation="silu", backend=target.backend)[0, 0].double()
+    expected = F.silu(x.double())
+    # Where it would be denormal, sigmoid stays 2^-126.
+    assert ((out - expected).abs() <= expected.abs() * 2**-8 * (1 + 1 / 16) + 2**-112).all()
+
+
 def test_offsets_past_2_to_the_31_elements():
     """Two channels more than 2^31 elements apart, in memory that is mapped but hardly touched."""
     distance, length = 2**31 + 2**20, 100

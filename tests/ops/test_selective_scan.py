@@ -223,9 +223,12 @@ def test_a_steps_checks_are_remembered_for_calls_that_look_alike():
         return selective_scan_step(**{"x": x, "state": state, **args, **changes})
 
     _checks.forget()
-    step(), step()
+    step()
+    assert len(_checks._remembered) == 0  # the native op took it as it is
+    strided = state.transpose(1, 2).contiguous().transpose(1, 2)
+    step(state=strided), step(state=strided)
     assert len(_checks._remembered) == 1
-    step(state=state.transpose(1, 2).contiguous().transpose(1, 2))
+    step(state=strided, state_indices=torch.arange(2))
     assert len(_checks._remembered) == 2
     # Equal to what was remembered, but not alike.
     with pytest.raises(TypeError, match="delta_softplus"):
@@ -237,7 +240,17 @@ def test_a_steps_checks_are_remembered_for_calls_that_look_alike():
     before = state.clone()
     with pykernels.use_backend("reference"):
         step()
-    assert len(_checks._remembered) == 3 and not torch.equal(state, before)
+    assert len(_checks._remembered) == 4 and not torch.equal(state, before)  # those of the call that requires grad too
+    # What the native op does not take is converted, or says why.
+    low = {name: t.bfloat16() if isinstance(t, torch.Tensor) else t for name, t in ({"x": x} | args).items()}
+    wide = {**low, "A": low["A"].float(), "D": low["D"].float()}
+    assert torch.equal(step(**low, state=before.clone()), step(**wide, state=before.clone()))
+    with pytest.raises(ValueError, match="A must have 2 axes"):
+        step(A=args["A"][..., None].expand(-1, -1, 2))
+    with pytest.raises(ValueError, match="z must have shape"):
+        step(z=args["z"][:, 1:])
+    with pytest.raises(TypeError, match="delta must be a tensor"):
+        step(delta=0.5)
 
 
 # ---- Derivatives
@@ -349,6 +362,28 @@ def test_many_tasks_add_to_the_same_gradients_in_order(target):
         for threads in (1, 2, 4):
             with use_threads(threads):
                 results += [_with_gradients(args, "cpu") for _ in range(3)]
+    for result in results[1:]:
+        for name, x in results[0].items():
+            assert torch.equal(result[name], x), name
+    _compare(results[0], _with_gradients(args, "reference"), 1e-4)
+
+
+@on_native
+@pytest.mark.parametrize("case", ("group", "constant", "complex", "packed"))
+def test_few_channels_are_divided_among_threads(target, case):
+    """Few tiles of channels, long: states in parts, chunks in rounds, the same bits for any number of threads."""
+    shape = {"batch": 1, "channels": 40, "length": 1100, "state": 21}
+    if case == "complex":
+        args = _complex_args(torch.float32, **shape)
+    elif case == "packed":
+        args = _args(**shape | {"channels": 5}, lengths=(3, 0, 897, 190))
+    else:
+        args = _args(**shape, B=case, C="token" if case == "constant" else case)
+    results = []
+    with target.active():
+        for threads in (1, 2, 3, 5, 8):
+            with use_threads(threads):
+                results.append(_with_gradients(args, "cpu"))
     for result in results[1:]:
         for name, x in results[0].items():
             assert torch.equal(result[name], x), name

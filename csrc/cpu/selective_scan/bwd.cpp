@@ -1,16 +1,14 @@
 // Selective scan, backward. README.md of the op derives the recurrence of the adjoint g, which runs from the last token to the
 // first:  g_t = conj(C_t) dy_t + conj(a_{t+1}) g_{t+1}  with a_t = exp(dt_t A).
 //
-// A task is a few tiles of channels over some sequences. It walks through the chunks backwards; per chunk and tile it computes h
-// and a again from the state that the forward pass kept, into scratch, then runs the adjoint over them, states in blocks that
+// A walk is a few tiles of channels over some sequences, chunk by chunk, backwards; per chunk and tile it computes h and a
+// again from the state that the forward pass kept, into scratch, then runs the adjoint over them, states in blocks that
 // stay in registers.
 //
-// dB and dC sum over the channels of a group. They are summed over lanes at once, in registers: what a token adds to them per lane
-// is more than first-level cache holds. Then over the tiles of a task, in scratch; then over tasks, in the order of the tasks:
-// each task adds a chunk once the task before it has (tasks start in that order, so the one waited for is running or done). The result depends on shapes alone, and no workspace is needed. What sums
-// over tokens and sequences (dA, dD, ...) is summed within a task, then over tasks in order.
-#include <sched.h>
-
+// dB and dC sum over the channels of a group. They are summed over lanes at once, in registers: what a token adds to them
+// per lane is more than first-level cache holds. Then over the tiles of a walk, in scratch; then over walks, in their
+// order: each adds a chunk once the walk before it has. The result depends on shapes alone, and no workspace is needed.
+// What sums over tokens and sequences (dA, dD, ...) is summed within a walk, then over walks in order.
 #include "scan.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
@@ -22,7 +20,8 @@ constexpr int kBlock = 8;
 #else
 constexpr int kBlock = 4;
 #endif
-constexpr int64_t kTiles = 4;        // of a task
+constexpr int64_t kTiles = 4;            // of a walk, at most
+constexpr int64_t kWalks = 64;           // fewer tiles where there would be fewer walks
 constexpr int64_t kSequenceBlocks = 32;  // at most so many partial sums of dA
 
 // h_t and a_t of a block over a chunk into [t][n][part][lane]; y[t] += C_t . h_t if wanted.
@@ -210,41 +209,76 @@ template <class S, int P, bool BConstant, bool CConstant>
 struct Backward {
   static constexpr int lanes = kLanes<S>;
   static constexpr int kWide = P == 1 ? kBlock : 4;
+  static constexpr DType kWideType = sizeof(S) == 8 ? DType::kFloat64 : DType::kFloat32;
   const SelectiveScanBackwardParams& p;
   const SelectiveScanParams& f = p.forward;
   const Segments segments{f.batch, f.length, f.cu_seqlens, f.sequences, kChunk};
   const ChannelTiles<S> tiles{f};
   const int64_t rows = f.state * P, row = projection_row<S>(rows);
   const int64_t sequences = f.cu_seqlens != nullptr ? f.sequences + 1 : f.batch;
-  // Tasks: blocks of sequences x runs of tiles that do not cross a group of channels.
-  const int64_t runs_of_group = (tiles.per_group + kTiles - 1) / kTiles, runs = runs_of_group * f.groups;
+  // Walks: blocks of sequences x runs of tiles that do not cross a group of channels.
   const int64_t per_block = most<int64_t>(1, (sequences + kSequenceBlocks - 1) / kSequenceBlocks);
   const int64_t blocks = (sequences + per_block - 1) / per_block;
+  const int64_t of_run = most<int64_t>(1, least(kTiles, blocks * tiles.count / kWalks));
+  const int64_t runs_of_group = (tiles.per_group + of_run - 1) / of_run, runs = runs_of_group * f.groups;
   const int64_t sums = rows * (1 + BConstant + CConstant) + 2;  // rows of partial: dA, dB, dC, dD, ddelta_bias
-  const int64_t state_blocks = count_blocks<kWide>(f.state);
-  int64_t slots = 0;  // of all blocks' folds
+  const int64_t state_blocks = count_blocks<kWide>(0, f.state);
+  const int64_t slots = slots_of(0, f.state);
 
-  void run(const Parallel& parallel) {
-    for_blocks<kWide>(f.state, [&]<int Block>(int64_t) { slots += Fold<S, P, Block, BConstant, CConstant>::slots; });
+  // Of the folds of the states [first, last), which are whole blocks.
+  static int64_t slots_of(int64_t first, int64_t last) {
+    int64_t result = 0;
+    for_blocks<kWide>(first, last, [&]<int Block>(int64_t) {
+      result += Fold<S, P, Block, BConstant, CConstant>::slots;
+    });
+    return result;
+  }
+  // The first state of a block.
+  int64_t state_of(int64_t block) const {
+    int64_t result = f.state;
+    for_blocks<kWide>(0, f.state, [&]<int>(int64_t n) { result = block-- == 0 ? n : result; });
+    return result;
+  }
+  int64_t chunks_of(int64_t sequence) const {
+    const Segment whole = segments.at(sequence, 0);
+    return segments.belongs(whole) ? (whole.length + kChunk - 1) / kChunk : 0;
+  }
+  int64_t chunks_of_block(int64_t block) const {
+    int64_t result = 0;
+    for (int64_t s = block * per_block; s < least(sequences, (block + 1) * per_block); ++s) result += chunks_of(s);
+    return result;
+  }
+
+  void run(const Parallel& parallel) const {
     const auto bytes = [&](DType dtype) { return static_cast<size_t>(f.batch * f.channels * f.length * bytes_of(dtype)); };
     want_huge_pages(p.du, bytes(f.dtype));
     want_huge_pages(p.ddelta, bytes(f.delta_dtype));
     if (p.dz != nullptr) want_huge_pages(p.dz, bytes(f.dtype));
+    int64_t longest = 0;
+    for (int64_t block = 0; block < blocks; ++block) longest = most(longest, chunks_of_block(block));
+    const Schedule schedule(parallel.threads, blocks * runs, state_blocks, longest);
     Scratch shared;
     S* const partial = shared.take<S>(blocks * sums * f.channels);  // [block][sum][channel]
-    int64_t* const progress = shared.take<int64_t>(blocks * runs);  // chunks whose dB and dC a task has added
-    fill<int64_t>(progress, blocks * runs);
-    run_tasks(parallel, blocks * runs, [&](TaskQueue& queue) {
+    const Progress progress(shared, schedule.walks, schedule.parts);
+    const int64_t of_walk = of_run * State::size(rows), of_slots = schedule.slots() * of_run * Chunk::size;
+    S* const states = shared.take<S>(schedule.divided() ? schedule.walks * of_walk : 0);
+    S* const handed_on = shared.take<S>(schedule.parts > 1 ? schedule.walks * of_slots : 0);
+    run_tasks(parallel, schedule.units(), [&](TaskQueue& queue) {
       Scratch scratch;
-      Worker worker(*this, scratch);
-      // Runs vary slowest, so that neighbouring tasks seldom wait for each other.
-      for (int64_t task; (task = queue.next()) >= 0;) worker.task(task / blocks, task % blocks, partial, progress);
+      Worker worker(*this, schedule, progress, partial, scratch);
+      // Runs vary slowest, so that neighbouring walks seldom wait for each other.
+      for (int64_t unit; (unit = queue.next()) >= 0;) {
+        const int64_t walk = schedule.walk_of(unit);
+        worker.unit(schedule.round_of(unit), walk, schedule.part_of(unit),
+                    schedule.divided() ? states + walk * of_walk : nullptr,
+                    schedule.parts > 1 ? handed_on + walk * of_slots : nullptr);
+      }
     });
     reduce(partial, parallel);
   }
 
   // Sums the partial sums of the blocks of sequences.
-  void reduce(const S* partial, const Parallel& parallel) {
+  void reduce(const S* partial, const Parallel& parallel) const {
     run_tasks(parallel, (f.channels + 63) / 64, [&](TaskQueue& queue) {
       for (int64_t task; (task = queue.next()) >= 0;)
         for (int64_t d = task * 64; d < least(f.channels, task * 64 + 64); ++d)
@@ -263,148 +297,202 @@ struct Backward {
     });
   }
 
+  // What a walk keeps of a tile from chunk to chunk.
+  struct State {
+    S *a, *carry, *b, *c;
+    Total<S> dA, dB, dC, dD, ddelta_bias;  // dB, dC: where constant
+    static int64_t size(int64_t rows) { return ((4 + BConstant * 3 + CConstant * 3) * rows + 4) * lanes; }
+    State(S* at, int64_t rows) {
+      const auto take = [&](int64_t vectors) { return std::exchange(at, at + vectors * lanes); };
+      const auto total = [&](int64_t vectors) -> Total<S> { return {take(vectors), take(vectors)}; };
+      a = take(rows), carry = take(rows), b = take(BConstant * rows), c = take(CConstant * rows);
+      dA = total(rows), dB = total(BConstant * rows), dC = total(CConstant * rows);
+      dD = total(1), ddelta_bias = total(1);
+    }
+  };
+  // What the parts of a walk hand on, [t][lane] of a chunk and tile; slope is softplus's, gate is sigmoid(z).
+  struct Chunk {
+    S *u, *slope, *dt, *rate, *dtu, *dout, *z, *gate, *dy, *y, *ddtu, *ddt;
+    static constexpr int64_t size = 12 * kOfTokens<S>;
+    explicit Chunk(S* at) {
+      for (S** x : {&u, &slope, &dt, &rate, &dtu, &dout, &z, &gate, &dy, &y, &ddtu, &ddt}) *x = at, at += kOfTokens<S>;
+    }
+  };
+
   struct Worker {
     const Backward& w;
     const SelectiveScanBackwardParams& p;
     const SelectiveScanParams& f;
-    // Per tile of the task.
-    struct State {
-      S *a, *carry, *b, *c;
-      Total<S> dA, dB, dC, dD, ddelta_bias;  // dB, dC: where constant
-    } state[kTiles];
-    // Of a chunk and tile, [t][lane]; slope is softplus's, gate is sigmoid(z).
-    S *u, *slope, *dt, *rate, *dtu, *dout, *z, *gate, *dy, *y, *ddtu, *ddt;
+    const Schedule& schedule;
+    const Progress& progress;
+    S* const partial;
+    S *own_states, *own_chunk;
     S *start;                    // [n]
     S *h, *a;                    // of a block over a chunk
     S *b, *c;                    // of a chunk
     S *dB_sum, *dC_sum;          // [n][part][lane] of a group of tokens, where constant
     S *sums, *sums_by_slot;      // of a chunk: the blocks' folds, [t][slot] and [slot][t]
     Ahead ahead;
+    // The unit's.
+    int64_t walk, part, first_tile, tiles, state, state_end, first_slot;
+    Rows own{};
+    bool leads, ends;  // whether the part is the walk's first, or last
+    S *states, *handed_on;
 
-    Worker(const Backward& w, Scratch& scratch)
-        : w(w), p(w.p), f(w.f), ahead(scratch.take<const char*>(Ahead::room(
-              7 * lines_of_tokens<S>() + Ahead::lines_of(w.rows, kVectorBytes), kChunk))) {
+    Worker(const Backward& w, const Schedule& schedule, const Progress& progress, S* partial, Scratch& scratch)
+        : w(w), p(w.p), f(w.f), schedule(schedule), progress(progress), partial(partial),
+          ahead(scratch.take<const char*>(
+              Ahead::room(7 * lines_of_tokens<S>() + Ahead::lines_of(w.rows, kVectorBytes), kChunk))) {
       const int64_t of_states = w.rows * lanes, of_tokens = kChunk * lanes;
-      for (State& s : state) {
-        const auto total = [&](int64_t n) -> Total<S> { return {scratch.take<S>(n), scratch.take<S>(n)}; };
-        for (S** x : {&s.a, &s.carry}) *x = scratch.take<S>(of_states);
-        s.b = BConstant ? scratch.take<S>(of_states) : nullptr;
-        s.c = CConstant ? scratch.take<S>(of_states) : nullptr;
-        s.dA = total(of_states);
-        s.dB = total(BConstant ? of_states : 0);
-        s.dC = total(CConstant ? of_states : 0);
-        s.dD = total(lanes), s.ddelta_bias = total(lanes);
-      }
-      for (S** x : {&u, &slope, &dt, &rate, &dtu, &dout, &z, &gate, &dy, &y, &ddtu, &ddt}) *x = scratch.take<S>(of_tokens);
+      own_states = scratch.take<S>(w.of_run * State::size(w.rows));
+      own_chunk = scratch.take<S>(Chunk::size);
       start = scratch.take<S>(of_states);
       h = scratch.take<S>(of_tokens * kWide * P);
       a = scratch.take<S>(of_tokens * kWide * P);
-      b = BConstant ? nullptr : scratch.take<S>(kChunk * w.row);
-      c = CConstant ? nullptr : scratch.take<S>(kChunk * w.row);
+      b = BConstant ? nullptr : scratch.take<S>(projection_size<S>(w.rows));
+      c = CConstant ? nullptr : scratch.take<S>(projection_size<S>(w.rows));
       sums = scratch.take<S>(kChunk * w.slots);
       sums_by_slot = scratch.take<S>(kChunk * w.slots);
       dB_sum = scratch.take<S>(BConstant ? of_states : 0);
       dC_sum = scratch.take<S>(CConstant ? of_states : 0);
     }
 
-    void task(int64_t run, int64_t block, S* partial, int64_t* progress) {
-      const int64_t group = run / w.runs_of_group, of_group = run % w.runs_of_group;
-      const int64_t first_tile = group * w.tiles.per_group + of_group * kTiles;
-      const int64_t count = least(kTiles, (group + 1) * w.tiles.per_group - first_tile);
-      int64_t* const done = progress + block * w.runs + run;
-      const int64_t* const before = of_group > 0 ? done - 1 : nullptr;
-      for (int64_t i = 0; i < count; ++i) {
-        const State& s = state[i];
-        const Tile tile = w.tiles[first_tile + i];
-        load_states(s.a, f.A, 0, tile, w.rows);
-        s.dA.clear(w.rows * lanes);
-        if constexpr (BConstant) load_states(s.b, f.B.data, 0, tile, w.rows), s.dB.clear(w.rows * lanes);
-        if constexpr (CConstant) load_states(s.c, f.C.data, 0, tile, w.rows), s.dC.clear(w.rows * lanes);
-        s.dD.clear(lanes), s.ddelta_bias.clear(lanes);
+    S* slot(int64_t step) const { return handed_on + step % (schedule.slots() * w.of_run) * Chunk::size; }
+    State kept_of(int64_t tile) const { return State(states + tile * State::size(w.rows), w.rows); }
+
+    // Null for `shared_states` and `shared_chunks` stands for the worker's own memory.
+    void unit(int64_t round, int64_t walk_, int64_t part_, S* shared_states, S* shared_chunks) {
+      walk = walk_, part = part_;
+      const int64_t run = walk / w.blocks, block = walk % w.blocks;
+      const int64_t group = run / w.runs_of_group, within = run % w.runs_of_group;
+      first_tile = group * w.tiles.per_group + within * w.of_run;
+      tiles = least(w.of_run, (group + 1) * w.tiles.per_group - first_tile);
+      state = w.state_of(w.state_blocks * part / schedule.parts);
+      state_end = w.state_of(w.state_blocks * (part + 1) / schedule.parts);
+      first_slot = slots_of(0, state);
+      own = {state * P, state_end * P};
+      leads = part == 0, ends = part == schedule.parts - 1;
+      states = shared_states != nullptr ? shared_states : own_states, handed_on = shared_chunks;
+      // Each part adds to its own rows of dB and dC, after the same part of the walk with the tiles before.
+      const int64_t before = within > 0 ? walk - w.blocks : -1;
+      const int64_t chunks = w.chunks_of_block(block);
+      const int64_t first = round * schedule.round, last = least(chunks, first + schedule.round);
+      if (round > 0 && first >= chunks) return;
+      if (round == 0)
+        begin();
+      else
+        progress.wait(walk, part, first * tiles);
+      int64_t number = 0;  // of chunks, of all sequences of the block
+      const int64_t end_sequence = least(w.sequences, (block + 1) * w.per_block);
+      for (int64_t s = block * w.per_block; s < end_sequence; number += w.chunks_of(s), ++s) {
+        const Segment whole = w.segments.at(s, 0);
+        if (!w.segments.belongs(whole)) {
+          if (round == 0 && leads) rest(whole, before < 0);
+          continue;
+        }
+        const int64_t n = w.chunks_of(s);
+        if (n == 0 ? round > 0 : number >= last || number + n <= first) continue;
+        sequence(s, most<int64_t>(0, first - number), least(n, last - number), number, before);
       }
-      int64_t chunks_done = 0;
-      for (int64_t s = block * w.per_block; s < least(w.sequences, (block + 1) * w.per_block); ++s)
-        sequence(s, first_tile, count, before, done, chunks_done);
-      for (int64_t i = 0; i < count; ++i) {
-        const State& s = state[i];
+      if (last == chunks) end(block);
+    }
+
+    void begin() {
+      const int64_t at = own.first * lanes, n = own.count() * lanes;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const State s = kept_of(i);
+        const Tile tile = w.tiles[first_tile + i];
+        load_states(s.a, f.A, 0, tile, w.rows, own);
+        s.dA.from(at).clear(n);
+        if constexpr (BConstant) load_states(s.b, f.B.data, 0, tile, w.rows, own), s.dB.from(at).clear(n);
+        if constexpr (CConstant) load_states(s.c, f.C.data, 0, tile, w.rows, own), s.dC.from(at).clear(n);
+        if (ends) s.dD.clear(lanes), s.ddelta_bias.clear(lanes);
+      }
+    }
+    void end(int64_t block) {
+      for (int64_t i = 0; i < tiles; ++i) {
+        const State s = kept_of(i);
         const Tile tile = w.tiles[first_tile + i];
         S* out = partial + block * w.sums * f.channels + tile.channel;
-        const auto put = [&](const Total<S>& total, int64_t n) {
-          total.finish(n * lanes);
-          store_tile(out, f.channels, 1, total.sum, lanes, n, tile.count);
-          out += n * f.channels;
+        const auto put = [&](const Total<S>& all, const Rows& rows) {
+          const Total<S> total = all.from(rows.first * lanes);
+          total.finish(rows.count() * lanes);
+          store_tile(out + rows.first * f.channels, f.channels, 1, total.sum, lanes, rows.count(), tile.count);
         };
-        put(s.dA, w.rows);
-        if constexpr (BConstant) put(s.dB, w.rows);
-        if constexpr (CConstant) put(s.dC, w.rows);
-        put(s.dD, 1);
-        put(s.ddelta_bias, 1);
+        const auto put_states = [&](const Total<S>& total) {
+          put(total, own);
+          out += w.rows * f.channels;
+        };
+        put_states(s.dA);
+        if constexpr (BConstant) put_states(s.dB);
+        if constexpr (CConstant) put_states(s.dC);
+        if (ends) put(s.dD, {0, 1}), out += f.channels, put(s.ddelta_bias, {0, 1});
       }
     }
 
-    void sequence(int64_t index, int64_t first_tile, int64_t tiles, const int64_t* before, int64_t* done, int64_t& chunks_done) {
-      const Segment whole = w.segments.at(index, 0);
-      const int64_t chunks = (whole.length + kChunk - 1) / kChunk;
-      if (!w.segments.belongs(whole)) {
-        rest(whole, first_tile, tiles, before == nullptr);
-        return;
-      }
-      for (int64_t i = 0; i < tiles; ++i) {
+    // The chunks [first, last) of a sequence, counted from its end, whose last chunk is number `number` of the walk.
+    void sequence(int64_t index, int64_t first, int64_t last, int64_t number, int64_t before) {
+      const int64_t chunks = w.chunks_of(index), at = own.first * lanes;
+      for (int64_t i = 0; i < tiles && first == 0; ++i) {
+        S* const carry = kept_of(i).carry;
         if (p.dfinal_state != nullptr)
-          load_states(state[i].carry, p.dfinal_state, index * f.channels, w.tiles[first_tile + i], w.rows);
+          load_states(carry, p.dfinal_state, index * f.channels, w.tiles[first_tile + i], w.rows, own);
         else
-          fill(state[i].carry, w.rows * lanes);
+          fill(carry + at, own.count() * lanes);
       }
       const int64_t group = w.tiles[first_tile].group;
-      for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t chunk = chunks - 1 - i;
         const Segment segment = w.segments.at(index, chunk);
         const int64_t token = segment.start + segment.first, count = segment.last - segment.first;
         const int64_t kept = w.segments.first_of(index) + chunk;
-        if constexpr (!BConstant) load_projection<S, P>(b, f.B, segment.batch, group, token, count, f.state);
-        if constexpr (!CConstant) load_projection<S, P>(c, f.C, segment.batch, group, token, count, f.state);
+        if constexpr (!BConstant) load_projection<S, P>(b, f.B, segment.batch, group, token, count, f.state, own);
+        if constexpr (!CConstant) load_projection<S, P>(c, f.C, segment.batch, group, token, count, f.state, own);
         fill(sums, count * w.slots);
-        for (int64_t i = 0; i < tiles; ++i) {
+        for (int64_t j = 0; j < tiles; ++j) {
           ahead.clear();
-          if (i + 1 < tiles)
-            look_ahead(w.tiles[first_tile + i + 1], segment.batch, token, count, kept);
-          else if (chunk > 0)
+          if (j + 1 < tiles)
+            look_ahead(w.tiles[first_tile + j + 1], segment.batch, token, count, kept);
+          else if (i + 1 < last)
             look_ahead(w.tiles[first_tile], segment.batch, token - kChunk, kChunk, kept - 1);
-          ahead.deal(2 * w.state_blocks, count);
-          tile(state[i], w.tiles[first_tile + i], segment.batch, token, count, kept);
+          const int64_t step = (number + i) * tiles + j;
+          ahead.deal(2 * count_blocks<kWide>(state, state_end), count);
+          tile(kept_of(j), w.tiles[first_tile + j], segment.batch, token, count, kept, step);
+          if (schedule.parts > 1 && j + 1 < tiles) progress.set(walk, part, step + 1);
         }
         if constexpr (!BConstant || !CConstant) {
-          if (before != nullptr)
-            for (int spins = 0; __atomic_load_n(before, __ATOMIC_ACQUIRE) <= chunks_done; ++spins)
-              if (spins > 100) sched_yield();
-          add_projections(segment.batch, group, token, count, before != nullptr);
-          ++chunks_done;
-          __atomic_store_n(done, chunks_done, __ATOMIC_RELEASE);
+          if (before >= 0) progress.wait(before, part, (number + i + 1) * w.of_run);
+          add_projections(segment.batch, group, token, count, before >= 0);
         }
+        progress.set(walk, part, (number + i + 1) * tiles);
       }
-      if (p.dinitial_state != nullptr)
+      if (last == chunks && p.dinitial_state != nullptr)
         for (int64_t i = 0; i < tiles; ++i)
-          store_states(p.dinitial_state, index * f.channels, w.tiles[first_tile + i], state[i].carry, w.rows);
+          store_states(p.dinitial_state, index * f.channels, w.tiles[first_tile + i], kept_of(i).carry, w.rows, own);
     }
 
     // What tile() will read and write.
     void look_ahead(const Tile& tile, int64_t batch, int64_t token, int64_t count, int64_t kept) {
-      constexpr DType wide = sizeof(S) == 8 ? DType::kFloat64 : DType::kFloat32;
-      ahead.add(wide, f.chunk_states, kept * w.rows * f.channels + tile.channel, {0, 1, f.channels}, tile.count, w.rows);
-      add_tokens(ahead, f.dtype, f.u, f.u_stride, tile, batch, token, count);
-      add_tokens(ahead, f.delta_dtype, f.delta, f.delta_stride, tile, batch, token, count);
-      add_tokens(ahead, f.dtype, p.dout, p.dout_stride, tile, batch, token, count);
-      add_tokens(ahead, f.dtype, p.du, p.du_stride, tile, batch, token, count);
-      add_tokens(ahead, f.delta_dtype, p.ddelta, p.ddelta_stride, tile, batch, token, count);
-      if (f.z == nullptr) return;
-      add_tokens(ahead, f.dtype, f.z, f.z_stride, tile, batch, token, count);
-      add_tokens(ahead, f.dtype, p.dz, p.dz_stride, tile, batch, token, count);
+      ahead.add(kWideType, f.chunk_states, (kept * w.rows + own.first) * f.channels + tile.channel, {0, 1, f.channels},
+                tile.count, own.count());
+      if (leads) {
+        add_tokens(ahead, f.dtype, f.u, f.u_stride, tile, batch, token, count);
+        add_tokens(ahead, f.delta_dtype, f.delta, f.delta_stride, tile, batch, token, count);
+        add_tokens(ahead, f.dtype, p.dout, p.dout_stride, tile, batch, token, count);
+        if (f.z != nullptr) add_tokens(ahead, f.dtype, f.z, f.z_stride, tile, batch, token, count);
+      }
+      if (ends) {
+        add_tokens(ahead, f.dtype, p.du, p.du_stride, tile, batch, token, count);
+        add_tokens(ahead, f.delta_dtype, p.ddelta, p.ddelta_stride, tile, batch, token, count);
+        if (p.dz != nullptr) add_tokens(ahead, f.dtype, p.dz, p.dz_stride, tile, batch, token, count);
+      }
     }
 
     // Into dB and dC [B, G, N, L], complex with a last axis of 2.
     void add_projections(int64_t batch, int64_t group, int64_t token, int64_t count, bool accumulate) {
-      load_tile(sums_by_slot, kChunk, sums, 1, w.slots, w.slots, count);
+      load_tile(sums_by_slot, kChunk, sums + first_slot, 1, w.slots, slots_of(state, state_end), count);
       S* fold = sums_by_slot;
-      for_blocks<kWide>(f.state, [&]<int Block>(int64_t first) {
+      for_blocks<kWide>(state, state_end, [&]<int Block>(int64_t first) {
         using Sums = Fold<S, P, Block, BConstant, CConstant>;
         for (int64_t r = 0; r < Sums::rows; ++r) {
           const int64_t n = first + r / Sums::of_state, within = r % Sums::of_state;
@@ -427,15 +515,16 @@ struct Backward {
     }
 
     // Gradients of the tokens of no sequence: zeros.
-    void rest(const Segment& segment, int64_t first_tile, int64_t tiles, bool first_run) {
-      fill(y, kChunk * lanes);
+    void rest(const Segment& segment, bool first_run) {
+      S* const zeros = own_chunk;
+      fill(zeros, kChunk * lanes);
       for (int64_t t = 0; t < segment.length; t += kChunk) {
         const int64_t token = segment.start + t, count = least(kChunk, segment.length - t);
         for (int64_t i = 0; i < tiles; ++i) {
           const Tile tile = w.tiles[first_tile + i];
-          store_tokens(f.dtype, p.du, p.du_stride, tile, segment.batch, token, count, y);
-          store_tokens(f.delta_dtype, p.ddelta, p.ddelta_stride, tile, segment.batch, token, count, y);
-          if (p.dz != nullptr) store_tokens(f.dtype, p.dz, p.dz_stride, tile, segment.batch, token, count, y);
+          store_tokens(f.dtype, p.du, p.du_stride, tile, segment.batch, token, count, zeros);
+          store_tokens(f.delta_dtype, p.ddelta, p.ddelta_stride, tile, segment.batch, token, count, zeros);
+          if (p.dz != nullptr) store_tokens(f.dtype, p.dz, p.dz_stride, tile, segment.batch, token, count, zeros);
         }
       }
       const int64_t group = w.tiles[first_tile].group;
@@ -447,45 +536,29 @@ struct Backward {
         }
     }
 
-    void tile(const State& s, const Tile& tile, int64_t batch, int64_t token, int64_t count, int64_t chunk) {
-      load_tokens(u, f.dtype, f.u, f.u_stride, tile, batch, token, count);
-      load_tokens(dt, f.delta_dtype, f.delta, f.delta_stride, tile, batch, token, count);
-      load_tokens(dout, f.dtype, p.dout, p.dout_stride, tile, batch, token, count);
-      if (f.z != nullptr) load_tokens(z, f.dtype, f.z, f.z_stride, tile, batch, token, count);
-      const Vec<S> skip = load_channels<S>(f.D, tile), bias = load_channels<S>(f.delta_bias, tile);
-      for (int64_t i = 0; i < count * lanes; i += lanes) {
-        Vec<S> step = load(dt + i) + bias;
-        if (f.delta_softplus) {
-          const Vec<S> e = exact_exp<S>(-abs<S>(step));
-          store(slope + i, softplus_slope<S>(step, e));
-          step = softplus<S>(step, e);
-        }
-        store(dt + i, step);
-        store(rate + i, decay_rate<S>(step));
-        store(dtu + i, step * load(u + i));
-        Vec<S> dy_t = load(dout + i) * static_cast<S>(P);  // y is P Re(C . h) + D u
-        if (f.z != nullptr) {
-          // The exact one: every gradient goes through dy.
-          const Vec<S> z_t = load(z + i), s = exact_sigmoid<S>(z_t, exact_exp<S>(-abs<S>(z_t)));
-          store(gate + i, s);
-          dy_t = dy_t * z_t * s;
-        }
-        store(dy + i, dy_t);
-        for (S* const x : {y, ddtu, ddt}) store(x + i, Vec<S>{});
-      }
-      load_chunk_state<S, P>(start, f, chunk, tile);
+    // One chunk of a tile, which is step number `step` of the walk.
+    void tile(const State& s, const Tile& tile, int64_t batch, int64_t token, int64_t count, int64_t chunk,
+              int64_t step) {
+      const Chunk x(handed_on != nullptr ? slot(step) : own_chunk);
+      load_chunk_state<S, P>(start, f, chunk, tile, own);
       if constexpr (BConstant) fill(dB_sum, w.rows * lanes);
       if constexpr (CConstant) fill(dC_sum, w.rows * lanes);
-
-      S* fold = sums;
+      if (!leads) {
+        progress.wait(walk, part - 1, step + 1);
+      } else {
+        if (handed_on != nullptr) progress.wait(walk, schedule.parts - 1, step + 1 - schedule.slots() * w.of_run);
+        prepare(x, tile, batch, token, count);
+      }
+      S* fold = sums + first_slot;
       int64_t block = 0;
-      for_blocks<kWide>(f.state, [&]<int Block>(int64_t n) {
+      for_blocks<kWide>(state, state_end, [&]<int Block>(int64_t n) {
         const int64_t at = n * P * lanes;
         const S* const b_n = BConstant ? s.b + at : b + n * P;
         const S* const c_n = CConstant ? s.c + at : c + n * P;
         const int64_t b_row = BConstant ? 0 : w.row, c_row = CConstant ? 0 : w.row;
-        recompute<S, P, Block, BConstant, CConstant>(count, dt, rate, dtu, s.a + at, b_n, b_row, c_n, c_row, start + at,
-                                                     f.z != nullptr ? y : nullptr, h, a, ahead.part(block++));
+        recompute<S, P, Block, BConstant, CConstant>(count, x.dt, x.rate, x.dtu, s.a + at, b_n, b_row, c_n, c_row,
+                                                     start + at, f.z != nullptr ? x.y : nullptr, h, a,
+                                                     ahead.part(block++));
         const Adjoint<S> out{s.carry + at,
                              s.dA.from(at),
                              BConstant ? s.dB.from(at) : Total<S>{},
@@ -494,37 +567,70 @@ struct Backward {
                              CConstant ? dC_sum + at : nullptr,
                              fold,
                              w.slots,
-                             ddtu,
-                             ddt};
-        adjoint_block<S, P, Block, BConstant, CConstant>(count, dt, dtu, dy, s.a + at, b_n, b_row, c_n, c_row, start + at, h, a,
-                                                         out, ahead.part(block++));
+                             x.ddtu,
+                             x.ddt};
+        adjoint_block<S, P, Block, BConstant, CConstant>(count, x.dt, x.dtu, x.dy, s.a + at, b_n, b_row, c_n, c_row,
+                                                         start + at, h, a, out, ahead.part(block++));
         fold += Fold<S, P, Block, BConstant, CConstant>::slots;
       });
+      if (ends) finish(x, s, tile, batch, token, count);
+    }
 
+    void prepare(const Chunk& x, const Tile& tile, int64_t batch, int64_t token, int64_t count) const {
+      load_tokens(x.u, f.dtype, f.u, f.u_stride, tile, batch, token, count);
+      load_tokens(x.dt, f.delta_dtype, f.delta, f.delta_stride, tile, batch, token, count);
+      load_tokens(x.dout, f.dtype, p.dout, p.dout_stride, tile, batch, token, count);
+      if (f.z != nullptr) load_tokens(x.z, f.dtype, f.z, f.z_stride, tile, batch, token, count);
+      const Vec<S> bias = load_channels<S>(f.delta_bias, tile);
+      for (int64_t i = 0; i < count * lanes; i += lanes) {
+        Vec<S> step = load(x.dt + i) + bias;
+        if (f.delta_softplus) {
+          const Vec<S> e = exact_exp<S>(-abs<S>(step));
+          store(x.slope + i, softplus_slope<S>(step, e));
+          step = softplus<S>(step, e);
+        }
+        store(x.dt + i, step);
+        store(x.rate + i, decay_rate<S>(step));
+        store(x.dtu + i, step * load(x.u + i));
+        Vec<S> dy_t = load(x.dout + i) * static_cast<S>(P);  // y is P Re(C . h) + D u
+        if (f.z != nullptr) {
+          // The exact one: every gradient goes through dy.
+          const Vec<S> z_t = load(x.z + i), s = exact_sigmoid<S>(z_t, exact_exp<S>(-abs<S>(z_t)));
+          store(x.gate + i, s);
+          dy_t = dy_t * z_t * s;
+        }
+        store(x.dy + i, dy_t);
+        for (S* const sum : {x.y, x.ddtu, x.ddt}) store(sum + i, Vec<S>{});
+      }
+    }
+
+    void finish(const Chunk& x, const State& s, const Tile& tile, int64_t batch, int64_t token, int64_t count) const {
+      const Vec<S> skip = load_channels<S>(f.D, tile);
       Vec<S> dD_sum{}, ddelta_bias_sum{};
       for (int64_t t = 0; t < count; ++t) {
         const int64_t i = t * lanes;
-        const Vec<S> u_t = load(u + i), dout_t = load(dout + i);
+        const Vec<S> u_t = load(x.u + i), dout_t = load(x.dout + i);
         Vec<S> dy_t = dout_t;
         if (f.z != nullptr) {
-          const Vec<S> z_t = load(z + i), s = load(gate + i), y_t = load(y + i) * static_cast<S>(P) + skip * u_t;
-          dy_t = dout_t * z_t * s;
-          store(z + i, dout_t * y_t * silu_slope<S>(z_t, s));  // dz
+          const Vec<S> z_t = load(x.z + i), gate_t = load(x.gate + i);
+          const Vec<S> y_t = load(x.y + i) * static_cast<S>(P) + skip * u_t;
+          dy_t = dout_t * z_t * gate_t;
+          store(x.z + i, dout_t * y_t * silu_slope<S>(z_t, gate_t));  // dz
         }
         dD_sum = dD_sum + dy_t * u_t;
-        store(dout + i, load(dt + i) * load(ddtu + i) + dy_t * skip);  // du
-        Vec<S> ddt_t = u_t * load(ddtu + i) + load(ddt + i);
-        if (f.delta_softplus) ddt_t = ddt_t * load(slope + i);
+        store(x.dout + i, load(x.dt + i) * load(x.ddtu + i) + dy_t * skip);  // du
+        Vec<S> ddt_t = u_t * load(x.ddtu + i) + load(x.ddt + i);
+        if (f.delta_softplus) ddt_t = ddt_t * load(x.slope + i);
         ddelta_bias_sum = ddelta_bias_sum + ddt_t;
-        store(ddt + i, ddt_t);
+        store(x.ddt + i, ddt_t);
         if ((t + 1) % kGroup != 0 && t + 1 < count) continue;
         s.dD.add(0, dD_sum);
         s.ddelta_bias.add(0, ddelta_bias_sum);
         dD_sum = ddelta_bias_sum = Vec<S>{};
       }
-      store_tokens(f.dtype, p.du, p.du_stride, tile, batch, token, count, dout);
-      store_tokens(f.delta_dtype, p.ddelta, p.ddelta_stride, tile, batch, token, count, ddt);
-      if (p.dz != nullptr) store_tokens(f.dtype, p.dz, p.dz_stride, tile, batch, token, count, z);
+      store_tokens(f.dtype, p.du, p.du_stride, tile, batch, token, count, x.dout);
+      store_tokens(f.delta_dtype, p.ddelta, p.ddelta_stride, tile, batch, token, count, x.ddt);
+      if (p.dz != nullptr) store_tokens(f.dtype, p.dz, p.dz_stride, tile, batch, token, count, x.z);
     }
   };
 };

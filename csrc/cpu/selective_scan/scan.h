@@ -5,6 +5,8 @@
 // Scratch arrays of states are [n][part][lane]; B and C are staged as [t][n][part], to be broadcast, or as states when constant.
 #pragma once
 
+#include <sched.h>
+
 #include "../../include/pykernels/selective_scan.h"
 #include "../common/ahead.h"
 #include "../common/pages.h"
@@ -224,14 +226,23 @@ PYKERNELS_INLINE void fill(S* p, int64_t n, S value = 0) {
   for (int64_t i = 0; i < n; ++i) p[i] = value;
 }
 
-// Of a [D, rows] array in the compute type (A, a state): dst[row][lane].
+// Rows [first, last) of the states' arrays.
+struct Rows {
+  int64_t first, last;
+  int64_t count() const { return last - first; }
+};
+
+// Of a [D, rows] array in the compute type (A, a state): dst[row][lane], those of `part` alone.
 template <class S>
-void load_states(S* dst, const void* src, int64_t offset_rows, const Tile& tile, int64_t rows) {
-  load_tile(dst, kLanes<S>, static_cast<const S*>(src) + (offset_rows + tile.channel) * rows, 1, rows, rows, tile.count);
+void load_states(S* dst, const void* src, int64_t offset_rows, const Tile& tile, int64_t rows, const Rows& part) {
+  load_tile(dst + part.first * kLanes<S>, kLanes<S>,
+            static_cast<const S*>(src) + (offset_rows + tile.channel) * rows + part.first, 1, rows, part.count(),
+            tile.count);
 }
 template <class S>
-void store_states(void* dst, int64_t offset_rows, const Tile& tile, const S* src, int64_t rows) {
-  store_tile(static_cast<S*>(dst) + (offset_rows + tile.channel) * rows, 1, rows, src, kLanes<S>, rows, tile.count);
+void store_states(void* dst, int64_t offset_rows, const Tile& tile, const S* src, int64_t rows, const Rows& part) {
+  store_tile(static_cast<S*>(dst) + (offset_rows + tile.channel) * rows + part.first, 1, rows,
+             src + part.first * kLanes<S>, kLanes<S>, part.count(), tile.count);
 }
 // Of a [D] array: one vector; zeros for null.
 template <class S>
@@ -241,35 +252,41 @@ Vec<S> load_channels(const void* src, const Tile& tile) {
 
 // h before chunk `index`, of one tile: rows of D.
 template <class S, int P>
-void load_chunk_state(S* h, const SelectiveScanParams& p, int64_t index, const Tile& tile) {
-  const int64_t rows = p.state * P;
-  load_tile(h, kLanes<S>, static_cast<const S*>(p.chunk_states) + index * rows * p.channels + tile.channel, p.channels, 1, rows,
-            tile.count);
+void load_chunk_state(S* h, const SelectiveScanParams& p, int64_t index, const Tile& tile, const Rows& part) {
+  load_tile(h + part.first * kLanes<S>, kLanes<S>,
+            static_cast<const S*>(p.chunk_states) + (index * p.state * P + part.first) * p.channels + tile.channel,
+            p.channels, 1, part.count(), tile.count);
 }
 template <class S, int P>
-void store_chunk_state(const SelectiveScanParams& p, int64_t index, const Tile& tile, const S* h) {
-  const int64_t rows = p.state * P;
-  store_tile(static_cast<S*>(p.chunk_states) + index * rows * p.channels + tile.channel, p.channels, 1, h, kLanes<S>, rows,
-             tile.count);
+void store_chunk_state(const SelectiveScanParams& p, int64_t index, const Tile& tile, const S* h, const Rows& part) {
+  store_tile(static_cast<S*>(p.chunk_states) + (index * p.state * P + part.first) * p.channels + tile.channel,
+             p.channels, 1, h + part.first * kLanes<S>, kLanes<S>, part.count(), tile.count);
 }
 
-// Elements of a chunk's B or C in scratch, and of one row.
+// Elements of one token's row of B or C in scratch, and of a chunk's rows: a part of the states may start anywhere and is
+// loaded in whole vectors, whose ends fall on what other parts have of the next row.
 template <class S>
 int64_t projection_row(int64_t rows) {
   return round_up(rows, kLanes<S>);
 }
+template <class S>
+int64_t projection_size(int64_t rows) {
+  return kChunk * projection_row<S>(rows) + kLanes<S>;
+}
 
-// dst[t][n][part] of B or C at tokens start + [0, count).
+// dst[t][n][real, imaginary] of B or C at tokens start + [0, count), the rows of `part` alone.
 template <class S, int P>
-void load_projection(S* dst, const Projection& x, int64_t batch, int64_t group, int64_t start, int64_t count, int64_t state) {
+void load_projection(S* dst, const Projection& x, int64_t batch, int64_t group, int64_t start, int64_t count,
+                     int64_t state, const Rows& part) {
   const int64_t ld = projection_row<S>(state * P), offset = batch * x.batch + group * x.group + start * x.token;
   if constexpr (P == 1) {
-    load_tile(dst, ld, x.dtype, x.data, offset, x.token, x.state, count, state);
+    load_tile(dst + part.first, ld, x.dtype, x.data, offset + part.first * x.state, x.token, x.state, count,
+              part.count());
   } else {
     const S* const src = static_cast<const S*>(x.data) + offset;
     for (int64_t t = 0; t < count; ++t)
-      for (int64_t n = 0; n < state; ++n)
-        for (int part = 0; part < 2; ++part) dst[t * ld + n * 2 + part] = src[t * x.token + n * x.state + part];
+      for (int64_t row = part.first; row < part.last; ++row)
+        dst[t * ld + row] = src[t * x.token + row / 2 * x.state + row % 2];
   }
 }
 
@@ -297,20 +314,78 @@ inline void add_tokens(Ahead& ahead, DType dtype, const void* src, const Channel
   ahead.add(dtype, src, batch * stride.batch + tile.channel * stride.channel + start * stride.token, stride, tile.count, count);
 }
 
-// Splits N states into blocks: calls body.template operator()<Size>(first) with sizes Wide, 4 and 1.
+// Elements from one array [t][lane] of a chunk to the next: by an odd number of cache lines more, lest they share sets.
+template <class S>
+constexpr int64_t kOfTokens = kChunk * kLanes<S> + 3 * 64 / static_cast<int64_t>(sizeof(S));
+
+// Splits the states [n, last) into blocks: calls body.template operator()<Size>(first) with sizes Wide, 8, 4 and 1.
 template <int Wide, class Body>
-PYKERNELS_INLINE void for_blocks(int64_t state, Body&& body) {
-  int64_t n = 0;
-  for (; n + Wide <= state; n += Wide) body.template operator()<Wide>(n);
+PYKERNELS_INLINE void for_blocks(int64_t n, int64_t last, Body&& body) {
+  for (; n + Wide <= last; n += Wide) body.template operator()<Wide>(n);
+  if constexpr (Wide > 8)
+    for (; n + 8 <= last; n += 8) body.template operator()<8>(n);
   if constexpr (Wide > 4)
-    for (; n + 4 <= state; n += 4) body.template operator()<4>(n);
-  for (; n < state; ++n) body.template operator()<1>(n);
+    for (; n + 4 <= last; n += 4) body.template operator()<4>(n);
+  for (; n < last; ++n) body.template operator()<1>(n);
 }
 template <int Wide>
-int64_t count_blocks(int64_t state) {
+int64_t count_blocks(int64_t first, int64_t last) {
   int64_t blocks = 0;
-  for_blocks<Wide>(state, [&]<int>(int64_t) { ++blocks; });
+  for_blocks<Wide>(first, last, [&]<int>(int64_t) { ++blocks; });
   return blocks;
 }
+
+// ---- who does what ----------------------------------------------------------------------------------------------------
+
+// A walk goes through the chunks of some channels one after another. Where there are fewer walks than threads, each is
+// done in parts: a part has some of the states, takes a chunk from the part before it and hands it on, with its own states'
+// share of y added. Where the number of walks would leave threads idle at the end, each is cut into rounds of so many
+// chunks. Threads take units, the parts of a round of a walk, round by round; a unit waits for none but those before it, so
+// that any number of threads gets through. How the work is divided depends on the number of threads, what is computed does
+// not: every sum goes over the states in their order.
+struct Schedule {
+  int64_t walks, parts = 1, rounds = 1, round;  // round: chunks
+
+  Schedule(int64_t threads, int64_t walks, int64_t most_parts, int64_t longest)
+      : walks(walks), round(most<int64_t>(longest, 1)) {
+    // Below so many chunks it is not worth it; above so many walks for each thread, the last ones hardly matter.
+    constexpr int64_t kLeast = 8, kManyWalks = 8;
+    if (longest < kLeast || walks % threads == 0 || walks > kManyWalks * threads) return;
+    if (walks < threads) parts = least(most_parts, (threads + walks - 1) / walks);
+    if (walks == 1 && parts == 1) return;
+    round = most<int64_t>(4, least<int64_t>(16, longest / 16));
+    rounds = (longest + round - 1) / round;
+  }
+  int64_t units() const { return rounds * walks * parts; }
+  bool divided() const { return rounds * parts > 1; }
+  // Chunks under way between the parts of a walk: a round's, so that a slot's last use is a unit before that of its next.
+  int64_t slots() const { return parts > 1 ? round : 1; }
+  // Numbers of a unit.
+  int64_t round_of(int64_t unit) const { return unit / (walks * parts); }
+  int64_t walk_of(int64_t unit) const { return unit / parts % walks; }
+  int64_t part_of(int64_t unit) const { return unit % parts; }
+};
+
+// How far each part of each walk has come, for others to wait for.
+class Progress {
+ public:
+  Progress(Scratch& shared, int64_t walks, int64_t parts)
+      : parts_(parts), counts_(shared.take<int64_t>(walks * parts * kApart)) {
+    for (int64_t i = 0; i < walks * parts * kApart; ++i) counts_[i] = 0;
+  }
+  void wait(int64_t walk, int64_t part, int64_t count) const {
+    for (int spins = 0; __atomic_load_n(at(walk, part), __ATOMIC_ACQUIRE) < count; ++spins)
+      if (spins > 100) sched_yield();
+  }
+  void set(int64_t walk, int64_t part, int64_t count) const {
+    __atomic_store_n(at(walk, part), count, __ATOMIC_RELEASE);
+  }
+
+ private:
+  static constexpr int64_t kApart = 8;  // a cache line each
+  int64_t* at(int64_t walk, int64_t part) const { return counts_ + (walk * parts_ + part) * kApart; }
+  int64_t parts_;
+  int64_t* counts_;
+};
 
 }  // namespace pykernels::cpu::PYKERNELS_ISA

@@ -8,6 +8,9 @@ namespace {
 using Strides = SelectiveScanStepParams::Strides;
 
 constexpr int64_t kRun = 64;  // channels of a task
+// Channels whose states are asked for ahead of the one at hand: hardware does so within a page alone, and a model's
+// states outgrow the second-level cache from one token to the next.
+constexpr int64_t kAhead = 32;
 // Fewer states than this are not worth waking another thread for.
 constexpr int64_t kStatesPerThread = 1 << 16;
 
@@ -45,8 +48,11 @@ PYKERNELS_INLINE Vec<S> advance(S* h, const S* a, const S* b, const S* c, int64_
 template <class S>
 void advance_in_place(S* h, int64_t h_stride, const S* a, int64_t a_stride, const S* b, const S* c, const S* dt, const S* x, S* sums,
                       int64_t count, int64_t state) {
-  for (int64_t i = 0; i < count; ++i, h += h_stride, a += a_stride)
+  for (int64_t i = 0; i < count; ++i, h += h_stride, a += a_stride) {
+    for (int64_t n = 0; n < state; n += 64 / static_cast<int64_t>(sizeof(S)))
+      __builtin_prefetch(h + kAhead * h_stride + n, 1), __builtin_prefetch(a + kAhead * a_stride + n);
     store(sums + i * kLanes<S>, advance<S, 1>(h, a, b, c, 0, state, dt[i], x[i]));
+  }
 }
 
 template <class S, int P>
