@@ -156,15 +156,7 @@ def test_accesses_are_as_wide_as_they_were_meant(kernel, instructions):
 @functools.cache
 def _sm90a_kernels() -> dict[str, list[str]]:
     """{kernel: instructions} of the kernels that only sm_90a has."""
-    if "sm_90a" not in _library.cuda_build():
-        pytest.skip("not built for sm_90a")
-    listing = _cuobjdump("--dump-sass", "--gpu-architecture", "sm_90a")
-    found: dict[str, list[str]] = {}
-    for part in re.split(r"\n\s*Function : ", listing)[1:]:
-        name, _, code = part.partition("\n")
-        if "_sm90_kernel" in name:
-            found[name.strip()] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]*?)\s*;", code)
-    return found
+    return _code("sm_90a", "_sm90_kernel")
 
 
 def test_sm90a_kernels_use_what_they_are_for():

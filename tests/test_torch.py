@@ -56,9 +56,9 @@ def test_opcheck(op, target):
     assert len(layouts) >= 2
     checked = set()
     for case in [*layouts, op.good]:
-        for dtype in (torch.float32, torch.bfloat16):
-            if not serves(op, case, target, dtype):
-                continue
+        served = [dtype for dtype in (torch.float32, torch.bfloat16) if serves(op, case, target, dtype)]
+        # What it looks at depends on the layout and on the dtype, not on their combination.
+        for dtype in served if case is op.good else served[:1]:
             for name, args in op.calls(case.make(dtype, target.device), target.backend):
                 torch.library.opcheck(getattr(torch.ops.pykernels, name).default, args)
                 checked.add(name)
