@@ -195,11 +195,6 @@ def asked_for(backend: str) -> str:
     return check_name(default(), "PYKERNELS_BACKEND") if check_name(backend) == "auto" else backend
 
 
-def serves_directly(backend: str, asked: object) -> bool:
-    """Whether `asked`, an op's argument, leads to `backend` without a look at the call: eager, tensors on its device."""
-    return (asked == "auto" and _default in ("auto", backend) or asked == backend) and not torch.compiler.is_compiling()
-
-
 def resolve(op: Op, query: Query, backend: str) -> str:
     """The name of the backend that serves the call, or BackendUnavailable."""
     requested = asked_for(backend)

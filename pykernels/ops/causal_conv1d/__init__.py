@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import _checks
 from ..._autograd import apart, followed
-from ...backends import Op, Query, resolve, serves_directly
+from ...backends import Op, Query, resolve
 from . import reference, registration
 
 __all__ = ["OP", "causal_conv1d", "causal_conv1d_step"]
@@ -146,33 +146,19 @@ def causal_conv1d_step(x: Tensor, state: Tensor, weight: Tensor, *, bias: Tensor
             overwritten.
         BackendUnavailable: the backend asked for can't serve this call.
     """
-    silu = activation == "silu"
-    # The common call goes straight to the native op, as in selective_scan_step.
-    if (state_indices is None and isinstance(x, Tensor) and x.is_cpu and x.dtype is not torch.float64
-            and isinstance(state, Tensor) and state.is_contiguous() and (silu or activation is None)
-            and serves_directly("cpu", backend)):
-        try:
-            if torch.is_grad_enabled():
-                _check_inference(x, state, weight, bias)
-            return registration.run("step", "cpu", x, state, weight, bias, None, silu)
-        except (RuntimeError, TypeError, AttributeError):
-            pass
     chosen, ready = _check_step(x, state, weight, bias, activation, state_indices is not None, backend)
     if state_indices is not None:
         state_indices = _checks.state_indices("state_indices", state_indices, x.shape[0], state.shape[0], x.device)
     if torch.is_grad_enabled():
-        _check_inference(x, state, weight, bias)
+        _checks.inference("causal_conv1d_step", "causal_conv1d", x=x, state=state, weight=weight, bias=bias)
     if not ready:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+    silu = activation == "silu"
     if chosen == "reference":
         tokens = x if x.dim() == 3 else x[..., None]
         return reference.causal_conv1d_step(tokens, state, weight, bias, state_indices, silu).view(x.shape)
     return registration.run("step", chosen, x, state, weight, bias, state_indices, silu)
-
-
-def _check_inference(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _checks.inference("causal_conv1d_step", "causal_conv1d", x=x, state=state, weight=weight, bias=bias)
 
 
 @_checks.by_metadata

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ... import _checks
 from ..._autograd import apart, followed
-from ...backends import Op, Query, resolve, serves_directly
+from ...backends import Op, Query, resolve
 from . import reference, registration
 
 __all__ = ["OP", "selective_scan", "selective_scan_step"]
 
 _MAX_STATE = 256
-_STEP_TENSORS = ("x", "state", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 
 def _any(query: Query) -> str | None:
@@ -230,34 +229,19 @@ def selective_scan_step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: T
             overwritten.
         BackendUnavailable: the backend asked for can't serve this call.
     """
-    # What a model calls for each token and layer goes straight to the native op, which guards memory itself: where its own
-    # checks let a call through, so would those below, but for what is asked here. Where they don't, those below say why.
-    if (state_indices is None and isinstance(x, Tensor) and x.is_cpu and x.dtype is not torch.float64
-            and isinstance(A, Tensor) and A.dtype is torch.float32 and A.dim() == x.dim() and A.shape[-1] <= _MAX_STATE
-            and isinstance(state, Tensor) and state.is_contiguous() and delta_softplus.__class__ is bool
-            and serves_directly("cpu", backend)):
-        try:
-            if torch.is_grad_enabled():
-                _check_inference(x, state, delta, A, B, C, D, z, delta_bias)
-            return registration.run("step", "cpu", x, state, delta, A, B, C, D, z, delta_bias, None, delta_softplus)
-        except (RuntimeError, TypeError, AttributeError):
-            pass
     chosen, ready = _check_step(x, state, delta, A, B, C, D, z, delta_bias, delta_softplus, state_indices is not None,
                                 backend)
     if state_indices is not None:
         state_indices = _checks.state_indices("state_indices", state_indices, x.shape[0], state.shape[0], x.device)
     if torch.is_grad_enabled():
-        _check_inference(x, state, delta, A, B, C, D, z, delta_bias)
+        _checks.inference("selective_scan_step", "selective_scan", x=x, state=state, delta=delta, A=A, B=B, C=C, D=D,
+                          z=z, delta_bias=delta_bias)
     arguments = x, state, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus
     if not ready:
         arguments = _step_arguments(chosen, *arguments)
     if chosen == "reference":
         return reference.selective_scan_step(*registration.in_heads(*arguments)).view(x.shape)
     return registration.run("step", chosen, *arguments)
-
-
-def _check_inference(*tensors: Tensor | None) -> None:
-    _checks.inference("selective_scan_step", "selective_scan", **dict(zip(_STEP_TENSORS, tensors)))
 
 
 @_checks.by_metadata
