@@ -31,6 +31,11 @@ print("ran", pykernels.__version__, "under torch", torch.__version__)
 """
 
 
+def outside() -> dict[str, str]:
+    """The variables of a process that is to find no package but its environment's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYKERNELS"))}
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
@@ -66,7 +71,7 @@ def test_runs_in_a_fresh_environment(wheel, tmp_path):
                     str(wheel)],
                    check=True)
     python = environment / "bin" / "python"
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYKERNELS"))}
+    variables = outside()
     result = subprocess.run([python, "-c", PROGRAM], cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "ran" in result.stdout

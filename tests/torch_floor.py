@@ -15,7 +15,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-from test_wheel import PROGRAM, ROOT
+from test_wheel import PROGRAM, ROOT, outside
 
 
 def main() -> int:
@@ -35,8 +35,8 @@ def main() -> int:
         (wheel,) = Path(temporary).glob("pykernels-*.whl")
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", str(wheel)],
                        check=True)
-        subprocess.run([python, "-c", PROGRAM], cwd=temporary, check=True)
-        subprocess.run([python, "-m", "pykernels", "verify"], cwd=temporary, check=True)
+        subprocess.run([python, "-c", PROGRAM], cwd=temporary, env=outside(), check=True)
+        subprocess.run([python, "-m", "pykernels", "verify"], cwd=temporary, env=outside(), check=True)
     return 0
 
 
