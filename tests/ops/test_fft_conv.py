@@ -356,19 +356,6 @@ def test_compile_forward_and_backward_with_dynamic_shapes():
             assert y.abs().max() > 0
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-_PEAK = """
-import re, torch
-from pykernels import fft_conv, fft_conv_spectrum
-
-def peak():
-    # MiB, of this program alone: ru_maxrss starts from the size of the process that started it.
-    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
-
-torch.set_num_threads(2)
-fft_conv(torch.randn(1, 2, 5000), torch.randn(2, 5000), backend="cpu")  # loads all there is to load
-"""
 def test_checks_are_remembered_for_calls_that_look_alike():
     u, k, D, gate = torch.randn(2, 3, 40), torch.randn(3, 12), torch.randn(3), torch.randn(2, 3, 40)
 
@@ -397,6 +384,20 @@ def test_checks_are_remembered_for_calls_that_look_alike():
         near(call(), out, 1e-6)
     assert len(_checks._remembered) == 7
 
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+_PEAK = """
+import re, torch
+from pykernels import fft_conv, fft_conv_spectrum
+
+def peak():
+    # MiB, of this program alone: ru_maxrss starts from the size of the process that started it.
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+
+torch.set_num_threads(2)
+fft_conv(torch.randn(1, 2, 5000), torch.randn(2, 5000), backend="cpu")  # loads all there is to load
+"""
 
 _PEAK_OF_GRADIENTS = _PEAK + """
 u, k, dy = torch.randn(8, 32, 65536), torch.randn(32, 65536), torch.randn(8, 32, 65536)  # 64, 8 and 64 MiB

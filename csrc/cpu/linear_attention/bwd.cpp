@@ -231,21 +231,15 @@ class Backward {
     // Panel by panel, so that the state's gradient is read and written while it is near, and its operand never leaves.
     for (int c = 0; c < value_dim; c += C::kPanel) {
       const int width = least(C::kPanel, value_dim - c);
-      A* const local = h.panel(c, kp);
       const PackedB<C> of_gradients{packed + c / C::kPanel * packed_panel<C>(kChunk), 0};
-      if (reads) {
-        const A largest = pack_state<C>(panel, 0, h.since, after ? after + c : nullptr, value_dim, local, C::kPanel,
-                                        factors.total, key_dim, width, dstate + c, vp);
-        if constexpr (kIsSplit<C>) h.range->add(ChainRange::kStateGradient, largest);
-        matmul<C>(n, width, key_dim, {operand, kp}, {panel, 0}, {dv + c, vp}, false, ahead);
-      } else {
-        decay_state(local, C::kPanel, factors.total, key_dim);
-      }
+      h.template advance_panel<C>(reads ? panel : nullptr, c, kp, key_dim, value_dim, after, ChainRange::kStateGradient,
+                                  dstate + c, vp);
+      if (reads) matmul<C>(n, width, key_dim, {operand, kp}, {panel, 0}, {dv + c, vp}, false, ahead);
       if (outputs)
         for (int r = 0; r < n; r += kRows)
           matmul<C>(least(kRows, n - r), width, n - r, {weighted_t + r * kChunk + r, kChunk},
                     {of_gradients.data, 0, r}, {dv + r * vp + c, vp}, later, ahead);
-      matmul<C>(key_dim, width, n, {transposed, kChunk}, of_gradients, {local, C::kPanel}, true, ahead);
+      matmul<C>(key_dim, width, n, {transposed, kChunk}, of_gradients, {h.panel(c, kp), C::kPanel}, true, ahead);
     }
     if (outputs) {
       const int columns = static_cast<int>(p.value_dim);

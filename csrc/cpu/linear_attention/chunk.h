@@ -412,22 +412,22 @@ PYKERNELS_INLINE void combine_state(A* to, int64_t ld_to, const A* factor, const
     }
 }
 
-// In one pass over a state [key_dim, columns], which is longer than the first-level cache: packs factor * from + local (from may
-// be null: zero) into the first rows of a packed operand and, unless null, writes it to `whole` [key_dim, ld_whole] too, and multiplies
-// local by total. For SplitF32 -> the largest magnitude.
+// In one pass over a panel of a state [key_dim, kPanel], `columns` of it: packs factor * from + local (from may be null: zero)
+// as an operand and, unless null, writes it to `whole` [key_dim, ld_whole] too, and multiplies local by total. For SplitF32 ->
+// the largest magnitude.
 template <class C>
-typename C::Acc pack_state(typename C::Elem* b, int64_t panel_stride, const typename C::Acc* factor, const typename C::Acc* from,
-                           int64_t ld_from, typename C::Acc* local, int64_t ld, const typename C::Acc* total, int key_dim,
-                           int columns, typename C::Acc* whole = nullptr, int64_t ld_whole = 0) {
+typename C::Acc pack_panel(typename C::Elem* b, const typename C::Acc* factor, const typename C::Acc* from, int64_t ld_from,
+                           typename C::Acc* local, const typename C::Acc* total, int key_dim, int columns,
+                           typename C::Acc* whole, int64_t ld_whole) {
   using A = typename C::Acc;
   constexpr int lanes = kLanes<A>;
   [[maybe_unused]] Peak<A> peak;
-  // `panel`: one whole panel, of a size that the compiler knows.
-  const auto pack = [&](auto panel) {
-    constexpr bool whole_panel = decltype(panel)::value;
+  // `all`: all columns, of a number that the compiler knows.
+  const auto pack = [&](auto all) {
+    constexpr bool whole_panel = decltype(all)::value;
     const auto state = [&](int k, int c) {
       if (k >= key_dim) return Vec<A>{};
-      A* const p = local + k * ld + c;
+      A* const p = local + k * C::kPanel + c;
       Vec<A> x = load(p);
       store(p, x * total[k]);
       if (from) {
@@ -439,20 +439,19 @@ typename C::Acc pack_state(typename C::Elem* b, int64_t panel_stride, const type
       return x;
     };
     const int columns_padded = whole_panel ? C::kPanel : round_up(columns, C::kColumnAlign);
-    const auto at = [&](int k, int c) { return b + (whole_panel ? 0 : c / C::kPanel * panel_stride) + k * C::kPanel; };
     if constexpr (kIsSplit<C>) {
 #if defined(PYKERNELS_HAS_AMX)
       for (int k = 0; k < key_dim; k += 32)
         for (int i = 0; i < 16; ++i)
 #pragma GCC unroll 2
           for (int c = 0; c < columns_padded; c += lanes)
-            store_pair(at(k, c), i, c % C::kPanel, split(state(k + i, c), state(k + i + 16, c)));
+            store_pair(b + k * C::kPanel, i, c, split(state(k + i, c), state(k + i + 16, c)));
 #endif
     } else {
       for (int k = 0; k < round_up(key_dim, C::kDepthAlign); k += C::kPair)
 #pragma GCC unroll 4
         for (int c = 0; c < columns_padded; c += lanes) {
-          typename C::Elem* const to = at(k, c) + c % C::kPanel * C::kPair;
+          typename C::Elem* const to = b + k * C::kPanel + c * C::kPair;
           if constexpr (C::kPair == 1) {
             store(to, state(k, c));
           } else {
@@ -699,6 +698,18 @@ struct Chain {
 
   // Columns [c, c + kPanel) of local. Panels are contiguous [kp, kPanel], so that they take turns in the first-level cache.
   A* panel(int c, int kp) const { return local + int64_t{kp} * c; }
+
+  // The state's columns [c, c + kPanel) on the way over a chunk: packed into `to` as an operand (and written to `whole`), with
+  // what comes from outside the segment, and noted as `kind`; or, where `to` is null, decayed alone.
+  template <class C>
+  void advance_panel(typename C::Elem* to, int c, int kp, int key_dim, int value_dim, const A* outside,
+                     ChainRange::Tensor kind, A* whole = nullptr, int64_t ld_whole = 0) const {
+    if (to == nullptr) return decay_state(panel(c, kp), C::kPanel, factors.total, key_dim);
+    [[maybe_unused]] const A largest =
+        pack_panel<C>(to, since, outside ? outside + c : nullptr, value_dim, panel(c, kp), factors.total, key_dim,
+                      least(C::kPanel, value_dim - c), whole, ld_whole);
+    if constexpr (kIsSplit<C>) range->add(kind, largest);
+  }
 
   // to = since * from + local.
   template <class C>

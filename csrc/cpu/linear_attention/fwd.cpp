@@ -124,21 +124,14 @@ class Forward {
     // Panel by panel, so that the state is read and written while it is near, and its operand never leaves.
     for (int c = 0; c < value_dim; c += C::kPanel) {
       const int width = least(C::kPanel, value_dim - c);
-      A* const local = h.panel(c, kp);
       const PackedB<C> of_values{values + c / C::kPanel * packed_panel<C>(kChunk), 0};
-      if (reads) {
-        const float largest = pack_state<C>(state, 0, h.since, before ? before + c : nullptr, value_dim, local, C::kPanel,
-                                            factors.total, key_dim, width);
-        if constexpr (kIsSplit<C>) h.range->add(ChainRange::kState, largest);
-        matmul<C>(n, width, key_dim, of_query, {state, 0}, {of_state + c, vp}, false, ahead);
-      } else {
-        decay_state(local, C::kPanel, factors.total, key_dim);
-      }
+      h.template advance_panel<C>(reads ? state : nullptr, c, kp, key_dim, value_dim, before, ChainRange::kState);
+      if (reads) matmul<C>(n, width, key_dim, of_query, {state, 0}, {of_state + c, vp}, false, ahead);
       if (outputs)
         for (int r = 0; r < n; r += kRows)
           matmul<C>(least(kRows, n - r), width, least(r + kRows, n), {weights + r * kChunk, kChunk}, of_values,
                     {out + r * vp + c, vp}, false, ahead);
-      matmul<C>(key_dim, width, n, {keys_t, kChunk}, of_values, {local, C::kPanel}, true, ahead);
+      matmul<C>(key_dim, width, n, {keys_t, kChunk}, of_values, {h.panel(c, kp), C::kPanel}, true, ahead);
     }
     if (outputs) write(h, t, n, has_state);
     for (int c = 0; c < kp; ++c) h.since[c] *= factors.total[c];
