@@ -49,6 +49,23 @@ def test_every_registered_op_belongs_to_a_description():
     assert {f"{name}_fwd_cpu" for name in ("flash_attention",)} <= _registered()
 
 
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_on_meta_a_call_gives_shapes_dtypes_and_strides(op):
+    """Gradients too: what plans and counts of models that have no memory ask for."""
+    for dtype in (torch.float32, torch.bfloat16):
+        sample = op.good.make(dtype, "cpu")
+        results = []
+        for device in ("cpu", "meta"):
+            args = {name: x.detach().to(device) if isinstance(x, torch.Tensor) else x for name, x in sample.args.items()}
+            leaves = [args[name].requires_grad_() for name in sample.differentiable]
+            values = op.function(**args, **op.returns)
+            values = values if isinstance(values, tuple) else (values,)
+            gradients = torch.autograd.grad(sum(x.sum() for x in values), leaves, allow_unused=True) if leaves else ()
+            results.append([*values, *gradients])
+        for x, y in zip(*results, strict=True):
+            assert y.is_meta and (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+
+
 @on_compiled
 def test_opcheck(op, target):
     names = ("layout", "packed-causal-gqa", "no-append", "everything", "paged-odd")

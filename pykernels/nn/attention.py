@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.flash_attention import flash_attention, flash_attention_decode
 from .rotary import apply_rotary, positions_of
-from .state import check_inference, check_input
+from .state import autocast_dtype, check_inference, check_input
 
 
 @dataclasses.dataclass
@@ -82,8 +82,7 @@ class Attention(nn.Module):
             raise ValueError("causal must be True for a layer that continues sequences, got a layer with causal=False")
         device = self.qkv.weight.device if device is None else torch.device(device)
         if dtype is None:
-            autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else self.qkv.weight.dtype
+            dtype = autocast_dtype(device.type) or self.qkv.weight.dtype
         shape, block_table = (batch, max_tokens), None
         if page_size is not None:
             if page_size < 1:

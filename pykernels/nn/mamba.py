@@ -183,8 +183,10 @@ class Mamba(nn.Module):
             delta, B, C = (y.transpose(1, 2) for y in (delta, B, C))
             return selective_scan(u, delta, B=B, C=C, z=z, cu_seqlens=cu_seqlens, **self._dynamics(u))
 
-        # Compilers choose for themselves what to compute again, and torch.func's transforms take no hooks.
-        if not self.recompute or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        # Compilers choose for themselves what to compute again, torch.func's transforms take no hooks, and tensors on
+        # meta, which have no memory, would all be taken for one.
+        if (not self.recompute or x.is_meta or torch.compiler.is_compiling()
+                or torch._C._are_functorch_transforms_active()):
             y = scan(lambda x: None)
         else:
             recomputed = _Recomputed(x.device.type, again)

@@ -39,6 +39,24 @@ def test_one_interface(name):
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_on_meta_everything_has_its_shape(name):
+    """For counts and plans of models too large to make: a layer made there, in training and token by token."""
+    x = torch.randn(2, 9, DIM)
+    expected = made(name)(x)
+    with torch.device("meta"):
+        mixer, x = made(name), torch.empty(2, 9, DIM)
+    y = mixer(x)
+    y.sum().backward()
+    assert y.is_meta and y.shape == expected.shape and y.stride() == expected.stride()
+    assert all(p.grad.is_meta for p in mixer.parameters())
+    mixer.eval()
+    with torch.no_grad():
+        state = mixer.init_state(2, TOKENS)
+        assert mixer(x).shape == mixer(x, state).shape == x.shape
+        assert mixer.step(x[:, 0], state).shape == (2, DIM)
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_states_are_for_inference(name):
     """In grad mode none is touched; without tokens there is nothing to do."""
     mixer, x = made(name), torch.randn(2, 9, DIM)
