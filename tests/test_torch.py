@@ -49,6 +49,13 @@ def test_every_registered_op_belongs_to_a_description():
     assert {f"{name}_fwd_cpu" for name in ("flash_attention",)} <= _registered()
 
 
+def test_nested_tensors_are_refused_by_name():
+    x = torch.randn(2, 8, 2, 16)
+    for layout, message in ((torch.strided, "got a nested one"), (torch.jagged, "got layout torch.jagged")):
+        with pytest.raises(TypeError, match=f"k must be a strided tensor, {message}"):
+            pykernels.flash_attention(x, torch.nested.nested_tensor(list(x), layout=layout), x)
+
+
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_on_meta_a_call_gives_shapes_dtypes_and_strides(op):
     """Gradients too: what plans and counts of models that have no memory ask for."""
