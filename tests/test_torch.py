@@ -49,6 +49,7 @@ def test_every_registered_op_belongs_to_a_description():
     assert {f"{name}_fwd_cpu" for name in ("flash_attention",)} <= _registered()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused_by_name():
     x = torch.randn(2, 8, 2, 16)
     for layout, message in ((torch.strided, "got a nested one"), (torch.jagged, "got layout torch.jagged")):

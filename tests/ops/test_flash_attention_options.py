@@ -345,9 +345,9 @@ def test_a_score_of_minus_infinity_is_of_a_key_that_is_not_seen(target, dtype, o
         tolerance = 1e-4 if dtype == torch.float32 else 0.05
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
         for x, y in zip(gradients, wanted):
-            torch.testing.assert_close(x[:, -y.shape[1]:] if hidden < 300 else x.sum(), y if hidden < 300 else y.sum(),
-                                       rtol=tolerance, atol=tolerance * (1 + y.abs().max().item() if y.numel() else 1))
-            assert not x[:, :x.shape[1] - y.shape[1]].any()
+            unseen = x.shape[1] - y.shape[1]
+            assert not x[:, :unseen].any()
+            torch.testing.assert_close(x[:, unseen:], y, rtol=tolerance, atol=10 * tolerance)
 
 
 @on_native
