@@ -64,7 +64,8 @@ def test_on_meta_a_call_gives_shapes_dtypes_and_strides(op):
         sample = op.good.make(dtype, "cpu")
         results = []
         for device in ("cpu", "meta"):
-            args = {name: x.detach().to(device) if isinstance(x, torch.Tensor) else x for name, x in sample.args.items()}
+            tensors = {name: x.detach().to(device) for name, x in sample.tensors().items()}
+            args = sample.args | tensors
             leaves = [args[name].requires_grad_() for name in sample.differentiable]
             values = op.function(**args, **op.returns)
             values = values if isinstance(values, tuple) else (values,)
