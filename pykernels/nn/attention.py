@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.flash_attention import flash_attention, flash_attention_decode
 from .rotary import apply_rotary, positions_of
-from .state import autocast_dtype, check_inference, check_input
+from .state import autocast_dtype, check_inference, check_input, check_state
 
 
 @dataclasses.dataclass
@@ -99,6 +99,7 @@ class Attention(nn.Module):
         With `state`, x continues its sequences: x's keys and values are appended to it. `cu_seqlens` [sequences + 1]
         packs several sequences along T (then B is 1), as in `pykernels.flash_attention`.
         """
+        check_state(state, AttentionState, optional=True)
         check_input(x, self.dim, True, None if state is None else state.lengths.shape[0])
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
@@ -125,5 +126,6 @@ class Attention(nn.Module):
 
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
+        check_state(state, AttentionState)
         check_input(x, self.dim, False, state.lengths.shape[0])
         return self(x[:, None], state)[:, 0]

@@ -20,7 +20,7 @@ from ..ops.fft_conv import (
     fft_conv_step,
     transforms_beforehand,
 )
-from .state import autocast_dtype, check_inference, check_input
+from .state import autocast_dtype, check_inference, check_input, check_state
 
 # convolve(u [B, D, T], kernel, D=None, pre_gate=None, post_gate=None); kernel(tokens) gives that many taps [D, tokens],
 # or where `convolve` is `_whole` their spectrum.
@@ -71,6 +71,7 @@ class _LongMixer(nn.Module, abc.ABC):
 
     def forward(self, x: Tensor, state: LongConvState | None = None) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences."""
+        check_state(state, LongConvState, optional=True)
         check_input(x, self.dim, True, None if state is None else state.batch)
         if state is None or x.shape[1] == 0:
             if x.shape[1] > self.max_tokens:
@@ -83,6 +84,7 @@ class _LongMixer(nn.Module, abc.ABC):
 
     def step(self, x: Tensor, state: LongConvState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
+        check_state(state, LongConvState)
         check_input(x, self.dim, False, state.batch)
         self._advance(x, state, 1)
         if not state.convolutions:

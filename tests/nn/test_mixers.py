@@ -85,6 +85,12 @@ def test_bad_inputs_are_named(name):
                 mixer(bad)
         with pytest.raises(TypeError, match="x must be a tensor .*, got NoneType"):
             mixer(None)
+        kind = type(state).__name__
+        for call_with in (lambda: mixer(x, [state]), lambda: mixer.step(x[:, 0], [state])):
+            with pytest.raises(TypeError, match=f"state must be the {kind} that the layer's init_state makes, got list"):
+                call_with()
+        with pytest.raises(TypeError, match="state must be .*, got NoneType"):
+            mixer.step(x[:, 0], None)
         with pytest.raises(ValueError, match=rf"x must have shape \[B=2, T, dim={DIM}\], got \[1, 9, {DIM}\]"):
             mixer(x[:1], state)
         for bad in (x, x[:1, 0], x[:, 0, 1:]):
