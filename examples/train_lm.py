@@ -178,24 +178,32 @@ def mixers(text: str) -> list[str]:
     return names
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
+    return int(text)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixer", type=mixers, default=["attention"], metavar="NAME[,NAME...]",
                         help=f"of the layers in turn: {', '.join(MIXERS)} (default attention)")
     parser.add_argument("--short", action="store_true", help="a smaller model and fewer steps")
-    parser.add_argument("--steps", type=int, help="default 500, with --short 120")
-    parser.add_argument("--dim", type=int, help="a multiple of 64; default 256, with --short 128")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--context", type=int, default=512, help="bytes per sequence")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=positive, help="default 500, with --short 120")
+    parser.add_argument("--dim", type=positive, help="a multiple of 64; default 256, with --short 128")
+    parser.add_argument("--layers", type=positive, default=4)
+    parser.add_argument("--context", type=positive, default=512, help="bytes per sequence")
+    parser.add_argument("--batch", type=positive, default=8)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
+    parser.add_argument("--backend", choices=("auto", "cpu", "triton", "cuda", "reference"), default="auto")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, fp32 parameters")
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (120 if options.short else 500)
     options.dim = options.dim or (128 if options.short else 256)
+    if options.dim % 64:
+        parser.error(f"--dim must be a multiple of 64, got {options.dim}")
     return options
 
 

@@ -83,6 +83,8 @@ def tensor(name: str, x: object, axes: str) -> Tensor:
         raise TypeError(f"{name} must be a tensor [{', '.join(axes.split())}], got {type(x).__name__}")
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got layout {x.layout}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be a strided tensor, got a nested one")
     rank = axes.count(" ") + 1
     if x.dim() != rank:
         raise ValueError(f"{name} must have {rank} axes [{', '.join(axes.split())}], got shape {list(x.shape)}")
@@ -165,9 +167,8 @@ def cu_seqlens(name: str, x: object, total: int, device: torch.device) -> Tensor
 def parameter(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
     """Checks for what parameters, gates and states may be: the main dtype or float32, on the same device."""
     if x.dtype not in (reference.dtype, torch.float32):
-        allowed = {str(reference.dtype), "torch.float32"}
-        raise TypeError(f"{name} must be {' or '.join(sorted(allowed))} beside {reference_name}'s {reference.dtype}, "
-                        f"got {x.dtype}")
+        allowed = " or ".join(dict.fromkeys(map(str, (reference.dtype, torch.float32))))
+        raise TypeError(f"{name} must be {allowed} beside {reference_name}'s {reference.dtype}, got {x.dtype}")
     same_device(name, x, reference_name, reference)
 
 

@@ -161,7 +161,10 @@ def _text(facts: dict[str, Any]) -> list[str]:
     for op, kernels in facts["cuda_kernels"].items():
         rows += [("", f"{op} on compute capability {capability}: {text}") for capability, text in kernels.items()]
     lines = [f"{label:<13} {text}" for label, text in rows]
-    lines += ["", f'Backends, as backend="auto" takes them (default: {facts["default_backend"]})']
+    default = facts["default_backend"]
+    if default not in ("auto", *backends.BACKENDS):
+        default += ", which is no backend: calls that name none raise ValueError"
+    lines += ["", f'Backends, as backend="auto" takes them (default: {default})']
     for op, devices in facts["ops"].items():
         for device, dtypes in devices.items():
             lines += ["", f"  {op}, tensors on {device}"]

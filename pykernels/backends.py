@@ -116,7 +116,7 @@ def _why_not(op: Op, backend: str, query: Query, env: Environment) -> str | None
     if backend not in op.backends:
         return f"{op.name} has no {backend} backend"
     if backend == "cpu":
-        if query.device != "cpu":
+        if query.device not in ("cpu", "meta"):  # on meta, where no backend has anything to compute, shapes alone
             return f"the tensors are on {query.device}"
         if env.cpu is not None:
             return env.cpu

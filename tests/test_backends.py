@@ -122,8 +122,8 @@ def test_unavailable_says_why_and_what_can(args):
             BackendUnavailable, match=r"'triton'.*(TRITON_INTERPRET=1|not installed).*'cpu' can"
         ):
             pykernels.flash_attention(**args, backend="triton")
-    with pytest.raises(BackendUnavailable, match=r"'cpu'.*the tensors are on meta.*'reference' can"):
-        pykernels.flash_attention(**{name: x.to("meta") for name, x in args.items()}, backend="cpu")
+    with pytest.raises(BackendUnavailable, match=r"'cuda'.*the tensors are on meta.*'cpu' can"):
+        pykernels.flash_attention(**{name: x.to("meta") for name, x in args.items()}, backend="cuda")
     assert issubclass(BackendUnavailable, RuntimeError)
 
 

@@ -74,6 +74,19 @@ def test_an_unknown_mixer(train_lm: ModuleType, capsys: pytest.CaptureFixture) -
     assert "must be of attention, hyena" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--dim", "100"], "--dim must be a multiple of 64, got 100"),
+    (["--steps", "0"], "argument --steps: must be a number of at least 1, got '0'"),
+    (["--layers", "-2"], "argument --layers: must be a number of at least 1, got '-2'"),
+    (["--backend", "gpu"], "argument --backend: invalid choice: 'gpu'"),
+])
+def test_bad_arguments_are_named_before_anything_is_read(train_lm: ModuleType, arguments: list[str], message: str,
+                                                         capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        train_lm.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mixer", ["linear_attention", "retention"])
 def test_a_recurrent_state_that_is_not_carried_on_is_a_failure(train_lm: ModuleType, mixer: str,
                                                               monkeypatch: pytest.MonkeyPatch,

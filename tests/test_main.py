@@ -62,6 +62,10 @@ def test_info_tells_when_the_library_is_missing():
     assert json.loads(_run("info", "--json", PYKERNELS_LIBRARY="/nonexistent.so").stdout)["library"]["error"]
 
 
+def test_info_tells_when_the_default_is_no_backend():
+    assert "default: gpu, which is no backend" in _run("info", PYKERNELS_BACKEND="gpu").stdout
+
+
 def test_the_probe_notices_a_kernel_that_does_nothing(monkeypatch):
     """The GPU's part of info, with a GPU and kernels that are only pretended."""
     environment = pykernels.backends.Environment(

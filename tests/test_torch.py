@@ -49,6 +49,32 @@ def test_every_registered_op_belongs_to_a_description():
     assert {f"{name}_fwd_cpu" for name in ("flash_attention",)} <= _registered()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_by_name():
+    x = torch.randn(2, 8, 2, 16)
+    for layout, message in ((torch.strided, "got a nested one"), (torch.jagged, "got layout torch.jagged")):
+        with pytest.raises(TypeError, match=f"k must be a strided tensor, {message}"):
+            pykernels.flash_attention(x, torch.nested.nested_tensor(list(x), layout=layout), x)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_on_meta_a_call_gives_shapes_dtypes_and_strides(op):
+    """Gradients too: what plans and counts of models that have no memory ask for."""
+    for dtype in (torch.float32, torch.bfloat16):
+        sample = op.good.make(dtype, "cpu")
+        results = []
+        for device in ("cpu", "meta"):
+            tensors = {name: x.detach().to(device) for name, x in sample.tensors().items()}
+            args = sample.args | tensors
+            leaves = [args[name].requires_grad_() for name in sample.differentiable]
+            values = op.function(**args, **op.returns)
+            values = values if isinstance(values, tuple) else (values,)
+            gradients = torch.autograd.grad(sum(x.sum() for x in values), leaves, allow_unused=True) if leaves else ()
+            results.append([*values, *gradients])
+        for x, y in zip(*results, strict=True):
+            assert y.is_meta and (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+
+
 @on_compiled
 def test_opcheck(op, target):
     names = ("layout", "packed-causal-gqa", "no-append", "everything", "paged-odd")

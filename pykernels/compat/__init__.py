@@ -110,7 +110,8 @@ class install(contextlib.AbstractContextManager):
 
     def uninstall(self) -> None:
         """Undoes this call."""
-        uninstall(*(package for package in self.installed if package in _replaced))
+        if ours := [package for package in self.installed if package in _replaced]:
+            uninstall(*ours)
         self.installed = ()
 
     def __exit__(self, *exc_info) -> None:
@@ -118,7 +119,7 @@ class install(contextlib.AbstractContextManager):
 
 
 def uninstall(*packages: str) -> None:
-    """Undoes `install` for the named packages, those alone: what was imported before under these names is there again.
+    """Undoes `install` for the named packages, or for all: what was imported before under these names is there again.
 
     A package that is not installed by us raises ValueError. Functions that were imported meanwhile keep working.
     """
@@ -126,7 +127,7 @@ def uninstall(*packages: str) -> None:
     for package in packages:
         if package not in _replaced:
             raise ValueError(f"packages must be installed by pykernels.compat.install, got {package!r}, which is not")
-    for package in packages:
+    for package in packages or tuple(_replaced):
         for name in _modules_of(package):
             del sys.modules[name]
         sys.modules.update(_replaced.pop(package))

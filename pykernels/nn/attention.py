@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.flash_attention import flash_attention, flash_attention_decode
 from .rotary import apply_rotary, positions_of
-from .state import check_inference, check_input
+from .state import autocast_dtype, check_inference, check_input, check_state
 
 
 @dataclasses.dataclass
@@ -82,8 +82,7 @@ class Attention(nn.Module):
             raise ValueError("causal must be True for a layer that continues sequences, got a layer with causal=False")
         device = self.qkv.weight.device if device is None else torch.device(device)
         if dtype is None:
-            autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else self.qkv.weight.dtype
+            dtype = autocast_dtype(device.type) or self.qkv.weight.dtype
         shape, block_table = (batch, max_tokens), None
         if page_size is not None:
             if page_size < 1:
@@ -100,6 +99,7 @@ class Attention(nn.Module):
         With `state`, x continues its sequences: x's keys and values are appended to it. `cu_seqlens` [sequences + 1]
         packs several sequences along T (then B is 1), as in `pykernels.flash_attention`.
         """
+        check_state(state, AttentionState, optional=True)
         check_input(x, self.dim, True, None if state is None else state.lengths.shape[0])
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
@@ -126,5 +126,6 @@ class Attention(nn.Module):
 
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
+        check_state(state, AttentionState)
         check_input(x, self.dim, False, state.lengths.shape[0])
         return self(x[:, None], state)[:, 0]

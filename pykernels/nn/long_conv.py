@@ -20,7 +20,7 @@ from ..ops.fft_conv import (
     fft_conv_step,
     transforms_beforehand,
 )
-from .state import check_inference, check_input
+from .state import autocast_dtype, check_inference, check_input, check_state
 
 # convolve(u [B, D, T], kernel, D=None, pre_gate=None, post_gate=None); kernel(tokens) gives that many taps [D, tokens],
 # or where `convolve` is `_whole` their spectrum.
@@ -71,6 +71,7 @@ class _LongMixer(nn.Module, abc.ABC):
 
     def forward(self, x: Tensor, state: LongConvState | None = None) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences."""
+        check_state(state, LongConvState, optional=True)
         check_input(x, self.dim, True, None if state is None else state.batch)
         if state is None or x.shape[1] == 0:
             if x.shape[1] > self.max_tokens:
@@ -83,6 +84,7 @@ class _LongMixer(nn.Module, abc.ABC):
 
     def step(self, x: Tensor, state: LongConvState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
+        check_state(state, LongConvState)
         check_input(x, self.dim, False, state.batch)
         self._advance(x, state, 1)
         if not state.convolutions:
@@ -185,8 +187,9 @@ class LongConv(_LongMixer):
         return torch.nn.functional.softshrink(k, self.threshold) if self.threshold else k
 
     def _mix(self, x: Tensor, convolve: _Convolve) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # here, because not every step of a convolution is a call that is
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        dtype = autocast_dtype(x.device.type)
+        if dtype is not None:  # here, because not every step of a convolution is a call that is
+            x = x.to(dtype)
         return convolve(x.transpose(1, 2), self._taps, D=self.skip).transpose(1, 2)
 
 
@@ -227,7 +230,10 @@ class HyenaFilter(nn.Module):
 
     def forward(self, tokens: int) -> Tensor:
         """-> the first `tokens` taps [dim, tokens], in the parameters' dtype under autocast too."""
-        with torch.autocast(self.frequency.device.type, enabled=False):
+        device = self.frequency.device.type
+        if autocast_dtype(device) is None:
+            return self._taps(tokens)
+        with torch.autocast(device, enabled=False):
             return self._taps(tokens)
 
     def _taps(self, tokens: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ..ops.selective_scan import selective_scan, selective_scan_step
-from .state import check_inference, check_input
+from .state import check_inference, check_input, check_state
 
 
 @dataclasses.dataclass
@@ -159,6 +159,7 @@ class Mamba(nn.Module):
     def forward(self, x: Tensor, state: MambaState | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences. `cu_seqlens` packs sequences along
         T."""
+        check_state(state, MambaState, optional=True)
         check_input(x, self.dim, True, None if state is None else state.lengths.shape[0])
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
@@ -183,8 +184,10 @@ class Mamba(nn.Module):
             delta, B, C = (y.transpose(1, 2) for y in (delta, B, C))
             return selective_scan(u, delta, B=B, C=C, z=z, cu_seqlens=cu_seqlens, **self._dynamics(u))
 
-        # Compilers choose for themselves what to compute again, and torch.func's transforms take no hooks.
-        if not self.recompute or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        # Compilers choose for themselves what to compute again, torch.func's transforms take no hooks, and tensors on
+        # meta, which have no memory, would all be taken for one.
+        if (not self.recompute or x.is_meta or torch.compiler.is_compiling()
+                or torch._C._are_functorch_transforms_active()):
             y = scan(lambda x: None)
         else:
             recomputed = _Recomputed(x.device.type, again)
@@ -205,6 +208,7 @@ class Mamba(nn.Module):
 
     def step(self, x: Tensor, state: MambaState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
+        check_state(state, MambaState)
         check_input(x, self.dim, False, state.lengths.shape[0])
         check_inference(self, x)
         channels, z = self.in_proj(x).chunk(2, dim=1)

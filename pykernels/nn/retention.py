@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops.linear_attention import linear_attention, linear_attention_step
 from ..ops.retention import retention, retention_step
 from .rotary import apply_rotary, positions_of
-from .state import check_inference, check_input
+from .state import check_inference, check_input, check_state
 
 
 @dataclasses.dataclass
@@ -136,6 +136,7 @@ class MultiScaleRetention(nn.Module):
 
     def forward(self, x: Tensor, state: RecurrentState | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences. `cu_seqlens` packs them along T."""
+        check_state(state, RecurrentState, optional=True)
         check_input(x, self.dim, True, None if state is None else state.lengths.shape[0])
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
@@ -153,6 +154,7 @@ class MultiScaleRetention(nn.Module):
 
     def step(self, x: Tensor, state: RecurrentState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
+        check_state(state, RecurrentState)
         check_input(x, self.dim, False, state.lengths.shape[0])
         check_inference(self, x)
         q, k, v = (y[:, 0] for y in self._project(x[:, None], positions_of(x[:, None], state.lengths)))
@@ -230,6 +232,7 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor, state: RecurrentState | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]; with `state`, x continues its sequences. `cu_seqlens` packs them along T."""
+        check_state(state, RecurrentState, optional=True)
         check_input(x, self.dim, True, None if state is None else state.lengths.shape[0])
         if state is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None when state is given: a state holds one sequence per batch entry")
@@ -247,6 +250,7 @@ class LinearAttention(nn.Module):
 
     def step(self, x: Tensor, state: RecurrentState) -> Tensor:
         """One token: x [B, dim] -> [B, dim]; updates the state."""
+        check_state(state, RecurrentState)
         check_input(x, self.dim, False, state.lengths.shape[0])
         check_inference(self, x)
         q, k, v = self._project(x)

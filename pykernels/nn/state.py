@@ -16,6 +16,20 @@ def check_input(x: object, dim: int, tokens: bool, batch: int | None = None) -> 
         raise ValueError(f"x must have shape [{wanted}], got {list(x.shape)}")
 
 
+def check_state(state: object, kind: type, optional: bool = False) -> None:
+    """The state of a layer, whose states are of a kind; `optional`: None is none."""
+    if not isinstance(state, kind) and not (optional and state is None):
+        raise TypeError(f"state must be the {kind.__name__} that the layer's init_state makes, "
+                        f"got {type(state).__name__}")
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on devices of a type; None where it is off, or there is none (meta)."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def check_inference(layer: nn.Module, x: Tensor) -> None:
     """Before anything is written to a state: in place, so that autograd cannot follow."""
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):

@@ -86,6 +86,11 @@ def test_until_uninstall():
     compat.install("fla")
     compat.uninstall("fla")
     assert "fla" not in sys.modules
+    compat.install("fla", "flash_attn")
+    handle.uninstall()  # has nothing left to undo
+    assert {"fla", "flash_attn"} <= set(sys.modules)
+    compat.uninstall()
+    assert not {"fla", "flash_attn"} & set(sys.modules)
 
 
 def test_an_installed_original_is_left_alone(original):

@@ -39,6 +39,24 @@ def test_one_interface(name):
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_on_meta_everything_has_its_shape(name):
+    """For counts and plans of models too large to make: a layer made there, in training and token by token."""
+    x = torch.randn(2, 9, DIM)
+    expected = made(name)(x)
+    with torch.device("meta"):
+        mixer, x = made(name), torch.empty(2, 9, DIM)
+    y = mixer(x)
+    y.sum().backward()
+    assert y.is_meta and y.shape == expected.shape and y.stride() == expected.stride()
+    assert all(p.grad.is_meta for p in mixer.parameters())
+    mixer.eval()
+    with torch.no_grad():
+        state = mixer.init_state(2, TOKENS)
+        assert mixer(x).shape == mixer(x, state).shape == x.shape
+        assert mixer.step(x[:, 0], state).shape == (2, DIM)
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_states_are_for_inference(name):
     """In grad mode none is touched; without tokens there is nothing to do."""
     mixer, x = made(name), torch.randn(2, 9, DIM)
@@ -67,6 +85,12 @@ def test_bad_inputs_are_named(name):
                 mixer(bad)
         with pytest.raises(TypeError, match="x must be a tensor .*, got NoneType"):
             mixer(None)
+        kind = type(state).__name__
+        for call_with in (lambda: mixer(x, [state]), lambda: mixer.step(x[:, 0], [state])):
+            with pytest.raises(TypeError, match=f"state must be the {kind} that the layer's init_state makes, got list"):
+                call_with()
+        with pytest.raises(TypeError, match="state must be .*, got NoneType"):
+            mixer.step(x[:, 0], None)
         with pytest.raises(ValueError, match=rf"x must have shape \[B=2, T, dim={DIM}\], got \[1, 9, {DIM}\]"):
             mixer(x[:1], state)
         for bad in (x, x[:1, 0], x[:, 0, 1:]):

@@ -323,6 +323,33 @@ def test_a_value_that_is_not_finite_reaches_the_rows_that_see_it_and_no_others(t
     torch.testing.assert_close(dirty[:, ~sees], clean[:, ~sees], rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("target", [*NATIVE, Target("reference", "cpu")], ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("options", ({}, {"causal": True}, {"sinks": torch.zeros(4)}, {"bias": torch.zeros(70, 300)}),
+                         ids=lambda options: "-".join(options) or "plain")
+def test_a_score_of_minus_infinity_is_of_a_key_that_is_not_seen(target, dtype, options):
+    """Also one that products overflowed to, in whole blocks that no mask cuts, in both passes; and in every key."""
+    q, k, v = _qkv(target, dtype, tk=300)
+    q = q.abs() + 10
+    for hidden in (150, 300):
+        k[:, :hidden] = -3e38
+        whole = [x.clone().requires_grad_() for x in (q, k, v)]
+        seen = [x.clone().requires_grad_() for x in (q, k[:, hidden:], v[:, hidden:])]
+        shorter = options | ({"bias": options["bias"][:, hidden:]} if "bias" in options else {})
+        with target.active():
+            got = flash_attention(*whole, return_lse=True, backend=target.backend, **options)
+            expected = flash_attention(*seen, return_lse=True, backend=target.backend, **shorter)
+            gradients = torch.autograd.grad(got[0].sum(), whole)
+            wanted = torch.autograd.grad(expected[0].sum(), seen)
+        assert hidden < 300 or (expected[0] == 0).all()
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+        for x, y in zip(gradients, wanted):
+            unseen = x.shape[1] - y.shape[1]
+            assert not x[:, :unseen].any()
+            torch.testing.assert_close(x[:, unseen:], y, rtol=tolerance, atol=10 * tolerance)
+
+
 @on_native
 def test_bias_gradients_repeat_bitwise_whatever_the_threads(target):
     """The sums over batch and heads go through memory that all threads write: races would show here."""

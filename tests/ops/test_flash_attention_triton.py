@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from isolated import isolated
@@ -203,6 +205,60 @@ def test_dropout_is_the_definitions_bit_for_bit(p):
     out, _ = fwd(q, k, v, None, None, 1.0, 0.0, -1, -1, None, None, None, seed, p)
     kept = reference.dropout(seed, p, *(torch.arange(n) for n in (4, 37, 48))).unflatten(0, (2, 2)).transpose(1, 2)
     assert torch.equal(out != 0, kept != 0) and 0.9 * (1 - p) < kept.count_nonzero() / kept.numel() < 1.1 * (1 - p)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("boolean", [True, False])
+def test_a_bias_keeps_what_is_not_finite_from_rows_that_do_not_see_it(boolean, dtype):
+    """Keys hidden from some rows, in K and in V; other rows of the same tiles see them. Tiles have 32 rows, 32 keys."""
+    from pykernels import flash_attention
+
+    q, k, v = (torch.randn(1, 70, 2, 40, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3))
+    mask = torch.ones(70, 70, dtype=torch.bool)
+    mask[:45, 50:60] = False
+    bias = mask if boolean else torch.where(mask, 0.5, -torch.inf)
+    call = functools.partial(flash_attention, bias=bias, causal=True, return_lse=True, backend="triton")
+    clean, clean_lse = call(q, k, v)
+
+    def same(x: torch.Tensor, y: torch.Tensor) -> None:  # blocks may come in another order
+        torch.testing.assert_close(x, y, rtol=1e-5 if dtype == FP32 else 2**-7, atol=1e-6)
+
+    for poisoned in (k, v):
+        kept = poisoned.clone()
+        for value in (torch.nan, torch.inf, -torch.inf):
+            poisoned[:, 50:60] = value
+            out, lse = call(q, k, v)
+            same(out[:, :50], clean[:, :50])
+            same(lse[..., :50], clean_lse[..., :50])
+            if poisoned is v:
+                assert (out[:, 50:].isnan() if value != value else out[:, 50:] == value).all()
+                same(lse, clean_lse)
+            poisoned.copy_(kept)
+    v[:, 50], v[:, 51] = torch.inf, -torch.inf
+    out, _ = call(q, k, v)
+    same(out[:, :50], clean[:, :50])
+    assert (out[:, 50] == torch.inf).all() and out[:, 51:].isnan().all()
+
+
+@interpreted
+@pytest.mark.parametrize("options", [{}, {"sinks": torch.zeros(2)}, {"alibi_slopes": torch.tensor([0.1, 0.2])}],
+                         ids=lambda options: "-".join(options) or "plain")
+def test_a_score_of_minus_infinity_is_of_a_key_that_is_not_seen(options):
+    """Also one that products overflowed to, in whole blocks of keys that no mask cuts, in both passes."""
+    from pykernels import flash_attention
+
+    q, k, v = (torch.rand(1, 100, 2, 16) for _ in range(3))
+    for hidden in (64, 100):
+        k[:, :hidden] = -3e38
+        found = {}
+        for backend in ("triton", "reference"):
+            args = [x.clone().requires_grad_() for x in (1 + q, k, v)]
+            out, lse = flash_attention(*args, return_lse=True, backend=backend, **options)
+            found[backend] = out, lse, *torch.autograd.grad(out.square().sum(), args)
+        for x, y in zip(found["triton"], found["reference"]):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        assert not found["triton"][3][:, :hidden].any() and (hidden < 100 or not found["triton"][0].any())
 
 
 @interpreted

@@ -6,6 +6,7 @@ For query head h of sequence b (its key head is h // (Hq // Hk)), query i and ke
     s_ij += -slope_h |p - j|                          with ALiBi slopes
     s_ij += bias_ij                                   with a bias; a boolean one hides what is False, as -inf does
     visible(i, j) = p - left <= j <= p + right        (an unbounded side always holds; causal is right = 0)
+                    and s_ij > -inf                   (by a bias, or a product of q and k)
     lse_i = log (exp(sink_h) + sum_{j visible} exp(s_ij))         (without sinks: -inf when nothing is visible)
     out_i = sum_{j visible} keep_ij exp(s_ij - lse_i) v_j         (zero when nothing is visible)
 
@@ -89,6 +90,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, lef
     elif bias is not None:
         scores = scores + bias.to(accumulator)
         mask = mask & (bias != -torch.inf)
+    mask = mask & (scores != -torch.inf)
     scores = scores.masked_fill(~mask, -torch.inf)
     # Rows that see nothing: a finite score keeps softmax and its gradient from making NaN out of -inf - -inf.
     empty = ~mask.any(dim=-1)

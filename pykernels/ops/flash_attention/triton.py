@@ -86,13 +86,14 @@ def _visible(b_distance, m_key, left, right, LEFT: tl.constexpr, RIGHT: tl.const
 
 @triton.jit
 def _biased(b_s, p_bias, o_row, o_col, m_row, m_col, MASK_COLS: tl.constexpr):
-    """b_s plus the bias at element offsets o_row + o_col; where a boolean one is false, -inf."""
+    """b_s plus the bias at element offsets o_row + o_col; -inf where it is that or false, whatever the score was."""
     p_b = p_bias + (o_row[:, None] + o_col[None, :])
     b_bias = load(p_b, m_row[:, None] & m_col[None, :] if MASK_COLS else m_row[:, None])
     if p_bias.dtype.element_ty == tl.uint8:
         b_s = tl.where(b_bias != 0, b_s, -float("inf"))
     else:
-        b_s = b_s + b_bias.to(tl.float32)
+        b_bias = b_bias.to(tl.float32)
+        b_s = tl.where(b_bias == -float("inf"), b_bias, b_s + b_bias)
     return b_s
 
 
@@ -156,13 +157,27 @@ def _paged(p_table, i_n, o_n, m_n, pages, PAGE: tl.constexpr, BN: tl.constexpr, 
 
 
 @triton.jit
+def _not_finite(b_s, b_v):
+    """What the values that are not finite add to the rows whose scores of them are above -inf. -> [BM, BV]"""
+    b_sees = tl.where(b_s == -float("inf"), 0.0, 1.0).to(b_v.dtype)
+    b_up = tl.dot(b_sees, (b_v == float("inf")).to(b_v.dtype), input_precision="ieee")
+    b_down = tl.dot(b_sees, (b_v == -float("inf")).to(b_v.dtype), input_precision="ieee")
+    b_nan = tl.dot(b_sees, (b_v != b_v).to(b_v.dtype), input_precision="ieee")
+    b_x = tl.where(b_up > 0, float("inf"), 0.0) - tl.where(b_down > 0, float("inf"), 0.0)  # both: NaN
+    return tl.where(b_nan > 0, float("nan"), b_x)
+
+
+@triton.jit
 def _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kb, stride_kt, stride_vb, stride_vt, i_v,
               i_0, i_1, i_2, i_3, tk, left, right, inner_scale, score_scale, b_slope, p_bias, o_bias, m_bias, stride_bk,
               seed, threshold, i_bh, o_drop, k_start, p_table, pages, K: tl.constexpr, V: tl.constexpr,
               BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
               SOFTCAP: tl.constexpr, PAGE: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr,
-              PRECISION: tl.constexpr):
-    """The online softmax over the span's blocks of keys. -> updated (o, max, sum): [BM, BV], [BM], [BM]"""
+              APART: tl.constexpr, PRECISION: tl.constexpr):
+    """The online softmax over the span's blocks of keys. -> updated (o, max, sum): [BM, BV], [BM], [BM]
+
+    APART: values that are not finite reach the rows that see them and no others.
+    """
     o_n = tl.arange(0, BN)
     for i in range(0, _count(i_0, i_1, i_2, i_3, BN, MASK)):
         i_n = _block(i, i_0, i_1, i_2, BN, MASK)
@@ -195,7 +210,7 @@ def _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kb, s
             b_s = tl.where(_visible(b_distance, m_n[None, :], left, right, LEFT, RIGHT), b_s, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * factor)
         # A row that has seen nothing yet keeps the maximum -inf; subtract 0 there rather than make NaN of -inf - -inf.
-        b_shift = tl.where(b_new == -float("inf"), 0.0, b_new) if MASK or p_bias is not None else b_new
+        b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
         b_p = _power(b_s * factor, b_shift[:, None], NATURAL)
         b_decay = _power(b_max, b_shift, NATURAL)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
@@ -203,7 +218,11 @@ def _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kb, s
         if seed is not None:
             b_p = tl.where(_kept(seed, threshold, i_bh, o_drop, k_start + i_n, BN, ALIGNED), b_p, 0.0)
         b_v = load_tile(p_vn, o_vt, i_v, m_n, V, BV, MASK)  # [BN, BV]
-        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_decay[:, None], input_precision=PRECISION)
+        b_o = b_o * b_decay[:, None]
+        if APART:
+            b_o += _not_finite(b_s, b_v)
+            b_v = tl.where(tl.abs(b_v) < float("inf"), b_v, 0.0)
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
     return b_o, b_max, b_sum
 
 
@@ -301,12 +320,21 @@ def flash_attention_fwd_kernel(
                                   stride_vb, stride_vt, i_v, i_0, i_1, i_2, i_3, tk, left, right, inner_scale,
                                   score_scale, b_slope, p_bias, o_bias, m_bias, stride_bk, b_seed, threshold, i_bh,
                                   q_start + o_t, k_start, p_table, pages, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP, PAGE,
-                                  cu_seqlens_k is None, True, PRECISION)
+                                  cu_seqlens_k is None, True, False, PRECISION)
     b_o, b_max, b_sum = _fwd_keys(b_o, b_max, b_sum, b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kb, stride_kt,
                                   stride_vb, stride_vt, i_v, i_0, i_1, i_2, i_3, tk, left, right, inner_scale,
                                   score_scale, b_slope, p_bias, o_bias, m_bias, stride_bk, b_seed, threshold, i_bh,
                                   q_start + o_t, k_start, p_table, pages, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP, PAGE,
-                                  cu_seqlens_k is None, False, PRECISION)
+                                  cu_seqlens_k is None, False, False, PRECISION)
+    if bias is not None:
+        # Weights of zero made NaN of values that are not finite, and may have done so in rows that do not see them.
+        if tl.max((b_o != b_o).to(tl.int32)) > 0:
+            b_o, b_max, b_sum = _fwd_keys(
+                tl.zeros_like(b_o), tl.full([BM], -float("inf"), dtype=tl.float32), tl.zeros([BM], dtype=tl.float32),
+                b_q, p_q, o_q, m_q, o_p, p_k, p_v, stride_kb, stride_kt, stride_vb, stride_vt, i_v, i_0, i_3, i_3, i_3,
+                tk, left, right, inner_scale, score_scale, b_slope, p_bias, o_bias, m_bias, stride_bk, b_seed,
+                threshold, i_bh, q_start + o_t, k_start, p_table, pages, K, V, BN, BK, BV, LEFT, RIGHT, SOFTCAP, PAGE,
+                cu_seqlens_k is None, True, True, PRECISION)
 
     if sinks is not None:
         b_sink = tl.load(sinks + o_h, mask=m_q, other=0.0)  # one key more, whose value is zero
@@ -399,6 +427,12 @@ def flash_attention_bwd_delta_kernel(out, dout, dlse, delta, stride_ob, stride_o
 
 
 @triton.jit
+def _of_blind(b_lse):
+    """lse, infinite for rows that see nothing: e^{s - lse} is then 0 rather than NaN."""
+    return tl.where(b_lse == -float("inf"), float("inf"), b_lse)
+
+
+@triton.jit
 def _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do, p_lse, p_delta, stride_qt,
                  stride_qh, stride_dt, stride_dh, i_k, i_v, i_0, i_1, i_2, i_3, group, Tq, tq, shift, left, right,
                  inner_scale, score_scale, p_slope, p_bias, stride_bh, stride_bq, stride_bk, seed, threshold,
@@ -427,7 +461,7 @@ def _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do
             b_tanh = tanh(b_s * inner_scale, p_q.dtype.element_ty == tl.float32)
             b_s = b_tanh
         NATURAL: tl.constexpr = p_slope is not None or p_bias is not None
-        b_lse = load(p_lse + o_row, m_q if MASK else None)  # [BM]
+        b_lse = _of_blind(load(p_lse + o_row, m_q if MASK else None))  # [BM]
         if not NATURAL:
             b_lse *= LOG2E
         b_s = b_s * score_scale
@@ -437,7 +471,6 @@ def _bwd_queries(b_dk, b_dv, b_k, b_v, p_k, o_kt, p_v, o_vt, m_k, o_n, p_q, p_do
         if p_bias is not None:
             o_bias, m_bias = _bias_rows(i_m + o_m, m_q, stride_bq, ONE_ROW)
             b_s = _biased(b_s, p_bias + i_g * stride_bh, o_n.to(tl.int64) * stride_bk, o_bias, m_k, m_bias, True)
-            b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse)  # hidden rows: 0 rather than NaN
         b_p = _power(b_s, b_lse[None, :], NATURAL)
         if MASK:
             b_p = tl.where(_visible(b_distance, m_q[None, :], left, right, LEFT, RIGHT), b_p, 0.0)
@@ -629,7 +662,7 @@ def flash_attention_bwd_dq_kernel(
     i_0, i_1, i_2, i_3 = _span(i_t * BM, tl.minimum(i_t * BM + BM, tq) - 1, tk - tq, left, right, tk, BN, LEFT, RIGHT)
     b_q = load_tile(p_q, o_qt, 0, m_q, K, BK, True)  # [BM, BK]
     b_do = load_tile(p_do, o_dt, 0, m_q, V, BV, True)  # [BM, BV]
-    b_lse = tl.load(lse + o_row, mask=m_q, other=0.0)
+    b_lse = _of_blind(tl.load(lse + o_row, mask=m_q, other=0.0))
     if alibi is None and bias is None:
         b_lse *= LOG2E
     b_delta = tl.load(delta + o_row, mask=m_q, other=0.0)
@@ -643,7 +676,6 @@ def flash_attention_bwd_dq_kernel(
         p_bias = (bias + i_b * stride_bb + tl.cast(i_h, tl.int64) * stride_bh
                   + tl.cast(q_start, tl.int64) * stride_bq + tl.cast(k_start, tl.int64) * stride_bk)
         o_bias, m_bias = _bias_rows(o_t, m_q, stride_bq, ONE_ROW)
-        b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse)  # hidden rows: 0 rather than NaN
     b_seed = None
     if seed is not None:
         b_seed = tl.load(seed)
@@ -762,8 +794,7 @@ def flash_attention_bwd_dbias_kernel(
                   + tl.cast(k_start, tl.int64) * stride_bk)
         o_bias, m_bias = _bias_rows(o_t, m_q, stride_bq, ONE_ROW)
         b_s = _biased(b_s, p_bias, o_bias, o_n.to(tl.int64) * stride_bk, m_bias, m_n, True)
-        b_lse = tl.load(lse + o_row, mask=m_q, other=float("inf"))
-        b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse)  # hidden rows: 0 rather than NaN
+        b_lse = _of_blind(tl.load(lse + o_row, mask=m_q, other=float("inf")))
         m_s = _visible(b_distance, m_q[:, None] & m_n[None, :], left, right, LEFT, RIGHT)
         b_p = tl.where(m_s, _power(b_s, b_lse[:, None], True), 0.0)
         b_do = load_tile(p_do, o_dt, 0, m_q, V, BV, True)  # [BM, BV]

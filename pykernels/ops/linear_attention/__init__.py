@@ -69,14 +69,6 @@ def _check_qkv(q: object, k: object, v: object, axes: str) -> None:
             raise ValueError(f"{name} must have a head size of at least 1, got {size}")
 
 
-def _check_wide(name: str, x: Tensor, q: Tensor) -> None:
-    """The dtype and device of a decay, bonus or state."""
-    wide = registration.accumulator(q.dtype)
-    if x.dtype not in (q.dtype, torch.float32, wide):
-        raise TypeError(f"{name} must have q's dtype {q.dtype} or {wide}, got {x.dtype}")
-    _checks.same_device(name, x, "q", q)
-
-
 def _wide(x: Tensor | None, q: Tensor) -> Tensor | None:
     """A decay, bonus or state in the dtype that the ops take it in."""
     return None if x is None else x.to(registration.accumulator(q.dtype))
@@ -95,7 +87,7 @@ def _check_decay(decay: object, q: Tensor, v: Tensor, axes: str) -> None:
     sizes = dict(zip(names, (*v.shape[:-1], q.shape[-1])))
     expected = names[lead:-1] if decay.dim() == 1 else names[:decay.dim()]
     _checks.shape("decay", decay, {name: sizes[name] for name in expected})
-    _check_wide("decay", decay, q)
+    _checks.parameter("decay", decay, "q", q)
 
 
 def _check_decay_values(decay: Tensor | None) -> None:
@@ -109,7 +101,7 @@ def _check_bonus(bonus: object, q: Tensor, v: Tensor) -> None:
         return
     _checks.tensor("bonus", bonus, "H K")
     _checks.shape("bonus", bonus, {"H": v.shape[-2], "K": q.shape[-1]})
-    _check_wide("bonus", bonus, q)
+    _checks.parameter("bonus", bonus, "q", q)
 
 
 def _scale(scale: object, normalize: bool, q: Tensor) -> float:
@@ -189,7 +181,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = 
         count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         columns = {"V + 1": v.shape[3] + 1} if normalize else {"V": v.shape[3]}
         _checks.shape("initial_state", initial_state, {"N": count, "H": v.shape[2], "K": q.shape[3], **columns})
-        _check_wide("initial_state", initial_state, q)
+        _checks.parameter("initial_state", initial_state, "q", q)
     tensors = (q, k, v, _wide(decay, q), _wide(bonus, q), _wide(initial_state, q))
     grad = followed(*tensors)
     query = _query(q, v, grad, varlen=cu_seqlens is not None, bonus=bonus is not None, normalize=normalize,

@@ -21,9 +21,7 @@ def _decay(gamma: object, v: Tensor) -> Tensor:
         return torch.log1p(-torch.exp2(-5 - exponents))
     _checks.tensor("gamma", gamma, "H")
     _checks.shape("gamma", gamma, {"H": v.shape[-2]})
-    if gamma.dtype not in (v.dtype, torch.float32, wide):
-        raise TypeError(f"gamma must have v's dtype {v.dtype} or {wide}, got {gamma.dtype}")
-    _checks.same_device("gamma", gamma, "v", v)
+    _checks.parameter("gamma", gamma, "v", v)
     if _checks.values_checked(gamma):
         for head, value in enumerate(gamma.tolist()):
             if not (0 < value <= 1 or math.isnan(value)):
