@@ -5,7 +5,7 @@
 // Tasks. One is (batch entry, chunk of its keys, some key heads). It reads the keys (scores), makes the weights of all of
 // them at once, reads the values, and leaves o, m and l of each row; whoever does the last chunk of some heads adds up all
 // of theirs, in their order.
-// The chunks depend on the lengths alone, so results are the same whatever the batch and the number of threads.
+// The chunks depend on lengths and key heads alone, so results are the same whatever the batch and the number of threads.
 // Order. A chunk is cut into kStreams equal pieces, read side by side, each in the order of memory: where the heads of a
 // token lie side by side in the cache, a task takes several and reads whole tokens. Prefetchers stop at the end of a page;
 // while one stream is there, the others go on: with the next lines of each fetched by software, one core reads 14.5 GB/s,
@@ -25,8 +25,10 @@ void flash_attention_fwd(const FlashAttentionParams& params, const Parallel& par
 
 namespace {
 
-constexpr int kChunk = 256, kLeastChunk = 64;  // keys
-constexpr int kChunks = 32;        // of an entry; chunks get larger above, up to the largest, and smaller below
+constexpr int kChunk = 512, kLeastChunk = 64;  // keys; what a chunk leaves is written, and read once more
+// Chunks of an entry: as many as make so many pieces with its key heads, within bounds. Chunks get larger above, up to
+// the largest, and smaller below.
+constexpr int kPieces = 128, kFewestChunks = 16, kMostChunks = 32;
 constexpr int kAheadBytes = 1024;  // of each stream, that are fetched ahead,
 constexpr int kAheadSteps = 4;     // but for short rows
 constexpr int kTaskRows = 64;      // of all heads of a task, whose scores and results stay in the nearer caches
@@ -43,7 +45,7 @@ constexpr bool kHasTiles = true;
 #else
 constexpr bool kHasTiles = false;
 #endif
-constexpr int kTile = 16, kVectorRows = 4, kTiledTaskRows = 256;
+constexpr int kTile = 16, kVectorRows = 4, kTiledTaskRows = 128;
 // Also the keys that are worked on at a time.
 template <bool Tiled>
 constexpr int kStreams = Tiled ? kTile : 4;
@@ -69,7 +71,11 @@ struct Parts {
 template <class T>
 PYKERNELS_INLINE Parts<T> load_parts(const T* p) {
   if constexpr (kParts<T> == 2) {
-    const VecU32 bits = load_bits<VecU32>(p);
+    VecU32 bits = load_bits<VecU32>(p);
+    // Loaded once: the compiler would make a memory operand of either use.
+#if defined(__x86_64__)
+    __asm__("" : "+v"(bits));
+#endif
     return {(Vec<float>)(bits << 16), (Vec<float>)(bits & 0xffff0000u)};
   } else {
     return {load(p)};
@@ -369,8 +375,9 @@ struct Problem {
   int64_t end(int64_t b, int64_t t) const { return clamp(position(b, t) + right + 1, 0, length(p, b)); }
   // Keys of a chunk. The chunks are those of all keys, so that windows see the same ones as they move on.
   int64_t chunk(int64_t b) const {
+    const int64_t chunks = clamp(kPieces / f.heads_k, kFewestChunks, kMostChunks);
     int64_t size = kLeastChunk;
-    while (size < kChunk && size * kChunks < end(b, f.seqlen_q - 1) - begin(b, 0)) size *= 2;
+    while (size < kChunk && size * chunks < end(b, f.seqlen_q - 1) - begin(b, 0)) size *= 2;
     return size;
   }
 };
@@ -655,7 +662,7 @@ void decode(Problem& problem, const Parallel& parallel) {
   using S = Wide<T>;
   const FlashAttentionParams& f = problem.f;
   problem.width = round_up(f.value_dim, kPartsLanes<T>);
-  problem.row_size = problem.width + 2 * kLanes<S>;
+  problem.row_size = problem.width + kLanes<S>;
   Scratch table;
   int64_t* const chunks = table.take<int64_t>(f.batch + 1);
   problem.chunks = chunks;
