@@ -2,19 +2,19 @@
 //
 // With P = 2^(c S - lse) recomputed (c = scale * log2 e), dO the gradient at out, delta = rowsum(dO out) - dlse:
 //   S^T = K Q^T    dP^T = V dO^T    dS^T = P^T (dP^T - delta)    dV += P^T dO    dK += dS^T Q    dQ^T += K^T dS^T
-// Transposed, because then lse and delta lie along vectors, P^T and dS^T come out as left operands of the next products, and
-// only dS^T is needed as a right operand too; dQ is accumulated as its transpose.
+// Transposed, because then lse and delta lie along vectors, P^T and dS^T come out as left operands of the next
+// products, and only dS^T is needed as a right operand too; dQ is accumulated as its transpose.
 //
-// Units. One is (sequence, key head) with the query heads that share the key head. Units are taken in waves that bound the
-// scratch memory. Per wave, a first pass packs every block of kQueries queries (Q and dO in both orders, lse, delta) and zeroes
-// its dQ^T; a second pass runs over tasks (unit, block of keys), each with its own dK and dV, through all query blocks
-// that see some of its keys. A block of keys is worked through in strips of kStrip keys, a strip in panels of kPanel
-// queries: scores and weights of a panel stay in the L1 cache, those of a block of keys in L2.
+// Units. One is (sequence, key head) with the query heads that share the key head. Units are taken in waves that bound
+// the scratch memory. Per wave, a first pass packs every block of kQueries queries (Q and dO in both orders, lse,
+// delta) and zeroes its dQ^T; a second pass runs over tasks (unit, block of keys), each with its own dK and dV, through
+// all query blocks that see some of its keys. A block of keys is worked through in strips of kStrip keys, a strip in
+// panels of kPanel queries: scores and weights of a panel stay in the L1 cache, those of a block of keys in L2.
 //
-// Determinism. The blocks of keys add to the dQ^T of a query block in ascending order: each waits for its predecessor, which an
-// earlier task holds and finishes without waiting for later ones. So do the units that share a block of a bias' gradient. Every
-// sum has one order for a given size of the blocks of keys, which follows from the shape and, unless deterministic results are
-// asked for, from the number of threads.
+// Determinism. The blocks of keys add to the dQ^T of a query block in ascending order: each waits for its predecessor,
+// which an earlier task holds and finishes without waiting for later ones. So do the units that share a block of a
+// bias' gradient. Every sum has one order for a given size of the blocks of keys, which follows from the shape and,
+// unless deterministic results are asked for, from the number of threads.
 #include "../../include/pykernels/flash_attention.h"
 
 #include <sched.h>
@@ -42,7 +42,7 @@ PYKERNELS_INLINE constexpr int64_t row_stride(int64_t n) {
   return n * sizeof(E) % 512 ? n : n + more;
 }
 
-// ---- geometry ----------------------------------------------------------------------------------------------------------
+// ---- geometry -------------------------------------------------------------------------------------------------------
 
 // Tokens [q0, q0 + tq) of q against [k0, k0 + tk) of k: a batch entry, or a packed sequence.
 struct Sequence {
@@ -71,11 +71,12 @@ struct Problem {
     if (!f.cu_seqlens_q) return {s, 0, f.seqlen_q, 0, f.seqlen_k, s};
     const auto clamp = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
     const int64_t q0 = clamp(f.cu_seqlens_q[s], 0, f.seqlen_q), k0 = clamp(f.cu_seqlens_k[s], 0, f.seqlen_k);
-    return {0, q0, clamp(f.cu_seqlens_q[s + 1], q0, f.seqlen_q) - q0, k0, clamp(f.cu_seqlens_k[s + 1], k0, f.seqlen_k) - k0, s};
+    return {0, q0, clamp(f.cu_seqlens_q[s + 1], q0, f.seqlen_q) - q0, k0,
+            clamp(f.cu_seqlens_k[s + 1], k0, f.seqlen_k) - k0, s};
   }
 
-  // The gradient of a bias over keys; one over queries alone is a matter of rows (see `row_gradients`). Blocks of it are summed
-  // over the batch, the heads or the rows.
+  // The gradient of a bias over keys; one over queries alone is a matter of rows (see `row_gradients`). Blocks of it
+  // are summed over the batch, the heads or the rows.
   bool bias_gradient() const { return p.dbias && f.bias_stride.key != 0; }
   bool over_batch() const { return f.bias_stride.batch == 0 && !f.cu_seqlens_q; }
   bool over_heads() const { return f.bias_stride.head == 0; }
@@ -110,7 +111,7 @@ Range key_blocks(const Problem& problem, const Sequence& s, int64_t query_block,
   return range.begin < range.end ? Range{range.begin / keys, (range.end + keys - 1) / keys} : Range{0, 0};
 }
 
-// ---- a packed block of queries -----------------------------------------------------------------------------------------
+// ---- a packed block of queries --------------------------------------------------------------------------------------
 
 template <class C>
 struct QueryBlock {
@@ -153,7 +154,7 @@ class QueryBlocks {
   int64_t offsets_[8];
 };
 
-// ---- a panel of weights ------------------------------------------------------------------------------------------------
+// ---- a panel of weights ---------------------------------------------------------------------------------------------
 
 // kPanel queries of a strip of keys: from S^T and dP^T to P^T and dS^T.
 template <class C>
@@ -180,7 +181,8 @@ struct Panel {
   static PYKERNELS_INLINE Vec<Acc> far_exponent(Vec<Acc> x, Vec<Acc> lse) {
     const Vec<Acc> size = abs<Acc>(lse);
     const Vec<Acc> slack = x + size * static_cast<Acc>(sizeof(Acc) == 4 ? 0x1p-22 : 0x1p-51);
-    return (size >= splat(kFar<Acc>)) & (size < splat(static_cast<Acc>(kInfinity))) ? (slack < Vec<Acc>{} ? slack : Vec<Acc>{}) : x;
+    return (size >= splat(kFar<Acc>)) & (size < splat(static_cast<Acc>(kInfinity)))
+        ? (slack < Vec<Acc>{} ? slack : Vec<Acc>{}) : x;
   }
 
   // P and dS of row j, vector c.
@@ -217,7 +219,8 @@ struct Panel {
     }
     if constexpr (Softcap) {
       // 1 - tanh^2 without cancellation.
-      const Vec<Acc> r = static_cast<Acc>(1) / (exp2<Acc>(abs<Acc>(s * factor) * static_cast<Acc>(2 * kLog2e)) + static_cast<Acc>(1));
+      const Vec<Acc> r =
+          static_cast<Acc>(1) / (exp2<Acc>(abs<Acc>(s * factor) * static_cast<Acc>(2 * kLog2e)) + static_cast<Acc>(1));
       ds_out *= static_cast<Acc>(4) * r * (static_cast<Acc>(1) - r);
     }
     if constexpr (Cut) {
@@ -269,7 +272,8 @@ struct Panel {
         __m512i row[2];
 #pragma GCC unroll 2
         for (int r = 0; r < 2; ++r) {
-          _mm512_storeu_si512(weights + (j + r) * stride, (__m512i)_mm512_cvtne2ps_pbh((__m512)p[r][1], (__m512)p[r][0]));
+          _mm512_storeu_si512(weights + (j + r) * stride,
+                              (__m512i)_mm512_cvtne2ps_pbh((__m512)p[r][1], (__m512)p[r][0]));
           row[r] = (__m512i)_mm512_cvtne2ps_pbh((__m512)d[r][1], (__m512)d[r][0]);
           _mm512_storeu_si512(ds + (j + r) * stride, row[r]);
         }
@@ -308,7 +312,7 @@ struct Panel {
 #endif
 };
 
-// ---- a block of keys ---------------------------------------------------------------------------------------------------
+// ---- a block of keys ------------------------------------------------------------------------------------------------
 
 // One thread's buffers for a block of keys, and the products with a block of queries.
 template <class T, class C>
@@ -357,14 +361,17 @@ class KeyBlock {
       const int64_t key = first_key_ + row;
       const Range range = visible_queries(problem_, s, key, key + rows);
       const int begin = static_cast<int>(most<int64_t>(0, least<int64_t>(range.begin - query, columns)) / kWidth);
-      const int end = static_cast<int>(round_up(most<int64_t>(0, least<int64_t>(range.end - query, n)), kWidth) / kWidth);
+      const int end =
+          static_cast<int>(round_up(most<int64_t>(0, least<int64_t>(range.end - query, n)), kWidth) / kWidth);
       panels_[strip] = {begin, most(begin, end)};
       if (begin >= end) continue;
       for (int i = begin; i < end; ++i) {
         matmul<C>(rows, kWidth, head_dim_, {k_ + row * k_stride_, k_stride_},
-                  {block.q_columns + i * packed_panel<C>(head_dim_), packed_panel<C>(head_dim_)}, {scores_, kWidth}, false);
+                  {block.q_columns + i * packed_panel<C>(head_dim_), packed_panel<C>(head_dim_)}, {scores_, kWidth},
+                  false);
         matmul<C>(rows, kWidth, value_dim_, {v_ + row * v_stride_, v_stride_},
-                  {block.dout_columns + i * packed_panel<C>(value_dim_), packed_panel<C>(value_dim_)}, {dp_, kWidth}, false);
+                  {block.dout_columns + i * packed_panel<C>(value_dim_), packed_panel<C>(value_dim_)}, {dp_, kWidth},
+                  false);
         Panel<C> panel;
         panel.scores = scores_, panel.dp = dp_;
         panel.lse = block.lse + i * kWidth, panel.delta = block.delta + i * kWidth;
@@ -392,8 +399,8 @@ class KeyBlock {
         }
       }
       const int first = begin * kWidth, depth = (end - begin) * kWidth;
-      matmul<C>(rows, value_dim_, depth, {weights_ + first, kWeightStride}, {block.dout_rows, packed_panel<C>(kQ), first},
-                {dv_ + row * dv_stride_, dv_stride_}, true);
+      matmul<C>(rows, value_dim_, depth, {weights_ + first, kWeightStride},
+                {block.dout_rows, packed_panel<C>(kQ), first}, {dv_ + row * dv_stride_, dv_stride_}, true);
       matmul<C>(rows, head_dim_, depth, {ds_ + first, kWeightStride}, {block.q_rows, packed_panel<C>(kQ), first},
                 {dk_ + row * dk_stride_, dk_stride_}, true);
     }
@@ -417,7 +424,8 @@ class KeyBlock {
       if (here.begin == here.end) continue;
       const int key = here.begin * kRows;
       matmul<C>(head_dim_, (next - first) * kWidth, least(here.end * kRows, keys_) - key, {kt_ + key, kt_stride_},
-                {ds_packed_ + first * ds_panel_, ds_panel_, key}, {block.dq + first * kWidth, row_stride<Acc>(kQ)}, true);
+                {ds_packed_ + first * ds_panel_, ds_panel_, key}, {block.dq + first * kWidth, row_stride<Acc>(kQ)},
+                true);
     }
   }
 
@@ -479,19 +487,20 @@ class KeyBlock {
     int begin, end;
   };
   PanelRange* panels_;      // the panels of queries that see a strip
-  // Of a panel, or null: terms of its scores, factors of its weights; of a block of queries, the gradients of the former.
+  // Of a panel, or null: terms of its scores, factors of its weights; of a block of queries, the gradients of the
+  // former.
   Acc *terms_ = nullptr, *keep_ = nullptr, *dbias_ = nullptr;
 };
 
-// ---- what values a unit has --------------------------------------------------------------------------------------------
+// ---- what values a unit has -----------------------------------------------------------------------------------------
 
-// The largest magnitudes of a unit's tensors, gathered while they are packed. They decide afterwards whether SplitF32 served:
-// for all of the unit or for none of it, so that nothing depends on the threads or on other units.
+// The largest magnitudes of a unit's tensors, gathered while they are packed. They decide afterwards whether SplitF32
+// served: for all of the unit or for none of it, so that nothing depends on the threads or on other units.
 struct UnitRange : Largest<5> {
   enum Tensor { kQ, kK, kV, kOutGradient, kDelta, kTensors };
 #if defined(PYKERNELS_HAS_AMX)
-  // No product of the magnitudes allowed, nor a sum of many, overflows, and what falls below the normal numbers is small beside
-  // the largest of each gradient (zeros give zeros, exactly).
+  // No product of the magnitudes allowed, nor a sum of many, overflows, and what falls below the normal numbers is
+  // small beside the largest of each gradient (zeros give zeros, exactly).
   bool split_serves() const {
     float x[kTensors];
     for (int i = 0; i < kTensors; ++i) {
@@ -523,25 +532,27 @@ struct BiasTurns {
   }
 };
 
-// ---- loading and storing -----------------------------------------------------------------------------------------------
+// ---- loading and storing --------------------------------------------------------------------------------------------
 
 template <class T, class C>
 class Worker : KeyBlock<T, C> {
   using Base = KeyBlock<T, C>;
   using typename Base::Acc;
   using typename Base::Elem;
-  using Base::kQ, Base::kRows, Base::kWidth, Base::kLane, Base::problem_, Base::head_dim_, Base::value_dim_, Base::keys_;
+  using Base::kQ, Base::kRows, Base::kWidth, Base::kLane, Base::problem_, Base::head_dim_, Base::value_dim_,
+      Base::keys_;
 
  public:
   Worker(const Problem& problem, int64_t keys, Scratch& scratch) : Base(problem, keys, scratch), size_(keys) {
     if (problem.bias_gradient() && problem.over_rows()) row_sums_ = scratch.take<Acc>(keys * problem.group);
   }
 
-  // Task (unit, block of keys); `blocks` are the unit's packed queries, `turns` whose turn it is to add to each, `bias_turns` the
-  // same for the blocks [query heads or 1][query blocks][blocks of keys] of a bias' gradient that units share (or null).
+  // Task (unit, block of keys); `blocks` are the unit's packed queries, `turns` whose turn it is to add to each,
+  // `bias_turns` the same for the blocks [query heads or 1][query blocks][blocks of keys] of a bias' gradient that
+  // units share (or null).
   template <class Blocks>
-  void run(const Sequence& s, int64_t head_k, int64_t key_block, Blocks&& blocks, int64_t* turns, const BiasTurns& bias_turns,
-           UnitRange* range_of_unit) {
+  void run(const Sequence& s, int64_t head_k, int64_t key_block, Blocks&& blocks, int64_t* turns,
+           const BiasTurns& bias_turns, UnitRange* range_of_unit) {
     load_keys(s, head_k, key_block * size_, range_of_unit);
     const int64_t query_blocks = (s.tq + kQ - 1) / kQ, group = problem_.group;
     const bool dbias = problem_.bias_gradient();
@@ -549,7 +560,8 @@ class Worker : KeyBlock<T, C> {
     const bool heads_first = dbias && problem_.over_heads() && !problem_.over_rows();
     if (row_sums_) __builtin_memset(row_sums_, 0, sizeof(Acc) * keys_ * group);
     for (int64_t n_of = 0; n_of < group * query_blocks; ++n_of) {
-      const int64_t g = heads_first ? n_of % group : n_of / query_blocks, i = heads_first ? n_of / group : n_of % query_blocks;
+      const int64_t g = heads_first ? n_of % group : n_of / query_blocks;
+      const int64_t i = heads_first ? n_of / group : n_of % query_blocks;
       const Range range = key_blocks<C>(problem_, s, i, size_);
       if (key_block < range.begin || key_block >= range.end) continue;
       const int n = static_cast<int>(least<int64_t>(kQ, s.tq - i * kQ));
@@ -605,8 +617,10 @@ class Worker : KeyBlock<T, C> {
 
   void write_keys(const Sequence& s, int64_t head_k) {
     const FlashAttentionBackwardParams& p = problem_.p;
-    const auto write = [&](void* base, const Strides3& stride, const Acc* from, int64_t from_stride, int dim, Acc factor) {
-      T* to = static_cast<T*>(base) + s.batch * stride.batch + head_k * stride.head + (s.k0 + this->first_key_) * stride.token;
+    const auto write =
+        [&](void* base, const Strides3& stride, const Acc* from, int64_t from_stride, int dim, Acc factor) {
+      T* to = static_cast<T*>(base) + s.batch * stride.batch + head_k * stride.head +
+          (s.k0 + this->first_key_) * stride.token;
       for (int j = 0; j < keys_; ++j, to += stride.token, from += from_stride)
         for (int d = 0; d < dim; d += kLane) store_upto(to + d, load(from + d) * factor, dim - d);
     };
@@ -654,7 +668,8 @@ class Packer {
     const int64_t first = query_block * kQ, token = s.q0 + first;
     const int n = static_cast<int>(least<int64_t>(kQ, s.tq - first));
     if (unseen) {
-      T* const dq = static_cast<T*>(p.dq) + s.batch * p.dq_stride.batch + head * p.dq_stride.head + token * p.dq_stride.token;
+      T* const dq = static_cast<T*>(p.dq) + s.batch * p.dq_stride.batch + head * p.dq_stride.head +
+          token * p.dq_stride.token;
       for (int i = 0; i < n; ++i) __builtin_memset(dq + i * p.dq_stride.token, 0, sizeof(T) * f_.head_dim);
       return false;
     }
@@ -662,10 +677,11 @@ class Packer {
     pack(static_cast<const T*>(p.dout), p.dout_stride, s, head, token, n, f_.value_dim, to.dout_columns, to.dout_rows);
     if constexpr (kIsSplit<C>) {
       const T* const out = rows_of(static_cast<const T*>(f_.out), f_.out_stride, s, head, token);
-      copy_rows<C>(out_, round_up(f_.value_dim, C::kDepthAlign), out, f_.out_stride.token, n, static_cast<int>(f_.value_dim));
+      copy_rows<C>(out_, round_up(f_.value_dim, C::kDepthAlign), out, f_.out_stride.token, n,
+                   static_cast<int>(f_.value_dim));
       const auto add = [&](UnitRange::Tensor tensor, const void* base, const Strides3& stride, int64_t dim) {
-        range->add(tensor, magnitudes(rows_of(static_cast<const T*>(base), stride, s, head, token), stride.token, n, dim,
-                                      kInfinity).seen());
+        range->add(tensor, magnitudes(rows_of(static_cast<const T*>(base), stride, s, head, token), stride.token, n,
+                                      dim, kInfinity).seen());
       };
       add(UnitRange::kQ, f_.q, f_.q_stride, f_.head_dim);
       add(UnitRange::kOutGradient, p.dout, p.dout_stride, f_.value_dim);
@@ -712,7 +728,8 @@ class Packer {
     if (rows) pack_rows<C>(rows, packed_panel<C>(kQ), from, from_stride, padded, static_cast<int>(dim));
   }
 
-  // delta = rowsum(dO out), in the order of summation of dP = dO V^T: where a row sees one key, dP - delta is zero exactly.
+  // delta = rowsum(dO out), in the order of summation of dP = dO V^T: where a row sees one key, dP - delta is zero
+  // exactly.
   void dot(const QueryBlock<C>& block, int n) {
     const int64_t panel = packed_panel<C>(f_.value_dim);
     if constexpr (kIsSplit<C>) {
@@ -720,7 +737,8 @@ class Packer {
       const int64_t stride = round_up(f_.value_dim, C::kDepthAlign);
       for (int i = 0; i < n; i += C::kPanel) {
         const int rows = least(C::kPanel, n - i);
-        matmul<C>(rows, rows, static_cast<int>(stride), {out_ + i * stride, stride}, {block.dout_columns + i / C::kPanel * panel, panel},
+        matmul<C>(rows, rows, static_cast<int>(stride), {out_ + i * stride, stride},
+                  {block.dout_columns + i / C::kPanel * panel, panel},
                   {products_, C::kPanel}, false);
         for (int r = 0; r < rows; ++r) block.delta[i + r] = products_[r * C::kPanel + r];
       }
@@ -750,7 +768,7 @@ class Packer {
   Acc* products_ = nullptr;  // [kPanel, kPanel]
 };
 
-// ---- the passes --------------------------------------------------------------------------------------------------------
+// ---- the passes -----------------------------------------------------------------------------------------------------
 
 // Gradients of packed tokens that belong to no sequence.
 template <class T>
@@ -767,7 +785,8 @@ int64_t keys_of_block(const Problem& problem, int threads) {
   using Acc = typename C::Acc;
   const FlashAttentionParams& f = problem.f;
   const int64_t query_bytes = kQueries<C> * (2 * (f.head_dim + f.value_dim) * sizeof(Elem) + f.head_dim * sizeof(Acc));
-  const int64_t key_bytes = (2 * f.head_dim + f.value_dim + kQueries<C>) * sizeof(Elem) + (f.head_dim + f.value_dim) * sizeof(Acc);
+  const int64_t key_bytes = (2 * f.head_dim + f.value_dim + kQueries<C>) * sizeof(Elem) +
+      (f.head_dim + f.value_dim) * sizeof(Acc);
   int64_t longest = 1, keys = 0;
   for (int64_t s = 0; s < problem.sequences(); ++s) {
     const int64_t tk = problem.sequence(s).tk;
@@ -786,7 +805,8 @@ struct Task {
 
 // The gradients of the units listed. `ranges`, by unit, is filled in for SplitF32.
 template <class T, class C>
-void backward_units(const Problem& problem, const Parallel& parallel, const int64_t* list, int64_t units, UnitRange* ranges) {
+void backward_units(const Problem& problem, const Parallel& parallel, const int64_t* list, int64_t units,
+                    UnitRange* ranges) {
   const FlashAttentionBackwardParams& p = problem.p;
   const FlashAttentionParams& f = p.forward;
   // The size of the blocks decides how dQ's sums are grouped: fixed where results must not depend on the threads.
@@ -830,12 +850,13 @@ void backward_units(const Problem& problem, const Parallel& parallel, const int6
     Scratch scratch;
     char* const packed = scratch.take<char>(blocks * layout.bytes());
     bool* const far = scratch.take<bool>(blocks);
-    int64_t* const turns = scratch.take<int64_t>(blocks);            // the block of keys that may add to a query block's dQ
-    int64_t* const first = scratch.take<int64_t>(end - begin + 1);   // of a unit's query blocks
+    int64_t* const turns = scratch.take<int64_t>(blocks);           // the block of keys that may add to its dQ
+    int64_t* const first = scratch.take<int64_t>(end - begin + 1);  // of a unit's query blocks
     Task* const task = scratch.take<Task>(tasks);
     first[0] = 0;
     for (int64_t u = begin; u < end; ++u) first[u - begin + 1] = first[u - begin] + query_blocks(u);
-    // As many units at a time as there are threads: few enough to stay in the caches, enough not to wait for each other.
+    // As many units at a time as there are threads: few enough to stay in the caches, enough not to wait for each
+    // other.
     tasks = 0;
     for (int64_t u = begin, next; u < end; u = next) {
       next = least<int64_t>(end, u + parallel.threads);
@@ -861,8 +882,8 @@ void backward_units(const Problem& problem, const Parallel& parallel, const int6
         const int64_t per_head = query_blocks(u) / problem.group, index = i - first[u - begin];
         const Range range = key_blocks<C>(problem, s, index % per_head, keys);
         turns[i] = range.begin;
-        far[i] = packer.run(s, head_of(u) * problem.group + index / per_head, index % per_head, range.begin == range.end,
-                            layout.at(packed, i), ranges ? ranges + list[u] : nullptr);
+        far[i] = packer.run(s, head_of(u) * problem.group + index / per_head, index % per_head,
+                            range.begin == range.end, layout.at(packed, i), ranges ? ranges + list[u] : nullptr);
       }
     });
     run_tasks(parallel, tasks, [&](TaskQueue& queue) {
@@ -883,8 +904,9 @@ void backward_units(const Problem& problem, const Parallel& parallel, const int6
   }
 }
 
-// The gradients of sinks, and of a bias that is the same for all keys. With D = dO out, and p the weight of the sink (0 without):
-// every other weight's value took part in D, so  dsink = -p (D - dlse)  and  dbias = p D + (1 - p) dlse  for the row.
+// The gradients of sinks, and of a bias that is the same for all keys. With D = dO out, and p the weight of the sink (0
+// without): every other weight's value took part in D, so  dsink = -p (D - dlse)  and  dbias = p D + (1 - p) dlse  for
+// the row.
 template <class T>
 void row_gradients(const Problem& problem, const Parallel& parallel) {
   using S = Wide<T>;
@@ -913,7 +935,8 @@ void row_gradients(const Problem& problem, const Parallel& parallel) {
         const double dot = static_cast<double>(reduce_add<S>(sum));
         const double dlse = p.dlse ? static_cast<double>(static_cast<const S*>(p.dlse)[row]) : 0;
         double weight = 0;
-        if (f.sinks) weight = __builtin_exp(static_cast<double>(static_cast<const S*>(f.sinks)[h]) - static_cast<double>(lse));
+        if (f.sinks)
+          weight = __builtin_exp(static_cast<double>(static_cast<const S*>(f.sinks)[h]) - static_cast<double>(lse));
         dsink -= weight * (dot - dlse);
         if (rows) rows[row] = static_cast<S>(weight * dot + (1 - weight) * dlse);
       }
@@ -946,7 +969,8 @@ template <class S>
 void clear_dbias(const Problem& problem, const Parallel& parallel) {
   if (!problem.bias_gradient()) return;
   const FlashAttentionParams& f = problem.f;
-  const int64_t rows = (f.bias_stride.batch ? f.batch : 1) * problem.bias_heads() * (problem.over_rows() ? 1 : f.seqlen_q);
+  const int64_t rows =
+      (f.bias_stride.batch ? f.batch : 1) * problem.bias_heads() * (problem.over_rows() ? 1 : f.seqlen_q);
   run_tasks(parallel, rows, [&](TaskQueue& queue) {
     for (int64_t row; (row = queue.next()) >= 0;)
       __builtin_memset(static_cast<S*>(problem.p.dbias) + row * f.seqlen_k, 0, sizeof(S) * f.seqlen_k);

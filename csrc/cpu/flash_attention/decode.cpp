@@ -1,17 +1,21 @@
 // Flash attention of a few queries against a key/value cache, and the append to that cache.
 //
-// Rows. The query heads that share a key head, times the queries: row r of (batch entry, key head) is query r / group of head
-// r % group. All of them are served while a key is at hand, so that the cache is read once: this is bound by memory.
-// Tasks. One is (batch entry, chunk of its keys, some key heads). It reads the keys (scores), makes the weights of all of
-// them at once, reads the values, and leaves o, m and l of each row; whoever does the last chunk of some heads adds up all
-// of theirs, in their order.
-// The chunks depend on the lengths alone, so results are the same whatever the batch and the number of threads.
-// Order. A chunk is cut into kStreams equal pieces, read side by side, each in the order of memory: where the heads of a
-// token lie side by side in the cache, a task takes several and reads whole tokens. Prefetchers stop at the end of a page;
-// while one stream is there, the others go on: with the next lines of each fetched by software, one core reads 14.5 GB/s,
-// of a single stream 10.5 (Sapphire Rapids, pages of 4 KiB). What is at hand at the same time, one key of each stream, has
-// neighbouring numbers: slots. Slot j of a chunk is key j / kStreams of stream j % kStreams; the keys left over come last.
-// Several rows of bf16 are multiplied on AMX tiles. Many rows are no longer bound by memory: they go to the forward kernel, one batch entry at a time.
+// Rows. The query heads that share a key head, times the queries: row r of (batch entry, key head) is query r / group
+// of head r % group. All of them are served while a key is at hand, so that the cache is read once: this is bound by
+// memory.
+// Tasks. One is (batch entry, chunk of its keys, some key heads). It reads the keys (scores), makes the weights of all
+// of them at once, reads the values, and leaves o, m and l of each row; whoever does the last chunk of some heads adds
+// up all of theirs, in their order.
+// The chunks depend on lengths and key heads alone, so results are the same whatever the batch and the number of
+// threads.
+// Order. A chunk is cut into kStreams equal pieces, read side by side, each in the order of memory: where the heads of
+// a token lie side by side in the cache, a task takes several and reads whole tokens. Prefetchers stop at the end of a
+// page; while one stream is there, the others go on: with the next lines of each fetched by software, one core reads
+// 14.5 GB/s, of a single stream 10.5 (Sapphire Rapids, pages of 4 KiB). What is at hand at the same time, one key of
+// each stream, has neighbouring numbers: slots. Slot j of a chunk is key j / kStreams of stream j % kStreams; the keys
+// left over come last.
+// Several rows of bf16 are multiplied on AMX tiles. Many rows are no longer bound by memory: they go to the forward
+// kernel, one batch entry at a time.
 #include "../../include/pykernels/flash_attention.h"
 
 #include "../common/matmul.h"
@@ -25,25 +29,27 @@ void flash_attention_fwd(const FlashAttentionParams& params, const Parallel& par
 
 namespace {
 
-constexpr int kChunk = 256, kLeastChunk = 64;  // keys
-constexpr int kChunks = 32;        // of an entry; chunks get larger above, up to the largest, and smaller below
+constexpr int kChunk = 512, kLeastChunk = 64;  // keys; what a chunk leaves is written, and read once more
+// Chunks of an entry: as many as make so many pieces with its key heads, within bounds. Chunks get larger above, up to
+// the largest, and smaller below.
+constexpr int kPieces = 128, kFewestChunks = 16, kMostChunks = 32;
 constexpr int kAheadBytes = 1024;  // of each stream, that are fetched ahead,
 constexpr int kAheadSteps = 4;     // but for short rows
 constexpr int kTaskRows = 64;      // of all heads of a task, whose scores and results stay in the nearer caches
 constexpr int kTasksPerThread = 2;  // below this, tasks take fewer heads
-constexpr int kFewRows = 16;       // beyond these the products bound the time, not the memory...
-constexpr int kFewRowsAlone = 64;  // ...unless there is one key head, and chunks keep the threads busy. Not where there are
-                                   // fewer heads than threads: results must not depend on the number of threads
+// Beyond these the products bound the time, not the memory, unless there is one key head, and chunks keep the threads
+// busy. Not where there are fewer heads than threads: results must not depend on the number of threads.
+constexpr int kFewRows = 16, kFewRowsAlone = 64;
 constexpr int64_t kUnbounded = int64_t{1} << 62;
 
-// Products of bf16 on AMX tiles: for more rows than kVectorRows (which vectors do as fast as memory gives), up to those of
-// two tiles; a tile of keys, or values, at a time.
+// Products of bf16 on AMX tiles: for more rows than kVectorRows (which vectors do as fast as memory gives), up to those
+// of two tiles; a tile of keys, or values, at a time.
 #if defined(PYKERNELS_HAS_AMX)
 constexpr bool kHasTiles = true;
 #else
 constexpr bool kHasTiles = false;
 #endif
-constexpr int kTile = 16, kVectorRows = 4, kTiledTaskRows = 256;
+constexpr int kTile = 16, kVectorRows = 4, kTiledTaskRows = 128;
 // Also the keys that are worked on at a time.
 template <bool Tiled>
 constexpr int kStreams = Tiled ? kTile : 4;
@@ -55,8 +61,8 @@ int64_t length(const FlashAttentionDecodeParams& p, int64_t b) {
   return clamp(p.cache_seqlens[b] + p.new_tokens, 0, p.forward.seqlen_k);
 }
 
-// The vectors that a kernel loads of a row at a time: of bf16 two, the even and the odd elements of one vector's bytes, which
-// are a shift and a mask away. Queries and results are kept in that order.
+// The vectors that a kernel loads of a row at a time: of bf16 two, the even and the odd elements of one vector's bytes,
+// which are a shift and a mask away. Queries and results are kept in that order.
 template <class T>
 constexpr int kParts = std::is_same_v<T, BFloat16> ? 2 : 1;
 template <class T>
@@ -69,7 +75,11 @@ struct Parts {
 template <class T>
 PYKERNELS_INLINE Parts<T> load_parts(const T* p) {
   if constexpr (kParts<T> == 2) {
-    const VecU32 bits = load_bits<VecU32>(p);
+    VecU32 bits = load_bits<VecU32>(p);
+    // Loaded once: the compiler would make a memory operand of either use.
+#if defined(__x86_64__)
+    __asm__("" : "+v"(bits));
+#endif
     return {(Vec<float>)(bits << 16), (Vec<float>)(bits & 0xffff0000u)};
   } else {
     return {load(p)};
@@ -114,8 +124,8 @@ struct Ahead {
   PYKERNELS_INLINE const T* row(int slot) const { return rows[slot] + head * head_stride; }
 };
 
-// Splits a number of rows into groups of 4, 2 and 1 (none larger than a vector), for each of which there is a kernel. Tiles leave
-// each row on its own.
+// Splits a number of rows into groups of 4, 2 and 1 (none larger than a vector), for each of which there is a kernel.
+// Tiles leave each row on its own.
 template <class S, bool Tiled, class F>
 PYKERNELS_INLINE void for_row_groups(int rows, F&& f) {
   int r = 0;
@@ -170,11 +180,11 @@ PYKERNELS_INLINE void score_step(const Wide<T>* q, int64_t q_stride, const T* co
   store(s, reduce_add_each(sum) * factor);
 }
 
-// o[r] += sum over j of w[j][r] v[j], v[j] being rows[j] + offset, in columns [0, Vectors vectors), the last of which may be
-// ragged: there are `columns`.
+// o[r] += sum over j of w[j][r] v[j], v[j] being rows[j] + offset, in columns [0, Vectors vectors), the last of which
+// may be ragged: there are `columns`.
 template <int Keys, int Rows, int Vectors, bool Fetch, class T>
-PYKERNELS_INLINE void add_values(const Wide<T>* w, const T* const* rows, int64_t offset, int columns, const Ahead<T>& ahead,
-                                 int64_t column, Wide<T>* o, int64_t o_stride) {
+PYKERNELS_INLINE void add_values(const Wide<T>* w, const T* const* rows, int64_t offset, int columns,
+                                 const Ahead<T>& ahead, int64_t column, Wide<T>* o, int64_t o_stride) {
   using S = Wide<T>;
   constexpr int lanes = kLanes<S>, parts = kParts<T>;
   Vec<S> sum[Rows][Vectors];
@@ -202,8 +212,8 @@ PYKERNELS_INLINE void add_values(const Wide<T>* w, const T* const* rows, int64_t
 }
 
 #if defined(PYKERNELS_HAS_AMX)
-// Both products of bf16 on tiles: of all rows at once, so that a few more cost little. What is at hand is copied into scratch
-// memory once, in the order that the tiles want, wherever it lies and however long its rows are.
+// Both products of bf16 on tiles: of all rows at once, so that a few more cost little. What is at hand is copied into
+// scratch memory once, in the order that the tiles want, wherever it lies and however long its rows are.
 class TileProducts {
  public:
   TileProducts(Scratch& scratch, int64_t heads, int64_t rows, int64_t head_dim, int64_t value_dim)
@@ -225,10 +235,10 @@ class TileProducts {
       __builtin_memcpy(to + d * kTile, q + d, (d + 1 < head_dim_ ? 2 : 1) * sizeof(BFloat16));
   }
 
-  // s[r][j] = factor * q[r].k[j] for a tile of keys, k[j] being rows[j] + offset. Written by the next call, or by finish_scores:
-  // the tiles take their time, in which other instructions go on.
-  void scores(int head, const BFloat16* const* rows, int64_t offset, const Ahead<BFloat16>& ahead, float factor, float* s,
-              int64_t s_stride) {
+  // s[r][j] = factor * q[r].k[j] for a tile of keys, k[j] being rows[j] + offset. Written by the next call, or by
+  // finish_scores: the tiles take their time, in which other instructions go on.
+  void scores(int head, const BFloat16* const* rows, int64_t offset, const Ahead<BFloat16>& ahead, float factor,
+              float* s, int64_t s_stride) {
     for (int j = 0; j < kTile; ++j) {
       const BFloat16 *const from = rows[j] + offset, *const next = ahead.row(j);
       BFloat16* const to = k_ + j * depth_;
@@ -264,8 +274,8 @@ class TileProducts {
     scores_.s = nullptr;
   }
 
-  // o[r] += sum over j of w[r][j] v[j] for a tile of values (those from `n` on are zero), v[j] being rows[j] + offset. Added by
-  // the next call, or by finish_values.
+  // o[r] += sum over j of w[r][j] v[j] for a tile of values (those from `n` on are zero), v[j] being rows[j] + offset.
+  // Added by the next call, or by finish_values.
   void values(const BFloat16* w, int64_t w_stride, const BFloat16* const* rows, int64_t offset, int n,
               const Ahead<BFloat16>& ahead, float* o, int64_t o_stride) {
     BFloat16* const pairs = v_ + (values_.v == v_ ? 2 * kTile * round_up(value_dim_, kBlock) : 0);
@@ -369,8 +379,9 @@ struct Problem {
   int64_t end(int64_t b, int64_t t) const { return clamp(position(b, t) + right + 1, 0, length(p, b)); }
   // Keys of a chunk. The chunks are those of all keys, so that windows see the same ones as they move on.
   int64_t chunk(int64_t b) const {
+    const int64_t chunks = clamp(kPieces / f.heads_k, kFewestChunks, kMostChunks);
     int64_t size = kLeastChunk;
-    while (size < kChunk && size * kChunks < end(b, f.seqlen_q - 1) - begin(b, 0)) size *= 2;
+    while (size < kChunk && size * chunks < end(b, f.seqlen_q - 1) - begin(b, 0)) size *= 2;
     return size;
   }
 };
@@ -430,9 +441,11 @@ class Worker {
     scores(slots, heads);
     for (int h = 0; h < heads; ++h)
       for_row_groups<S, Tiled>(static_cast<int>(rows), [&](int r, auto group) {
-        weights<group()>(b, head + h, r, first, n, s_ + (h * rows + r) * kSlots, result + (h * rows + r) * problem_.row_size);
+        weights<group()>(b, head + h, r, first, n, s_ + (h * rows + r) * kSlots,
+                         result + (h * rows + r) * problem_.row_size);
       });
-    for (int64_t r = 0; r < heads * rows; ++r) __builtin_memset(result + r * problem_.row_size, 0, problem_.width * sizeof(S));
+    for (int64_t r = 0; r < heads * rows; ++r)
+      __builtin_memset(result + r * problem_.row_size, 0, problem_.width * sizeof(S));
     values(slots, n, heads, result);
     if (chunks == 1)
       for (int64_t r = 0; r < heads * rows; ++r) {
@@ -442,9 +455,9 @@ class Worker {
   }
 
  private:
-  // Leaves in key_ the number of each slot's key within the chunk, and in rows_ where the slots' keys lie, then (from the
-  // slots' count on, which is returned) their values. The keys number n from `first` on; slots beyond them, to the end of a
-  // vector of scores, repeat the last one, and so do some rows beyond the values, which are fetched in vain.
+  // Leaves in key_ the number of each slot's key within the chunk, and in rows_ where the slots' keys lie, then (from
+  // the slots' count on, which is returned) their values. The keys number n from `first` on; slots beyond them, to the
+  // end of a vector of scores, repeat the last one, and so do some rows beyond the values, which are fetched in vain.
   int find_rows(int64_t b, int64_t head, int64_t first, int n) {
     const int slots = round_up(n, kLane), length = n / kStreams<Tiled>;
     const T *const k = static_cast<const T*>(f_.k) + head * f_.k_stride.head,
@@ -602,11 +615,11 @@ class Worker {
       const auto add = [&](auto fetch) __attribute__((always_inline)) {
         int c = 0;
         for (; c + vectors * kLane <= dim; c += vectors * kLane)
-          add_values<Keys, group(), vectors, fetch()>(w, rows_ + slots + j, h * f_.v_stride.head + c, vectors * kLane, ahead, c,
-                                                      o + c, row_size);
+          add_values<Keys, group(), vectors, fetch()>(w, rows_ + slots + j, h * f_.v_stride.head + c, vectors * kLane,
+                                                      ahead, c, o + c, row_size);
         for (; c < dim; c += kPartsLanes<T>)
-          add_values<Keys, group(), kParts<T>, fetch()>(w, rows_ + slots + j, h * f_.v_stride.head + c, dim - c, ahead, c, o + c,
-                                                        row_size);
+          add_values<Keys, group(), kParts<T>, fetch()>(w, rows_ + slots + j, h * f_.v_stride.head + c, dim - c, ahead,
+                                                        c, o + c, row_size);
       };
       if (r == 0)
         add(std::true_type{});
@@ -635,7 +648,8 @@ void combine(const Problem& problem, int64_t b, int64_t head_k, Wide<T>* o) {
   const int64_t chunks = problem.chunks[b + 1] - problem.chunks[b], heads = problem.f.heads_k;
   for (int64_t r = 0; r < problem.rows; ++r) {
     const S* const partial =
-        static_cast<const S*>(problem.partial) + ((problem.chunks[b] * heads + head_k) * problem.rows + r) * problem.row_size;
+        static_cast<const S*>(problem.partial) +
+            ((problem.chunks[b] * heads + head_k) * problem.rows + r) * problem.row_size;
     const int64_t stride = heads * problem.rows * problem.row_size;
     S m = -static_cast<S>(kInfinity), l = 0;
     for (int64_t i = 0; i < chunks; ++i) m = most(m, partial[i * stride + problem.width]);
@@ -655,7 +669,7 @@ void decode(Problem& problem, const Parallel& parallel) {
   using S = Wide<T>;
   const FlashAttentionParams& f = problem.f;
   problem.width = round_up(f.value_dim, kPartsLanes<T>);
-  problem.row_size = problem.width + 2 * kLanes<S>;
+  problem.row_size = problem.width + kLanes<S>;
   Scratch table;
   int64_t* const chunks = table.take<int64_t>(f.batch + 1);
   problem.chunks = chunks;
@@ -687,7 +701,8 @@ void decode(Problem& problem, const Parallel& parallel) {
       while (chunk >= chunks[b + 1]) ++b;
       const int64_t end = least(head + problem.task_heads, f.heads_k);
       worker.run(b, chunk - chunks[b], head, static_cast<int>(end - head));
-      if (chunks[b + 1] - chunks[b] > 1 && __atomic_sub_fetch(&problem.missing[b * groups + group], 1, __ATOMIC_ACQ_REL) == 0)
+      if (chunks[b + 1] - chunks[b] > 1 &&
+          __atomic_sub_fetch(&problem.missing[b * groups + group], 1, __ATOMIC_ACQ_REL) == 0)
         for (int64_t h = head; h < end; ++h) combine<T>(problem, b, h, o);
     }
   });
@@ -711,7 +726,8 @@ void decode_by_forward(const FlashAttentionDecodeParams& p, const Parallel& para
       f.k = static_cast<const char*>(f.k) + b * f.k_stride.batch * size;
       f.v = static_cast<const char*>(f.v) + b * f.v_stride.batch * size;
     }
-    if (f.alibi_slopes) f.alibi_slopes = static_cast<const char*>(f.alibi_slopes) + b * f.alibi_stride * (size == 8 ? 8 : 4);
+    if (f.alibi_slopes)
+      f.alibi_slopes = static_cast<const char*>(f.alibi_slopes) + b * f.alibi_stride * (size == 8 ? 8 : 4);
     f.out = static_cast<char*>(f.out) + b * f.out_stride.batch * size;
     f.lse = static_cast<char*>(f.lse) + b * f.heads_q * f.seqlen_q * (size == 8 ? 8 : 4);
     flash_attention_fwd(f, threads);
@@ -762,7 +778,8 @@ void flash_attention_decode(const FlashAttentionDecodeParams& params, const Para
 void flash_attention_append(const FlashAttentionAppendParams& p, const Parallel& parallel) {
   run_tasks(parallel, p.batch, [&](TaskQueue& queue) {
     for (int64_t b; (b = queue.next()) >= 0;) {
-      const auto copy = [&](const void* from, const Strides3& from_stride, void* to, const Strides3& to_stride, int64_t dim) {
+      const auto copy =
+          [&](const void* from, const Strides3& from_stride, void* to, const Strides3& to_stride, int64_t dim) {
         const int64_t start = p.cache_seqlens[b];
         for (int64_t t = 0; t < p.new_tokens; ++t) {
           if (start + t < 0 || start + t >= p.capacity) continue;
