@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from pykernels import _library
+from pykernels import _library, flash_attention
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files with binutils")
 
@@ -40,12 +41,21 @@ def test_needs_libtorch_so_that_the_stream_accessor_resolves_and_no_cuda():
     assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic), "a path of the build machine would travel along"
 
 
-def test_the_stream_accessor_is_weak():
+def test_symbols_that_a_torch_may_lack_are_weak():
     symbols = _binutil("nm", "-D", "--undefined-only")
+    assert re.search(r"^\s+w torch_exception_get_what_without_backtrace$", symbols, re.MULTILINE)  # from 2.13 on
     if _library.cuda_build() is None:
         assert "aoti_torch_get_current_cuda_stream" not in symbols
     else:
         assert re.search(r"^\s+w aoti_torch_get_current_cuda_stream$", symbols, re.MULTILINE)
+
+
+def test_a_failed_allocation_says_what_was_asked_for_and_what_torch_said():
+    """Which it tells a library from 2.13 on."""
+    q, kv = torch.zeros(1, 1, 1, 64).expand(1, 2**40, 128, 64), torch.zeros(1, 1, 128, 64)
+    with pytest.raises(RuntimeError, match=r"could not allocate .* sizes \[1, 1099511627776, 128, 64\]") as raised:
+        flash_attention(q, kv, kv, backend="cpu")
+    assert torch.__version__ < (2, 13) or f"{2**55} bytes" in str(raised.value)
 
 
 def test_exports_only_its_plain_c_functions():

@@ -416,7 +416,8 @@ def test_vmap_gives_each_samples_gradients(op, target):
     wanted = [x + y for x, y in zip(*samples)]
     inside = torch.func.vmap(torch.func.grad(loss, argnums=tuple(range(len(leaves)))))(*(x.detach() for x in stacked))
     through = torch.autograd.grad(torch.func.vmap(loss)(*stacked).sum(), stacked)
-    for name, *found, gradient in zip(op.good.make(torch.float32, target.device).differentiable, inside, through, wanted):
+    names = op.good.make(torch.float32, target.device).differentiable
+    for name, *found, gradient in zip(names, inside, through, wanted):
         assert gradient.abs().amax(tuple(range(1, gradient.dim()))).min() > 0, name
         for x in found:
             torch.testing.assert_close(x, gradient, rtol=1e-5, atol=1e-5)

@@ -6,11 +6,9 @@
 
 namespace pykernels::bindings {
 
-using Owner = std::vector<Tensor>;
-
 inline CausalConv1dParams conv_params(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                      const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
-                                      bool silu, Owner& owner) {
+                                      const std::optional<Tensor>& initial_state,
+                                      const std::optional<Tensor>& cu_seqlens, bool silu, Owner& owner) {
   STD_TORCH_CHECK(x.dim() == 3, "pykernels: x needs 3 axes");
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) >= 1, "pykernels: weight needs 2 axes and a width of at least 1");
   CausalConv1dParams p{};
@@ -29,9 +27,9 @@ inline CausalConv1dParams conv_params(const Tensor& x, const Tensor& weight, con
 }
 
 template <class Launch>
-std::tuple<Tensor, Tensor> conv_fwd(Launch&& launch, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                    const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
-                                    bool silu) {
+std::tuple<Tensor, Tensor> conv_fwd(Launch&& launch, const Tensor& x, const Tensor& weight,
+                                    const std::optional<Tensor>& bias, const std::optional<Tensor>& initial_state,
+                                    const std::optional<Tensor>& cu_seqlens, bool silu) {
   Owner owner;
   CausalConv1dParams p = conv_params(x, weight, bias, initial_state, cu_seqlens, silu, owner);
   Tensor out = empty_like_layout(x);
@@ -42,12 +40,13 @@ std::tuple<Tensor, Tensor> conv_fwd(Launch&& launch, const Tensor& x, const Tens
   return {out, final_state};
 }
 
+using ConvGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
 template <class Launch>
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(Launch&& launch, const Tensor& dout,
-                                                    const std::optional<Tensor>& dfinal_state, const Tensor& x,
-                                                    const Tensor& weight, const std::optional<Tensor>& bias,
-                                                    const std::optional<Tensor>& initial_state,
-                                                    const std::optional<Tensor>& cu_seqlens, bool silu) {
+ConvGradients conv_bwd(Launch&& launch, const Tensor& dout, const std::optional<Tensor>& dfinal_state, const Tensor& x,
+                       const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
+                       bool silu) {
   Owner owner;
   CausalConv1dBackwardParams p{};
   p.forward = conv_params(x, weight, bias, initial_state, cu_seqlens, silu, owner);
@@ -70,8 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(Launch&& launch, const Tenso
 
 // x [B, D] or [B, D, T]; weight and bias in the compute type or x's.
 template <class Launch>
-Tensor conv_step(Launch&& launch, const Tensor& x, Tensor& state, const Tensor& weight, const std::optional<Tensor>& bias,
-                 const std::optional<Tensor>& state_indices, bool silu) {
+Tensor conv_step(Launch&& launch, const Tensor& x, Tensor& state, const Tensor& weight,
+                 const std::optional<Tensor>& bias, const std::optional<Tensor>& state_indices, bool silu) {
   STD_TORCH_CHECK((x.dim() == 2 || x.dim() == 3) && state.dim() == 3, "pykernels: x needs 2 or 3 axes, state 3");
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) >= 1, "pykernels: weight needs 2 axes and a width of at least 1");
   Owner owner;
@@ -80,7 +79,7 @@ Tensor conv_step(Launch&& launch, const Tensor& x, Tensor& state, const Tensor& 
   p.dtype = dtype_of(x);
   p.batch = x.size(0), p.channels = x.size(1), p.tokens = one ? 1 : x.size(2);
   p.width = weight.size(1), p.slots = state.size(0);
-  STD_TORCH_CHECK(state_indices || p.slots == p.batch, "pykernels: state needs one slot per batch entry, or state_indices");
+  check_slots(p.slots, p.batch, state_indices);
   check_same_dtype(state, x, "state");
   check_shape(state, {p.slots, p.channels, p.width - 1}, "state");
   p.x = x.const_data_ptr(), p.x_stride = {x.stride(0), x.stride(1), one ? 1 : x.stride(2)};

@@ -15,10 +15,9 @@ std::tuple<Tensor, Tensor> fwd_cuda(const Tensor& x, const Tensor& weight, std::
   return conv_fwd(launch, x, weight, bias, initial_state, cu_seqlens, silu);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_cuda(const Tensor& dout, std::optional<Tensor> dfinal_state, const Tensor& x,
-                                                    const Tensor& weight, std::optional<Tensor> bias,
-                                                    std::optional<Tensor> initial_state, std::optional<Tensor> cu_seqlens,
-                                                    bool silu) {
+ConvGradients bwd_cuda(const Tensor& dout, std::optional<Tensor> dfinal_state, const Tensor& x, const Tensor& weight,
+                       std::optional<Tensor> bias, std::optional<Tensor> initial_state,
+                       std::optional<Tensor> cu_seqlens, bool silu) {
   const auto launch = [](CausalConv1dBackwardParams& p, const Tensor& x) {
     const CudaScope scope(x);
     Tensor scratch = empty({cuda::causal_conv1d_bwd_scratch(p)}, ScalarType::Float, x);
@@ -43,15 +42,15 @@ Tensor step_cuda(const Tensor& x, Tensor state, const Tensor& weight, std::optio
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pykernels, m) {
   m.def(
-      "causal_conv1d_fwd_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
-      "-> (Tensor out, Tensor final_state)");
+      "causal_conv1d_fwd_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
+      "bool silu) -> (Tensor out, Tensor final_state)");
   m.def(
       "causal_conv1d_bwd_cuda(Tensor dout, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, "
       "Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
   m.def(
-      "causal_conv1d_step_cuda(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, Tensor? state_indices, bool silu) "
-      "-> Tensor");
+      "causal_conv1d_step_cuda(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, Tensor? state_indices, "
+      "bool silu) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pykernels, CUDA, m) {

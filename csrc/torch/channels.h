@@ -23,9 +23,11 @@ inline Tensor empty_like_layout(const Tensor& x) {
   return empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type(), x);
 }
 
+using Owner = std::vector<Tensor>;
+
 // Checks a contiguous tensor and returns its data, null for none. `owner` keeps a copy alive where one had to be made.
-inline const void* contiguous_data(const std::optional<Tensor>& x, ScalarType dtype, std::initializer_list<int64_t> sizes,
-                                   const char* name, std::vector<Tensor>& owner) {
+inline const void* contiguous_data(const std::optional<Tensor>& x, ScalarType dtype,
+                                   torch::headeronly::IntHeaderOnlyArrayRef sizes, const char* name, Owner& owner) {
   if (!x) return nullptr;
   check_dtype(*x, dtype, name);
   check_shape(*x, sizes, name);
@@ -39,6 +41,11 @@ inline const int32_t* indices_data(const std::optional<Tensor>& x, int64_t size,
   check_shape(*x, {size}, name);
   STD_TORCH_CHECK(x->is_contiguous(), "pykernels: ", name, " must be contiguous");
   return static_cast<const int32_t*>(x->const_data_ptr());
+}
+
+inline void check_slots(int64_t slots, int64_t batch, const std::optional<Tensor>& state_indices) {
+  STD_TORCH_CHECK(state_indices || slots == batch,
+                  "pykernels: state needs one slot per batch entry, or state_indices");
 }
 
 // -> the number of states that go with a batch or with packed sequences

@@ -1,7 +1,9 @@
-// What every op's bindings share: checks that guard memory, allocation, dtypes, threads. Argument errors that a user can
-// cause are raised in Python, with better words; these only keep a direct call of torch.ops from touching foreign memory.
+// What every op's bindings share: checks that guard memory, allocation, dtypes, threads. Argument errors that a user
+// can cause are raised in Python, with better words; these only keep a direct call of torch.ops from touching foreign
+// memory.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,10 +12,14 @@
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../common/dtype.h"
 #include "../include/pykernels/parallel.h"
+
+// What went wrong in the call of torch that failed last in this thread. Weak: torch has it from 2.13 on.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace pykernels::bindings {
 
@@ -40,8 +46,19 @@ inline ScalarType accumulator_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Whether new tensors go through torch's dispatcher, which the tests' poisoning of fresh memory needs. It takes a microsecond each.
+// Whether new tensors go through torch's dispatcher, which the tests' poisoning of fresh memory needs. It takes a
+// microsecond each.
 extern bool allocates_by_dispatch;
+
+// Mostly for want of memory, so it says how much was asked for. Torch's own words come last: callers look for "out of
+// memory" in them.
+[[noreturn]] inline void allocation_failed(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::string list;
+  for (int64_t size : sizes) list += (list.empty() ? "" : ", ") + std::to_string(size);
+  const bool explained = torch_exception_get_what_without_backtrace != nullptr;
+  STD_TORCH_CHECK(false, "pykernels: torch could not allocate a tensor of sizes [", list, "]",
+                  explained ? ": " : "", explained ? torch_exception_get_what_without_backtrace() : "");
+}
 
 inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
   if (allocates_by_dispatch) return torch::stable::new_empty(like, sizes, dtype);
@@ -53,8 +70,9 @@ inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType d
   AtenTensorHandle result = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
-                                                         static_cast<int32_t>(dtype), device, index, &result));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, static_cast<int32_t>(dtype),
+                               device, index, &result) != TORCH_SUCCESS)
+    allocation_failed(sizes);
   return Tensor(result);
 }
 
@@ -68,13 +86,13 @@ inline Tensor contiguous_or(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
-inline void check_shape(const Tensor& x, std::initializer_list<int64_t> sizes, const char* name) {
-  STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(sizes.size()), "pykernels: ", name, " has ", x.dim(), " axes, expected ",
-                  sizes.size());
+inline void check_shape(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, const char* name) {
+  STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(sizes.size()),  //
+                  "pykernels: ", name, " has ", x.dim(), " axes, expected ", sizes.size());
   int64_t axis = 0;
   for (int64_t size : sizes) {
-    STD_TORCH_CHECK(x.size(axis) == size, "pykernels: ", name, " has size ", x.size(axis), " on axis ", axis, ", expected ",
-                    size);
+    STD_TORCH_CHECK(x.size(axis) == size,  //
+                    "pykernels: ", name, " has size ", x.size(axis), " on axis ", axis, ", expected ", size);
     ++axis;
   }
 }
@@ -95,6 +113,12 @@ inline Parallel torch_threads() {
     torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
   };
   return parallel;
+}
+
+// A CPU kernel as the bindings launch it.
+template <class Params>
+auto on_torch_threads(void (*kernel)(const Params&, const Parallel&)) {
+  return [kernel](const Params& params, const Tensor&) { kernel(params, torch_threads()); };
 }
 
 }  // namespace pykernels::bindings

@@ -22,8 +22,7 @@ void check_spectrum(const Tensor& spectrum, FFTConvSpectrumParams s, ScalarType 
 
 Tensor fwd_cpu(const Tensor& u, const Tensor& k, std::optional<Tensor> k_rev, std::optional<Tensor> skip,
                std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate, int64_t k_rev_lag, bool circular) {
-  const auto launch = [](const FFTConvParams& p, const Tensor&) { cpu::fft_conv_fwd(p, torch_threads()); };
-  return fft_conv_fwd(launch, u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag, circular);
+  return fft_conv_fwd(on_torch_threads(cpu::fft_conv_fwd), u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag, circular);
 }
 
 Tensor spectrum_cpu(const Tensor& k, std::optional<Tensor> k_rev, int64_t k_rev_lag, bool circular, int64_t length,
@@ -66,8 +65,7 @@ Tensor fwd_spectrum_cpu(const Tensor& u, const Tensor& spectrum, std::optional<T
   s.forward.dtype = wide == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;
   check_spectrum(spectrum, s, wide);
   p.spectrum = spectrum.const_data_ptr(), p.spectrum_length = length;
-  const auto launch = [](const FFTConvParams& params, const Tensor&) { cpu::fft_conv_fwd(params, torch_threads()); };
-  return fft_conv_output(launch, p, u);
+  return fft_conv_output(on_torch_threads(cpu::fft_conv_fwd), p, u);
 }
 
 Tensor step_cpu(const Tensor& u, Tensor inputs, Tensor pending, const Tensor& k, std::optional<Tensor> spectrum,
@@ -127,9 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
     const Tensor& dout, const Tensor& u, const Tensor& k, std::optional<Tensor> k_rev, std::optional<Tensor> skip,
     std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate, int64_t k_rev_lag, bool circular,
     bool input_gradient, bool kernel_gradient) {
-  const auto launch = [](const FFTConvBackwardParams& p, const Tensor&) { cpu::fft_conv_bwd(p, torch_threads()); };
-  return fft_conv_bwd(launch, dout, u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag, circular, input_gradient,
-                      kernel_gradient);
+  return fft_conv_bwd(on_torch_threads(cpu::fft_conv_bwd), dout, u, k, k_rev, skip, pre_gate, post_gate, k_rev_lag,
+                      circular, input_gradient, kernel_gradient);
 }
 
 }  // namespace

@@ -10,24 +10,19 @@ std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& q, const Tensor& k, const Tenso
                                    std::optional<Tensor> alibi_slopes, std::optional<Tensor> bias,
                                    std::optional<Tensor> sinks, std::optional<Tensor> seed, double dropout_p) {
   const Extras extras{alibi_slopes, bias, sinks, seed, dropout_p};
-  const auto launch = [](const FlashAttentionParams& p, const Tensor&) {
-    cpu::flash_attention_fwd(p, torch_threads());
-  };
-  return attention_fwd(launch, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right, extras);
+  return attention_fwd(on_torch_threads(cpu::flash_attention_fwd), q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap,
+                       window_left, window_right, extras);
 }
 
-Gradients bwd_cpu(const Tensor& dout, std::optional<Tensor> dlse, const Tensor& q,
-                  const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                  std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
-                  double scale, double softcap, int64_t window_left, int64_t window_right,
-                  bool deterministic, std::optional<Tensor> alibi_slopes, std::optional<Tensor> bias,
-                  std::optional<Tensor> sinks, std::optional<Tensor> seed, double dropout_p, bool bias_gradient) {
+Gradients bwd_cpu(const Tensor& dout, std::optional<Tensor> dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                  const Tensor& out, const Tensor& lse, std::optional<Tensor> cu_seqlens_q,
+                  std::optional<Tensor> cu_seqlens_k, double scale, double softcap, int64_t window_left,
+                  int64_t window_right, bool deterministic, std::optional<Tensor> alibi_slopes,
+                  std::optional<Tensor> bias, std::optional<Tensor> sinks, std::optional<Tensor> seed,
+                  double dropout_p, bool bias_gradient) {
   const Extras extras{alibi_slopes, bias, sinks, seed, dropout_p};
-  const auto launch = [](const FlashAttentionBackwardParams& p, const Tensor&) {
-    cpu::flash_attention_bwd(p, torch_threads());
-  };
-  return attention_bwd(launch, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left,
-                       window_right, deterministic, extras, bias_gradient);
+  return attention_bwd(on_torch_threads(cpu::flash_attention_bwd), dout, dlse, q, k, v, out, lse, cu_seqlens_q,
+                       cu_seqlens_k, scale, softcap, window_left, window_right, deterministic, extras, bias_gradient);
 }
 
 std::tuple<Tensor, Tensor> decode_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -36,19 +31,13 @@ std::tuple<Tensor, Tensor> decode_cpu(const Tensor& q, const Tensor& k_cache, co
                                       std::optional<Tensor> block_table, std::optional<Tensor> alibi_slopes,
                                       std::optional<Tensor> sinks) {
   const Extras extras{alibi_slopes, std::nullopt, sinks, std::nullopt, 0};
-  const auto launch = [](const FlashAttentionDecodeParams& p, const Tensor&) {
-    cpu::flash_attention_decode(p, torch_threads());
-  };
-  return attention_decode(launch, q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, window_left,
-                          window_right, block_table, extras);
+  return attention_decode(on_torch_threads(cpu::flash_attention_decode), q, k_cache, v_cache, cache_seqlens,
+                          new_tokens, scale, softcap, window_left, window_right, block_table, extras);
 }
 
 void append_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& cache_seqlens,
                 std::optional<Tensor> block_table) {
-  const auto launch = [](const FlashAttentionAppendParams& p, const Tensor&) {
-    cpu::flash_attention_append(p, torch_threads());
-  };
-  attention_append(launch, k_cache, v_cache, k, v, cache_seqlens, block_table);
+  attention_append(on_torch_threads(cpu::flash_attention_append), k_cache, v_cache, k, v, cache_seqlens, block_table);
 }
 
 }  // namespace

@@ -18,8 +18,8 @@ inline Strides3 strides3(const Tensor& x) { return {x.stride(0), x.stride(1), x.
 // Latent attention decodes with larger keys.
 constexpr int64_t kMaxHeadDim = 512, kMaxDecodeKeyDim = 576;
 
-// Fills what forward, backward and decode share; the tensors must outlive the launch. In a paged cache the first axes of k and
-// v are pages and their tokens.
+// Fills what forward, backward and decode share; the tensors must outlive the launch. In a paged cache the first axes
+// of k and v are pages and their tokens.
 inline FlashAttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                         double softcap, int64_t window_left, int64_t window_right,
                                         int64_t max_key_dim = kMaxHeadDim, bool paged = false) {
@@ -37,7 +37,8 @@ inline FlashAttentionParams make_params(const Tensor& q, const Tensor& k, const 
   check_shape(v, {first, p.seqlen_k, p.heads_k, p.value_dim}, "v");
   STD_TORCH_CHECK(p.heads_k > 0 && p.heads_q % p.heads_k == 0, "pykernels: q's heads are no multiple of k's");
   STD_TORCH_CHECK(p.head_dim >= 1 && p.head_dim <= max_key_dim && p.value_dim >= 1 && p.value_dim <= kMaxHeadDim,
-                  "pykernels: head sizes must be 1 to ", max_key_dim, " for keys and 1 to ", kMaxHeadDim, " for values");
+                  "pykernels: head sizes must be 1 to ", max_key_dim, " for keys and 1 to ", kMaxHeadDim,
+                  " for values");
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
   p.q_stride = strides3(q), p.k_stride = strides3(k), p.v_stride = strides3(v);
   p.scale = scale, p.softcap = softcap;
@@ -100,7 +101,8 @@ struct Extras {
 
   // For kernels that have neither.
   void reject_bias_and_dropout(const char* kernels) const {
-    STD_TORCH_CHECK(!bias && !seed, "pykernels: the ", kernels, " kernels of flash attention have no bias and no dropout");
+    STD_TORCH_CHECK(!bias && !seed,  //
+                    "pykernels: the ", kernels, " kernels of flash attention have no bias and no dropout");
   }
 
  private:
@@ -112,12 +114,13 @@ struct Extras {
 };
 
 // A block table, and the number of tokens that it has room for.
-inline int64_t set_pages(const std::optional<Tensor>& block_table, const Tensor& cache, int64_t batch, const int32_t*& table,
-                         int64_t& stride, int64_t& page_size, int64_t& pages) {
+inline int64_t set_pages(const std::optional<Tensor>& block_table, const Tensor& cache, int64_t batch,
+                         const int32_t*& table, int64_t& stride, int64_t& page_size, int64_t& pages) {
   if (!block_table) return cache.size(1);
   check_same_device(*block_table, cache, "block_table");
   check_dtype(*block_table, ScalarType::Int, "block_table");
-  STD_TORCH_CHECK(block_table->dim() == 2 && block_table->is_contiguous(), "pykernels: block_table needs 2 contiguous axes");
+  STD_TORCH_CHECK(block_table->dim() == 2 && block_table->is_contiguous(),
+                  "pykernels: block_table needs 2 contiguous axes");
   check_shape(*block_table, {batch, block_table->size(1)}, "block_table");
   table = static_cast<const int32_t*>(block_table->const_data_ptr());
   stride = block_table->size(1), page_size = cache.size(1), pages = cache.size(0);
@@ -161,13 +164,11 @@ std::tuple<Tensor, Tensor> attention_fwd(Launch launch, const Tensor& q_, const 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Launch>
-Gradients attention_bwd(Launch launch, const Tensor& dout_,
-                                                 const std::optional<Tensor>& dlse_, const Tensor& q_,
-                                                 const Tensor& k_, const Tensor& v_, const Tensor& out_,
-                                                 const Tensor& lse_, const std::optional<Tensor>& cu_seqlens_q,
-                                                 const std::optional<Tensor>& cu_seqlens_k, double scale,
-                                                 double softcap, int64_t window_left, int64_t window_right,
-                                                 bool deterministic, Extras extras, bool bias_gradient) {
+Gradients attention_bwd(Launch launch, const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q_,
+                        const Tensor& k_, const Tensor& v_, const Tensor& out_, const Tensor& lse_,
+                        const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+                        double scale, double softcap, int64_t window_left, int64_t window_right, bool deterministic,
+                        Extras extras, bool bias_gradient) {
   const Tensor q = last_contiguous(q_), k = last_contiguous(k_), v = last_contiguous(v_);
   const Tensor dout = last_contiguous(dout_), out = last_contiguous(out_), lse = contiguous_or(lse_);
   std::optional<Tensor> dlse;
@@ -205,7 +206,8 @@ Gradients attention_bwd(Launch launch, const Tensor& dout_,
   const ScalarType wide = accumulator_of(q);
   Tensor dbias = empty({0}, wide, q), dsinks = empty({0}, wide, q);
   if (bias_gradient) {
-    STD_TORCH_CHECK(f.bias && f.bias_type != BiasType::kBoolean, "pykernels: a gradient is wanted of a bias that has none");
+    STD_TORCH_CHECK(f.bias && f.bias_type != BiasType::kBoolean,
+                    "pykernels: a gradient is wanted of a bias that has none");
     const Tensor& bias = *extras.bias;
     dbias = empty({bias.size(0), bias.size(1), bias.size(2), bias.size(3)}, wide, q);
     p.dbias = dbias.mutable_data_ptr();
@@ -226,7 +228,8 @@ std::tuple<Tensor, Tensor> attention_decode(Launch launch, const Tensor& q_, con
                                             const std::optional<Tensor>& block_table, Extras extras) {
   const Tensor q = last_contiguous(q_), k = last_contiguous(k_cache), v = last_contiguous(v_cache);
   FlashAttentionDecodeParams p{};
-  p.forward = make_params(q, k, v, scale, softcap, window_left, window_right, kMaxDecodeKeyDim, block_table.has_value());
+  const bool paged = block_table.has_value();
+  p.forward = make_params(q, k, v, scale, softcap, window_left, window_right, kMaxDecodeKeyDim, paged);
   FlashAttentionParams& f = p.forward;
   f.seqlen_k = set_pages(block_table, k, f.batch, f.block_table, f.block_table_stride, f.page_size, f.pages);
   extras.set(f, q);

@@ -12,7 +12,8 @@ namespace pykernels::bindings {
 inline Strides3 strides3(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
 // q, k [B, T, Hk, K] and v [B, T, H, V]; the tensors must outlive the launch.
-inline LinearAttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool normalize, bool reverse) {
+inline LinearAttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                         bool normalize, bool reverse) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "pykernels: q, k and v need 4 axes");
   check_same_dtype(k, q, "k");
   check_same_dtype(v, q, "v");
@@ -77,12 +78,15 @@ inline std::optional<Tensor> decay_operand(const std::optional<Tensor>& x) {
   return x && x->dim() == 4 ? std::optional<Tensor>(last_contiguous(*x)) : x;
 }
 
+using LinearOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
 // Checks, allocates, and calls launch(params, q).
 template <class Launch>
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_fwd(
-    Launch launch, const Tensor& q_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& decay_,
-    const std::optional<Tensor>& bonus_, const std::optional<Tensor>& initial_state_, const std::optional<Tensor>& cu_seqlens,
-    double scale, bool normalize, bool reverse, bool checkpoint) {
+LinearOutputs linear_attention_fwd(Launch launch, const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                   const std::optional<Tensor>& decay_, const std::optional<Tensor>& bonus_,
+                                   const std::optional<Tensor>& initial_state_,
+                                   const std::optional<Tensor>& cu_seqlens, double scale, bool normalize, bool reverse,
+                                   bool checkpoint) {
   const Tensor q = last_contiguous(q_), k = last_contiguous(k_), v = last_contiguous(v_);
   const std::optional<Tensor> decay = decay_operand(decay_), bonus = contiguous_or_none(bonus_);
   const std::optional<Tensor> initial_state = contiguous_or_none(initial_state_);
@@ -108,14 +112,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_fwd(
   return {out, final_state, checkpoints, denominator};
 }
 
+using LinearGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 template <class Launch>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd(
-    Launch launch, const Tensor& dout_, const std::optional<Tensor>& dfinal_state_, const Tensor& q_, const Tensor& k_,
-    const Tensor& v_, const std::optional<Tensor>& decay_, const std::optional<Tensor>& bonus_,
-    const std::optional<Tensor>& cu_seqlens, const Tensor& out_, const Tensor& checkpoints_, const Tensor& denominator_,
-    double scale, bool normalize, bool reverse, bool decay_gradient) {
-  const Tensor q = last_contiguous(q_), k = last_contiguous(k_), v = last_contiguous(v_), dout = last_contiguous(dout_);
-  const Tensor out = last_contiguous(out_), checkpoints = contiguous_or(checkpoints_), denominator = contiguous_or(denominator_);
+LinearGradients linear_attention_bwd(Launch launch, const Tensor& dout_, const std::optional<Tensor>& dfinal_state_,
+                                     const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                     const std::optional<Tensor>& decay_, const std::optional<Tensor>& bonus_,
+                                     const std::optional<Tensor>& cu_seqlens, const Tensor& out_,
+                                     const Tensor& checkpoints_, const Tensor& denominator_, double scale,
+                                     bool normalize, bool reverse, bool decay_gradient) {
+  const Tensor q = last_contiguous(q_), k = last_contiguous(k_), v = last_contiguous(v_);
+  const Tensor dout = last_contiguous(dout_), out = last_contiguous(out_);
+  const Tensor checkpoints = contiguous_or(checkpoints_), denominator = contiguous_or(denominator_);
   const std::optional<Tensor> decay = decay_operand(decay_), bonus = contiguous_or_none(bonus_);
   const std::optional<Tensor> dfinal_state = contiguous_or_none(dfinal_state_);
   LinearAttentionBackwardParams b{};
@@ -152,7 +160,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd(
   Tensor dk = empty({p.batch, p.tokens, p.heads, p.key_dim}, of_k, q);
   Tensor dv = empty({p.batch, p.tokens, p.heads, p.value_dim}, q.scalar_type(), q);
   const int64_t rows = decay_gradient ? p.tokens : 0;
-  Tensor ddecay = per_channel ? empty({p.batch, rows, p.heads, p.key_dim}, wide, q) : empty({p.batch, rows, p.heads}, wide, q);
+  Tensor ddecay = per_channel ? empty({p.batch, rows, p.heads, p.key_dim}, wide, q)  //
+                              : empty({p.batch, rows, p.heads}, wide, q);
   Tensor dbonus = empty({bonus ? p.tiles() : 0, p.heads, p.key_dim}, wide, q);
   Tensor dinitial_state = empty({count, p.heads, p.key_dim, state_dim}, wide, q);
   b.dq = dq.mutable_data_ptr(), b.dk = dk.mutable_data_ptr(), b.dv = dv.mutable_data_ptr();
@@ -172,7 +181,8 @@ Tensor linear_attention_step(Launch launch, Tensor& state, const Tensor& q_, con
   const auto with_time = [](const Tensor& x) { return torch::stable::unsqueeze(last_contiguous(x), 1); };
   const Tensor q = with_time(q_), k = with_time(k_), v = with_time(v_);
   std::optional<Tensor> decay = decay_;
-  if (decay && decay->dim() > 1) decay = torch::stable::unsqueeze(decay->dim() == 3 ? last_contiguous(*decay) : *decay, 1);
+  if (decay && decay->dim() > 1)
+    decay = decay->dim() == 3 ? with_time(*decay) : torch::stable::unsqueeze(*decay, 1);
   const std::optional<Tensor> bonus = contiguous_or_none(bonus_);
   LinearAttentionStepParams s{};
   s.forward = make_params(q, k, v, scale, normalize, false);

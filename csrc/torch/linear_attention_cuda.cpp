@@ -5,11 +5,9 @@
 namespace pykernels::bindings {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> fwd_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                    std::optional<Tensor> decay, std::optional<Tensor> bonus,
-                                                    std::optional<Tensor> initial_state,
-                                                    std::optional<Tensor> cu_seqlens, double scale, bool normalize,
-                                                    bool reverse, bool checkpoint) {
+LinearOutputs fwd_cuda(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> decay,
+                       std::optional<Tensor> bonus, std::optional<Tensor> initial_state,
+                       std::optional<Tensor> cu_seqlens, double scale, bool normalize, bool reverse, bool checkpoint) {
   check_devices(q, k, v, decay, bonus, initial_state, cu_seqlens);
   const auto launch = [](const LinearAttentionParams& p, const Tensor& q) {
     const CudaScope scope(q);
@@ -20,11 +18,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd_cuda(const Tensor& q, const Tenso
                               checkpoint);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
-    const Tensor& dout, std::optional<Tensor> dfinal_state, const Tensor& q, const Tensor& k, const Tensor& v,
-    std::optional<Tensor> decay, std::optional<Tensor> bonus, std::optional<Tensor> cu_seqlens, const Tensor& out,
-    const Tensor& checkpoints, const Tensor& denominator, double scale, bool normalize, bool reverse,
-    bool decay_gradient) {
+LinearGradients bwd_cuda(const Tensor& dout, std::optional<Tensor> dfinal_state, const Tensor& q, const Tensor& k,
+                         const Tensor& v, std::optional<Tensor> decay, std::optional<Tensor> bonus,
+                         std::optional<Tensor> cu_seqlens, const Tensor& out, const Tensor& checkpoints,
+                         const Tensor& denominator, double scale, bool normalize, bool reverse, bool decay_gradient) {
   check_devices(q, k, v, dout, dfinal_state, decay, bonus, cu_seqlens, out, checkpoints, denominator);
   const auto launch = [](const LinearAttentionBackwardParams& b, const Tensor& q) {
     const CudaScope scope(q);
@@ -50,12 +47,13 @@ Tensor step_cuda(Tensor state, const Tensor& q, const Tensor& k, const Tensor& v
 STABLE_TORCH_LIBRARY_FRAGMENT(pykernels, m) {
   m.def(
       "linear_attention_fwd_cuda(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? bonus, Tensor? initial_state, "
-      "Tensor? cu_seqlens, float scale, bool normalize, bool reverse, bool checkpoint) -> (Tensor out, Tensor final_state, "
-      "Tensor checkpoints, Tensor denominator)");
+      "Tensor? cu_seqlens, float scale, bool normalize, bool reverse, bool checkpoint) "
+      "-> (Tensor out, Tensor final_state, Tensor checkpoints, Tensor denominator)");
   m.def(
-      "linear_attention_bwd_cuda(Tensor dout, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? bonus, "
-      "Tensor? cu_seqlens, Tensor out, Tensor checkpoints, Tensor denominator, float scale, bool normalize, bool reverse, "
-      "bool decay_gradient) -> (Tensor dq, Tensor dk, Tensor dv, Tensor ddecay, Tensor dbonus, Tensor dinitial_state)");
+      "linear_attention_bwd_cuda(Tensor dout, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor? decay, "
+      "Tensor? bonus, Tensor? cu_seqlens, Tensor out, Tensor checkpoints, Tensor denominator, float scale, "
+      "bool normalize, bool reverse, bool decay_gradient) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ddecay, Tensor dbonus, Tensor dinitial_state)");
   m.def(
       "linear_attention_step_cuda(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? bonus, "
       "Tensor? state_indices, float scale, bool normalize) -> Tensor");

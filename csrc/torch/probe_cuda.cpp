@@ -11,8 +11,8 @@ Tensor cuda_probe(const Tensor& x_) {
   const Tensor x = contiguous_or(x_);
   const CudaScope scope(x);
   Tensor out = torch::stable::empty_like(x);
-  check_launch(cuda::probe(static_cast<const float*>(x.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()), x.numel(),
-                           scope.stream()),
+  const auto* from = static_cast<const float*>(x.const_data_ptr());
+  check_launch(cuda::probe(from, static_cast<float*>(out.mutable_data_ptr()), x.numel(), scope.stream()),
                "probe_kernel");
   return out;
 }

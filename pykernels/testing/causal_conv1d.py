@@ -11,28 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.causal_conv1d import OP, causal_conv1d, causal_conv1d_step
-from .kit import BadInput, Case, Description, Sample, seed
+from .kit import BadInput, Case, Description, Sample
+from .layouts import compute_dtype, contiguous, expanded, normal, strided
 from .targets import DTYPES
 
 # ---- Tensors of [B, D, L], also for the scan ------------------------------------------------------------------------
 
 
-def normal(name: str, shape: Sequence[int]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed(name)), dtype=torch.float64)
-
-
-def contiguous(x: Tensor) -> Tensor:
-    return x
-
-
 def token_first(x: Tensor) -> Tensor:
     """As the transpose of a contiguous [B, L, D]."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def strided(x: Tensor) -> Tensor:
-    """Every other element of a tensor twice as large: no axis is contiguous."""
-    return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
 
 
 def padded(x: Tensor) -> Tensor:
@@ -42,11 +30,6 @@ def padded(x: Tensor) -> Tensor:
     inner = whole[:, :channels, 3:length + 3]
     inner.copy_(x)
     return inner
-
-
-def expanded(x: Tensor) -> Tensor:
-    """One batch entry for all, with stride 0."""
-    return x[:1].expand(x.shape)
 
 
 def offsets(lengths: Sequence[int], device: str, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -135,7 +118,7 @@ EXTREMES = (
 
 def _compute(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A parameter as the torch ops take it."""
-    return None if x is None else x.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return None if x is None else x.to(compute_dtype(dtype))
 
 
 def _conv_calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:

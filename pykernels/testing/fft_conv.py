@@ -9,40 +9,12 @@ import torch
 from torch import Tensor
 
 from ..ops.fft_conv import OP, fft_conv
-from .kit import BadInput, Case, Description, Sample, seed
-
-
-def _normal(name: str, shape: Sequence[int]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed(name)), dtype=torch.float64)
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    return x
+from .kit import BadInput, Case, Description, Sample
+from .layouts import compute_dtype, contiguous, expanded, normal, padded, strided
 
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-def _strided_last(x: Tensor) -> Tensor:
-    return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
-
-
-def _padded(x: Tensor) -> Tensor:
-    """A slice of a larger tensor of NaN."""
-    whole = x.new_full([size + 3 for size in x.shape], torch.nan)
-    inner = whole[tuple(slice(1, size + 1) for size in x.shape)]
-    inner.copy_(x)
-    return inner
-
-
-def _expanded(x: Tensor) -> Tensor:
-    """One batch entry for all, with stride 0."""
-    return x[:1].expand(x.shape)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def conv_case(
@@ -61,7 +33,7 @@ def conv_case(
     mode: str | None = None,
     narrow: bool = False,
     wide_gates: bool = False,
-    layout: Callable[[Tensor], Tensor] = _contiguous,
+    layout: Callable[[Tensor], Tensor] = contiguous,
     scale: float = 1.0,
     dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> Case:
@@ -71,19 +43,19 @@ def conv_case(
     taps = length if taps is None else taps
 
     def make(dtype: torch.dtype, device: str) -> Sample:
-        of_kernel, of_gate = dtype if narrow else _wide(dtype), _wide(dtype) if wide_gates else dtype
+        of_kernel, of_gate = dtype if narrow else compute_dtype(dtype), compute_dtype(dtype) if wide_gates else dtype
         row = batch, channels, length
         args: dict[str, Any] = {
-            "u": layout((scale * _normal(name + "u", row)).to(device, dtype)),
-            "k": layout(_normal(name + "k", (groups, taps)).to(device, of_kernel)),
+            "u": layout((scale * normal(name + "u", row)).to(device, dtype)),
+            "k": layout(normal(name + "k", (groups, taps)).to(device, of_kernel)),
         }
         if taps_rev is not None:
-            args["k_rev"] = layout(_normal(name + "k_rev", (groups, taps_rev)).to(device, of_kernel))
+            args["k_rev"] = layout(normal(name + "k_rev", (groups, taps_rev)).to(device, of_kernel))
         if skip:
-            args["D"] = _normal(name + "D", (channels,)).to(device, of_kernel)
+            args["D"] = normal(name + "D", (channels,)).to(device, of_kernel)
         for gate, on in (("pre_gate", pre), ("post_gate", post)):
             if on:
-                args[gate] = layout(_normal(name + gate, row).to(device, of_gate))
+                args[gate] = layout(normal(name + gate, row).to(device, of_gate))
         differentiable = tuple(args)
         options = {name: x for name, x in (("k_rev_lag", lag), ("mode", mode)) if x is not None}
         return Sample({**args, **options}, differentiable)
@@ -135,9 +107,9 @@ CASES = (
     conv_case("wide-gates", batch=2, length=280, wide_gates=True, **_ALL),
     conv_case("many-channels", channels=70, length=40, **_ALL),
     conv_case("layout-channels-last", batch=2, length=260, layout=_channels_last, taps_rev=20, **_ALL),
-    conv_case("layout-strided-last", batch=2, length=60, taps=20, layout=_strided_last, **_ALL),
-    conv_case("layout-padded", batch=2, length=301, layout=_padded, **_ALL),
-    conv_case("layout-expanded", batch=3, length=260, layout=_expanded, groups=2, **_ALL),
+    conv_case("layout-strided-last", batch=2, length=60, taps=20, layout=strided, **_ALL),
+    conv_case("layout-padded", batch=2, length=301, layout=padded, **_ALL),
+    conv_case("layout-expanded", batch=3, length=260, layout=expanded, groups=2, **_ALL),
 )
 
 EXTREMES = (
@@ -156,7 +128,7 @@ EXTREMES = (
 
 def _calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:
     args = sample.args
-    wide, u = _wide(sample.args["u"].dtype), args["u"]
+    wide, u = compute_dtype(sample.args["u"].dtype), args["u"]
     kernels = [None if args.get(name) is None else args[name].to(wide) for name in ("k", "k_rev", "D")]
     gates = [None if args.get(name) is None else args[name].to(u.dtype) for name in ("pre_gate", "post_gate")]
     arguments = (u, *kernels, *gates, args.get("k_rev_lag", 1), args.get("mode") == "circular")
@@ -171,7 +143,7 @@ def torch_fft(
 ) -> Tensor:
     """The usual composition: real transforms of twice the length."""
     length = u.shape[-1]
-    size, wide = 2 * length, _wide(u.dtype)
+    size, wide = 2 * length, compute_dtype(u.dtype)
     x = u if pre_gate is None else pre_gate * u
     out = torch.fft.irfft(torch.fft.rfft(x.to(wide), n=size) * torch.fft.rfft(k.to(wide), n=size), n=size)[..., :length]
     if D is not None:

@@ -11,28 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.flash_attention import DECODE_OP, OP, flash_attention, flash_attention_decode
-from .kit import BadInput, Case, Description, Sample, seed
+from .kit import BadInput, Case, Description, Sample
+from .layouts import compute_dtype, contiguous, expanded, generator, heads_first, normal, strided
 from .targets import DTYPES
 
 # ---- Tensors -------------------------------------------------------------------------------------------------
-
-
-def _normal(name: str, shape: Sequence[int]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed(name)), dtype=torch.float64)
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    return x
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """[B, T, H, K] as the transpose of a contiguous [B, H, T, K]: dense, permuted."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _strided_last(x: Tensor) -> Tensor:
-    """Every other element of a tensor twice as large, so that the last axis is not contiguous."""
-    return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -42,11 +25,6 @@ def _padded(x: Tensor) -> Tensor:
     inner = whole[:, 1 : tokens + 1, :heads, 3 : dim + 3]
     inner.copy_(x)
     return inner
-
-
-def _expanded(x: Tensor) -> Tensor:
-    """One batch entry for all, with stride 0."""
-    return x[:1].expand(x.shape)
 
 
 # ---- flash_attention -----------------------------------------------------------------------------------------
@@ -64,12 +42,12 @@ def attention_case(
     value_dim: int | None = None,
     lengths_q: Sequence[int] | None = None,
     lengths_k: Sequence[int] | None = None,
-    layout: Callable[[Tensor], Tensor] = _contiguous,
+    layout: Callable[[Tensor], Tensor] = contiguous,
     values: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
     alibi: Sequence[int] | None = None,
     bias: Sequence[int] | None = None,
     bias_dtype: torch.dtype | None = None,
-    bias_values: Callable[[Tensor], Tensor] = _contiguous,
+    bias_values: Callable[[Tensor], Tensor] = contiguous,
     sinks: float | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
     **options: Any,
@@ -85,7 +63,7 @@ def attention_case(
 
     def make(dtype: torch.dtype, device: str) -> Sample:
         q, k, v = (
-            _normal(name + axis, shape)
+            normal(name + axis, shape)
             for axis, shape in (
                 ("q", (batch, tq, heads_q, head_dim)),
                 ("k", (batch, tk, heads_k, head_dim)),
@@ -101,15 +79,15 @@ def attention_case(
                 args["cu_seqlens_" + side] = torch.tensor(offsets, dtype=torch.int32, device=device)
         differentiable = ["q", "k", "v"]
         if alibi is not None:
-            args["alibi_slopes"] = _normal(name + "alibi", alibi).abs().to(device, dtype)
+            args["alibi_slopes"] = normal(name + "alibi", alibi).abs().to(device, dtype)
         if bias is not None and bias_dtype == torch.bool:
-            args["bias"] = bias_values(_normal(name + "bias", bias) > -0.5).to(device)
+            args["bias"] = bias_values(normal(name + "bias", bias) > -0.5).to(device)
         elif bias is not None:
-            wide = bias_values(_normal(name + "bias", bias))
+            wide = bias_values(normal(name + "bias", bias))
             args["bias"] = wide.to(device, bias_dtype if bias_dtype is not None and dtype != torch.float64 else dtype)
             differentiable.append("bias")
         if sinks is not None:
-            args["sinks"] = (_normal(name + "sinks", (heads_q,)) + sinks).to(device, dtype)
+            args["sinks"] = (normal(name + "sinks", (heads_q,)) + sinks).to(device, dtype)
             differentiable.append("sinks")
         return Sample({**args, **options}, tuple(differentiable))
 
@@ -174,13 +152,13 @@ CASES = (
     attention_case("packed-none", tq=10, head_dim=8, lengths_q=()),
     # Layouts.
     attention_case(
-        "layout-heads-first", batch=2, tq=65, tk=80, heads_q=3, head_dim=32, layout=_heads_first, causal=True
+        "layout-heads-first", batch=2, tq=65, tk=80, heads_q=3, head_dim=32, layout=heads_first, causal=True
     ),
-    attention_case("layout-strided-last", batch=2, tq=33, tk=50, head_dim=24, layout=_strided_last),
+    attention_case("layout-strided-last", batch=2, tq=33, tk=50, head_dim=24, layout=strided),
     attention_case(
         "layout-padded", batch=2, tq=65, tk=70, head_dim=33, value_dim=20, layout=_padded, causal=True
     ),
-    attention_case("layout-expanded", batch=3, tq=20, head_dim=32, layout=_expanded),
+    attention_case("layout-expanded", batch=3, tq=20, head_dim=32, layout=expanded),
     # ALiBi.
     attention_case("alibi", batch=2, tq=130, tk=150, heads_q=4, heads_k=2, head_dim=32, alibi=(4,), causal=True),
     attention_case("alibi-batch-softcap", batch=2, tq=90, tk=75, heads_q=3, head_dim=64, alibi=(2, 3), softcap=3.0),
@@ -335,7 +313,7 @@ def _extras(sample: Sample) -> tuple[Tensor | None, Tensor | None, Tensor | None
     """-> (alibi_slopes, bias, sinks, seed, dropout_p) as the torch ops take them."""
     args = sample.args
     q, bias, dropout_p = args["q"], args.get("bias"), args.get("dropout_p", 0.0)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(q.dtype)
     slopes, sinks = (x if x is None else x.to(wide) for x in (args.get("alibi_slopes"), args.get("sinks")))
     return (slopes, None if bias is None else bias[(None,) * (4 - bias.dim())], sinks,
             torch.tensor([-(2**40) + 7], device=q.device) if dropout_p else None, dropout_p)
@@ -553,7 +531,7 @@ def decode_case(
     heads_k: int = 2,
     head_dim: int = 64,
     value_dim: int | None = None,
-    layout: Callable[[Tensor], Tensor] = _contiguous,
+    layout: Callable[[Tensor], Tensor] = contiguous,
     page_size: int | None = None,
     shared_pages: int = 0,
     alibi: Sequence[int] | None = None,
@@ -569,21 +547,21 @@ def decode_case(
     batch = len(lengths)
 
     def make(dtype: torch.dtype, device: str) -> Sample:
-        args: dict[str, Any] = {"q": _normal(name + "q", (batch, tq, heads_q, head_dim)).to(device, dtype)}
+        args: dict[str, Any] = {"q": normal(name + "q", (batch, tq, heads_q, head_dim)).to(device, dtype)}
         for axis, dim in (("k", head_dim), ("v", value_dim)):
             cache = torch.full((batch, capacity, heads_k, dim), torch.nan, dtype=torch.float64)
             for b, length in enumerate(lengths):
-                cache[b, :length] = _normal(f"{name}{axis}{b}", (length, heads_k, dim))
+                cache[b, :length] = normal(f"{name}{axis}{b}", (length, heads_k, dim))
             args[axis + "_cache"] = layout(cache.to(device, dtype))
             if new_tokens is not None:
-                args[axis] = _normal(name + "new" + axis, (batch, new_tokens, heads_k, dim)).to(device, dtype)
+                args[axis] = normal(name + "new" + axis, (batch, new_tokens, heads_k, dim)).to(device, dtype)
         if page_size is not None:
             args |= _paged(name, args["k_cache"], args["v_cache"], page_size, shared_pages, lengths, new_tokens or 0)
             args |= {axis + "_cache": layout(args[axis + "_cache"]) for axis in "kv"}
         if alibi is not None:
-            args["alibi_slopes"] = _normal(name + "alibi", alibi).abs().to(device, dtype)
+            args["alibi_slopes"] = normal(name + "alibi", alibi).abs().to(device, dtype)
         if sinks is not None:
-            args["sinks"] = (_normal(name + "sinks", (heads_q,)) + sinks).to(device, dtype)
+            args["sinks"] = (normal(name + "sinks", (heads_q,)) + sinks).to(device, dtype)
         args["cache_seqlens"] = torch.tensor(lengths, dtype=torch.int32, device=device)
         return Sample({**args, **options})
 
@@ -597,8 +575,8 @@ def _paged(name: str, k_cache: Tensor, v_cache: Tensor, page_size: int, shared: 
     """The same caches in pages; the table names pages that don't exist where there are no tokens."""
     batch, capacity = k_cache.shape[:2]
     per_entry = -(-capacity // page_size)
-    generator = torch.Generator().manual_seed(seed(name + "pages"))
-    table = torch.randperm(batch * per_entry + 3, generator=generator)[: batch * per_entry].view(batch, per_entry)
+    order = torch.randperm(batch * per_entry + 3, generator=generator(name + "pages"))
+    table = order[: batch * per_entry].view(batch, per_entry)
     table[:, :shared] = table[:1, :shared]
     result = {}
     for key, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -637,9 +615,9 @@ DECODE_CASES = (
     decode_case(
         "window-draft", lengths=(50, 130), capacity=140, tq=5, new_tokens=5, window=(16, 2), causal=False
     ),
-    decode_case("layout-heads-first", lengths=(20, 33), capacity=40, new_tokens=2, tq=2, layout=_heads_first),
+    decode_case("layout-heads-first", lengths=(20, 33), capacity=40, new_tokens=2, tq=2, layout=heads_first),
     decode_case("layout-padded", lengths=(20, 33), capacity=40, new_tokens=1, head_dim=33, layout=_padded),
-    decode_case("layout-strided-last", lengths=(20, 33), capacity=40, head_dim=24, layout=_strided_last),
+    decode_case("layout-strided-last", lengths=(20, 33), capacity=40, head_dim=24, layout=strided),
     decode_case("head-576", lengths=(40, 300), capacity=310, new_tokens=1, heads_q=16, heads_k=1, head_dim=576,
                 value_dim=512),
     decode_case("head-576-prompt", lengths=(0, 30), capacity=130, tq=70, new_tokens=70, heads_q=2, heads_k=1,

@@ -10,51 +10,15 @@ import torch
 from torch import Tensor
 
 from ..ops.linear_attention import OP, linear_attention, linear_attention_step
-from .kit import BadInput, Case, Description, Sample, seed
+from .kit import BadInput, Case, Description, Sample
+from .layouts import compute_dtype, contiguous, expanded, generator, heads_first, normal, padded, strided
 
 # ---- Tensors --------------------------------------------------------------------------------------------------------
 
 
-def _generator(name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(seed(name))
-
-
-def _normal(name: str, shape: Sequence[int]) -> Tensor:
-    return torch.randn(shape, generator=_generator(name), dtype=torch.float64)
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    return x
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _strided_last(x: Tensor) -> Tensor:
-    return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
-
-
-def _padded(x: Tensor) -> Tensor:
-    """A slice of a larger tensor of NaN."""
-    whole = x.new_full([size + 3 for size in x.shape], torch.nan)
-    inner = whole[tuple(slice(1, size + 1) for size in x.shape)]
-    inner.copy_(x)
-    return inner
-
-
-def _expanded(x: Tensor) -> Tensor:
-    """One batch entry for all, with stride 0."""
-    return x[:1].expand(x.shape)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _decay(name: str, shape: Sequence[int], strength: float | Callable[[Tensor], Tensor]) -> Tensor:
     """Log factors in (-strength, 0), or what `strength` makes of values in (0, 1)."""
-    uniform = torch.rand(shape, generator=_generator(name), dtype=torch.float64)
+    uniform = torch.rand(shape, generator=generator(name), dtype=torch.float64)
     return strength(uniform) if callable(strength) else -strength * uniform
 
 
@@ -67,7 +31,7 @@ def linear_case(name: str, *, batch: int = 1, tokens: int, heads: int = 2, heads
                 key_dim: int = 32, value_dim: int | None = None, decay: str | None = None,
                 strength: float | Callable[[Tensor], Tensor] = 0.2, bonus: bool = False, state: bool = False,
                 lengths: Sequence[int] | None = None, narrow: bool = False,
-                layout: Callable[[Tensor], Tensor] = _contiguous,
+                layout: Callable[[Tensor], Tensor] = contiguous,
                 values: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
                 dtypes: tuple[torch.dtype, ...] | None = None, **options: Any) -> Case:
     """A call of linear_attention with normal inputs; `decay` is a key of _DECAYS, `strength` its size; `state` gives an
@@ -77,7 +41,7 @@ def linear_case(name: str, *, batch: int = 1, tokens: int, heads: int = 2, heads
     sizes = {"B": batch, "T": tokens, "H": heads, "K": key_dim}
 
     def make(dtype: torch.dtype, device: str) -> Sample:
-        q, k, v = (_normal(name + axis, shape) for axis, shape in (("q", (batch, tokens, heads_k, key_dim)),
+        q, k, v = (normal(name + axis, shape) for axis, shape in (("q", (batch, tokens, heads_k, key_dim)),
                                                                   ("k", (batch, tokens, heads_k, key_dim)),
                                                                   ("v", (batch, tokens, heads, value_dim))))
         if options.get("normalize"):  # as the usual feature maps make them
@@ -85,17 +49,17 @@ def linear_case(name: str, *, batch: int = 1, tokens: int, heads: int = 2, heads
         if values is not None:
             q, k, v = values(q, k, v)
         args: dict[str, Any] = {n: layout(x.to(device, dtype)) for n, x in (("q", q), ("k", k), ("v", v))}
-        other = dtype if narrow else _wide(dtype)
+        other = dtype if narrow else compute_dtype(dtype)
         if decay is not None:
             x = _decay(name + "decay", [sizes[axis] for axis in _DECAYS[decay]], strength)
             args["decay"] = (layout(x.to(device, other)) if decay == "channel" else x.to(device, other))
         if bonus:
-            args["bonus"] = _normal(name + "bonus", (heads, key_dim)).to(device, other)
+            args["bonus"] = normal(name + "bonus", (heads, key_dim)).to(device, other)
         if lengths is not None:
             args["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
         if state:
             count = batch if lengths is None else len(lengths)
-            x = _normal(name + "state", (count, heads, key_dim, value_dim + options.get("normalize", False)))
+            x = normal(name + "state", (count, heads, key_dim, value_dim + options.get("normalize", False)))
             args["initial_state"] = (x.abs() if options.get("normalize") else x).to(device, other)
         differentiable = tuple(n for n in ("q", "k", "v", "decay", "bonus", "initial_state") if n in args)
         return Sample({**args, **options}, differentiable)
@@ -145,10 +109,10 @@ CASES = (
     linear_case("packed-normalize", tokens=90, key_dim=20, lengths=(50, 40), normalize=True, state=True),
     linear_case("packed-none", tokens=10, key_dim=8, lengths=(), state=True),
     # Layouts.
-    linear_case("layout-heads-first", batch=2, tokens=65, heads=3, decay="channel", layout=_heads_first),
-    linear_case("layout-strided-last", batch=2, tokens=33, key_dim=24, decay="channel", layout=_strided_last),
-    linear_case("layout-padded", batch=2, tokens=65, key_dim=33, value_dim=20, decay="channel", layout=_padded),
-    linear_case("layout-expanded", batch=3, tokens=20, layout=_expanded),
+    linear_case("layout-heads-first", batch=2, tokens=65, heads=3, decay="channel", layout=heads_first),
+    linear_case("layout-strided-last", batch=2, tokens=33, key_dim=24, decay="channel", layout=strided),
+    linear_case("layout-padded", batch=2, tokens=65, key_dim=33, value_dim=20, decay="channel", layout=padded),
+    linear_case("layout-expanded", batch=3, tokens=20, layout=expanded),
 )
 
 
@@ -224,7 +188,7 @@ def _options(sample: Sample) -> tuple[float, bool]:
 
 
 def _optional(sample: Sample, *names: str) -> tuple[Tensor | None, ...]:
-    wide = _wide(sample.args["q"].dtype)
+    wide = compute_dtype(sample.args["q"].dtype)
     given = (sample.args.get(name) for name in names)
     return tuple(x.to(wide) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
 
@@ -254,7 +218,7 @@ def chunkwise(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, s
     """
     batch, tokens, heads, key_dim = q.shape
     scale = key_dim ** -0.5 if scale is None else scale
-    wide, count = _wide(q.dtype), tokens // chunk
+    wide, count = compute_dtype(q.dtype), tokens // chunk
 
     def split(x: Tensor) -> Tensor:
         return x.transpose(1, 2).reshape(batch, heads, count, chunk, -1)
@@ -392,7 +356,7 @@ def step_case(name: str, *, batch: int = 2, heads: int = 3, heads_k: int | None 
               value_dim: int | None = None, decay: str | None = None,
               strength: float | Callable[[Tensor], Tensor] = 0.5, bonus: bool = False,
               slots: Sequence[int] | None = None, of: int | None = None,
-              layout: Callable[[Tensor], Tensor] = _contiguous, **options: Any) -> Case:
+              layout: Callable[[Tensor], Tensor] = contiguous, **options: Any) -> Case:
     """A step; with `slots`, entry b has slot slots[b] of `of`."""
     heads_k = heads if heads_k is None else heads_k
     value_dim = key_dim if value_dim is None else value_dim
@@ -402,17 +366,17 @@ def step_case(name: str, *, batch: int = 2, heads: int = 3, heads_k: int | None 
         args: dict[str, Any] = {}
         for axis, shape in (("q", (batch, heads_k, key_dim)), ("k", (batch, heads_k, key_dim)),
                             ("v", (batch, heads, value_dim))):
-            x = _normal(name + axis, shape)
+            x = normal(name + axis, shape)
             args[axis] = layout((x.abs() if options.get("normalize") else x).to(device, dtype))
-        wide = _wide(dtype)
+        wide = compute_dtype(dtype)
         columns = value_dim + options.get("normalize", False)
-        state = _normal(name + "state", (batch if slots is None else of, heads, key_dim, columns))
+        state = normal(name + "state", (batch if slots is None else of, heads, key_dim, columns))
         args["state"] = (state.abs() if options.get("normalize") else state).to(device, wide)
         if decay is not None:
             args["decay"] = _decay(name + "decay", [sizes[axis] for axis in _DECAYS[decay].replace("T", "")],
                                    strength).to(device, wide)
         if bonus:
-            args["bonus"] = _normal(name + "bonus", (heads, key_dim)).to(device, wide)
+            args["bonus"] = normal(name + "bonus", (heads, key_dim)).to(device, wide)
         if slots is not None:
             args["state_indices"] = torch.tensor(slots, dtype=torch.int32, device=device)
         return Sample({**args, **options})
@@ -431,8 +395,8 @@ STEP_CASES = (
     step_case("step-slots", batch=3, decay="head", slots=(4, 0, 2), of=5),
     step_case("step-large", batch=1, heads=2, key_dim=256, value_dim=512, decay="channel"),
     step_case("step-tiny", batch=1, heads=1, key_dim=1, value_dim=1),
-    step_case("layout-strided-last", key_dim=24, layout=_strided_last),
-    step_case("layout-padded", key_dim=24, layout=_padded, decay="token"),
+    step_case("layout-strided-last", key_dim=24, layout=strided),
+    step_case("layout-padded", key_dim=24, layout=padded, decay="token"),
 )
 STEP_EXTREMES = (
     step_case("step-strong", decay="channel", strength=lambda x: -50 - 50 * x),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops.retention import retention, retention_step
 from .kit import BadInput, Case, Sample
+from .layouts import compute_dtype, expanded
 from .linear_attention import LINEAR_ATTENTION, LINEAR_ATTENTION_STEP, linear_case, step_case
 
 
@@ -33,7 +34,7 @@ CASES = (
     )),
     linear_case("layout-heads-first", batch=2, tokens=65, heads=3,
                 layout=lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
-    linear_case("layout-expanded", batch=3, tokens=20, layout=lambda x: x[:1].expand(x.shape)),
+    linear_case("layout-expanded", batch=3, tokens=20, layout=expanded),
 )
 EXTREMES = (
     *map(_with_gamma, (
@@ -50,7 +51,7 @@ def _as_linear(sample: Sample) -> Sample:
     gamma = args.pop("gamma", None)
     if gamma is None:
         v = args["v"]
-        wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+        wide = compute_dtype(v.dtype)
         gamma = 1 - 2.0 ** (-5 - torch.arange(v.shape[-2], device=v.device, dtype=wide))
     return Sample({**args, "decay": gamma.log()}, sample.differentiable)
 
@@ -118,7 +119,7 @@ RETENTION_STEP = dataclasses.replace(
         _with_gamma(step_case("gamma", batch=3, decay="head", slots=(4, 0, 2), of=5)),
         step_case("scale-grouped", heads=6, heads_k=2, key_dim=16, value_dim=36, scale=0.7),
         step_case("layout-strided-last", key_dim=24, layout=lambda x: torch.stack([x, x], dim=-1)[..., 0]),
-        step_case("layout-expanded", batch=3, key_dim=24, layout=lambda x: x[:1].expand(x.shape)),
+        step_case("layout-expanded", batch=3, key_dim=24, layout=expanded),
     ),
     extremes=(_with_gamma(step_case("gamma-tiny", decay="head", strength=lambda x: -50 - 30 * x)),),
     good=_with_gamma(step_case("good", heads=4, heads_k=2, key_dim=8, value_dim=5, decay="head", slots=(2, 0), of=3)),

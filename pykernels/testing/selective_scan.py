@@ -11,17 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.selective_scan import OP, selective_scan, selective_scan_step
-from .causal_conv1d import (contiguous, cu_seqlens_bad_inputs, expanded, normal, offsets, padded,
-                            state_indices_bad_inputs, strided, token_first)
+from .causal_conv1d import cu_seqlens_bad_inputs, offsets, padded, state_indices_bad_inputs, token_first
 from .kit import BadInput, Case, Description, Sample
+from .layouts import compute_dtype, contiguous, expanded, normal, strided
 from .targets import DTYPES
 
 OPTIONAL = ("D", "z", "delta_bias", "initial_state")
 _DIFFERENTIABLE = ("u", "delta", "A", "B", "C", *OPTIONAL)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def scan_case(name: str, *, batch: int = 1, channels: int, length: int, state: int = 16, B: str = "token",
@@ -55,7 +51,7 @@ def scan_case(name: str, *, batch: int = 1, channels: int, length: int, state: i
         args: dict[str, Any] = {}
         for n, x in tensors.items():
             keep = n == "initial_state" or wide and n in ("delta", "A", "B", "C", "D", "delta_bias")
-            x = x.to(device, _wide(dtype) if keep else dtype)
+            x = x.to(device, compute_dtype(dtype) if keep else dtype)
             args[n] = layout(x) if n in ("u", "delta", "z") or n in "BC" and x.dim() == 3 else x
         if lengths is not None:
             args["cu_seqlens"] = offsets(lengths, device)
@@ -131,7 +127,7 @@ EXTREMES = (
 
 
 def _compute(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return x if x is None or x.is_complex() else x.to(_wide(dtype))
+    return x if x is None or x.is_complex() else x.to(compute_dtype(dtype))
 
 
 def _scan_calls(sample: Sample, backend: str) -> Iterable[tuple[str, tuple]]:
@@ -345,12 +341,12 @@ def scan_step_case(name: str, *, batch: int, axes: tuple[int, ...], state: int =
         for n, x in tensors.items():
             if n in ("D", "z", "delta_bias") and n not in given:
                 continue
-            args[n] = x.to(device, _wide(dtype) if wide and n not in ("x", "z") else dtype)
+            args[n] = x.to(device, compute_dtype(dtype) if wide and n not in ("x", "z") else dtype)
         states = normal(name + "state", (slots, *axes, state))
         if indices is not None:
             states[[i for i in range(slots) if i not in indices]] = torch.nan
             args["state_indices"] = torch.tensor(indices, device=device)
-        states = states.to(device, _wide(dtype))
+        states = states.to(device, compute_dtype(dtype))
         args["state"] = states.transpose(1, -1).contiguous().transpose(1, -1) if strided_state else states
         return Sample({**args, "delta_softplus": delta_softplus})
 

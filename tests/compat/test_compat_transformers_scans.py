@@ -75,7 +75,6 @@ WIDE = {
         transformers.BambaConfig(**WIDE_HYBRID, **WIDE_MAMBA_2, attn_layer_indices=[1])
     ),
 }
-MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -97,7 +97,8 @@ def conv_step(x, state, weight, bias, state_indices, silu):
     host_build.load().causal_conv1d_step({
         "dtype": _DTYPES[x.dtype], "batch": batch, "channels": channels, "tokens": tokens, "width": weight.shape[1],
         "slots": state.shape[0], "silu": silu, "weight_dtype": _DTYPES[weight.dtype],
-        "bias_dtype": _DTYPES[(weight if bias is None else bias).dtype], **fields(x=x, state=state, weight=weight, bias=bias, state_indices=state_indices, out=out)})
+        "bias_dtype": _DTYPES[(weight if bias is None else bias).dtype],
+        **fields(x=x, state=state, weight=weight, bias=bias, state_indices=state_indices, out=out)})
     check_guards(out)
     return out
 
@@ -174,8 +175,9 @@ def scan_step(*arguments):
     out = guarded(x.shape, x.dtype)
     f = {"dtype": _DTYPES[x.dtype], "delta_dtype": _DTYPES[delta.dtype], "B_dtype": _DTYPES[B.dtype],
          "C_dtype": _DTYPES[C.dtype], "D_dtype": _DTYPES[(x if D is None else D).dtype],
-         "delta_bias_dtype": _DTYPES[(x if delta_bias is None else delta_bias).dtype], "batch": batch, "heads": heads, "channels": channels, "state": A.shape[2],
-         "groups": B.shape[1], "slots": state.shape[0], "delta_softplus": delta_softplus,
+         "delta_bias_dtype": _DTYPES[(x if delta_bias is None else delta_bias).dtype],
+         "batch": batch, "heads": heads, "channels": channels, "state": A.shape[2], "groups": B.shape[1],
+         "slots": state.shape[0], "delta_softplus": delta_softplus,
          "state_indices": 0 if state_indices is None else state_indices.data_ptr()}
     # The axes that each has of batch, head, channel and state.
     for axes, tensors in {"bhc": {"x": x, "delta": delta, "z": z, "out": out}, "bhcn": {"states": state},

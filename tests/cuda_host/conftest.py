@@ -11,8 +11,13 @@ import host_build  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def host():
-    """The CUDA sources, compiled for the host."""
+def compiler():
+    """For tests that compile the CUDA sources for the host."""
     if (reason := host_build.unavailable()) is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def host(compiler):
+    """The CUDA sources, compiled for the host."""
     return host_build.load()

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -39,8 +40,15 @@ def unavailable() -> str | None:
     return None
 
 
-def _sources() -> list[Path]:
-    return [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu")), *sorted((CSRC / "cuda").rglob("*.cu"))]
+# Instantiations that no case under the sanitizers runs; those of other sizes stand for them. The module binds its
+# functions when they are called, so that one of these that is called after all is a symbol that isn't found.
+UNSANITIZED = re.compile(r"decode_sm80_\d+|(fwd|bwd)_sm(80|90)_(96|192)")
+
+
+def _sources(variant: str) -> list[Path]:
+    kernels = [path for path in sorted((CSRC / "cuda").rglob("*.cu"))
+               if variant != "sanitized" or not UNSANITIZED.fullmatch(path.stem)]
+    return [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu")), *kernels]
 
 
 def _flags(variant: str) -> list[str]:
@@ -76,7 +84,8 @@ def _build_in(folder: Path, variant: str) -> None:
     flags = _flags(variant)
 
     def compile_one(source: Path) -> Path:
-        key = hashlib.sha256("\0".join([COMPILER, *flags, _headers_hash(source.parent), source.read_text()]).encode()).hexdigest()[:16]
+        made_from = "\0".join([COMPILER, *flags, _headers_hash(source.parent), source.read_text()])
+        key = hashlib.sha256(made_from.encode()).hexdigest()[:16]
         obj = folder / f"{source.parent.name}-{source.name}-{key}.o"
         if not obj.exists():
             for old in folder.glob(f"{source.parent.name}-{source.name}-*.o"):
@@ -88,13 +97,14 @@ def _build_in(folder: Path, variant: str) -> None:
 
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(compile_one, _sources()))
+        objects = list(pool.map(compile_one, _sources(variant)))
     module = folder / (NAME + sysconfig.get_config_var("EXT_SUFFIX"))
     stamp = folder / "linked"
     linked = "\n".join(obj.name for obj in objects)
     if not module.exists() or not stamp.exists() or stamp.read_text() != linked:
         partial = module.with_suffix(f".{os.getpid()}")
-        subprocess.run([COMPILER, *OPTIMIZE[variant], "-shared", *map(str, objects), "-o", str(partial)], check=True)
+        linker = ["-shared", "-Wl,-z,lazy"] if variant == "sanitized" else ["-shared"]
+        subprocess.run([COMPILER, *OPTIMIZE[variant], *linker, *map(str, objects), "-o", str(partial)], check=True)
         partial.replace(module)
         stamp.write_text(linked)
 
@@ -111,9 +121,27 @@ def sanitized_environment() -> dict[str, str]:
             "PYKERNELS_CUDA_HOST": "sanitized"}
 
 
+def run_sanitized(*arguments: str) -> subprocess.CompletedProcess:
+    """Python with these arguments, in a process where `load` gives the sanitized module."""
+    build("sanitized")
+    return subprocess.run([sys.executable, *arguments], cwd=HERE, env=sanitized_environment(), capture_output=True,
+                          text=True)
+
+
+def check_sanitized(file: str, tests: list[str]) -> None:
+    """That tests of a file pass with address and undefined-behaviour sanitizer seeing every access of the kernels."""
+    names = [f"{Path(file).name}::{test}" for test in tests]
+    result = run_sanitized("-m", "pytest", "-q", "-p", "no:cacheprovider", *names)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert f"{len(tests)} passed" in result.stdout, result.stdout[-4000:]
+
+
 def load():
     """The module; the variant that PYKERNELS_CUDA_HOST names, the plain one by default."""
-    folder = str(build(os.environ.get("PYKERNELS_CUDA_HOST", "plain")))
+    variant = os.environ.get("PYKERNELS_CUDA_HOST", "plain")
+    if variant == "sanitized":
+        sys.setdlopenflags(os.RTLD_LAZY)
+    folder = str(build(variant))
     if folder not in sys.path:
         sys.path.insert(0, folder)
     return __import__(NAME)

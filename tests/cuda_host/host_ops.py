@@ -58,9 +58,9 @@ def _pages(block_table: Tensor | None, k_cache: Tensor) -> dict[str, Any]:
     if block_table is None:
         return {}
     pages, page_size = k_cache.shape[:2]
-    return {"block_table": block_table.data_ptr(), "block_table_stride": block_table.shape[1], "pages": pages,
-            "page_size": page_size, "seqlen_k": block_table.shape[1] * page_size, "capacity": block_table.shape[1] * page_size,
-            "batch": block_table.shape[0]}
+    batch, per_entry = block_table.shape
+    return {"block_table": block_table.data_ptr(), "block_table_stride": per_entry, "pages": pages, "batch": batch,
+            "page_size": page_size, "seqlen_k": per_entry * page_size, "capacity": per_entry * page_size}
 
 
 def _tensors(**tensors: Tensor) -> dict[str, Any]:
@@ -78,13 +78,13 @@ def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *options_and_extras):
     return out, lse
 
 
-def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right, deterministic,
-        alibi_slopes=None, bias=None, sinks=None, seed=None, dropout_p=0.0, bias_gradient=False):
+def bwd(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right,
+        deterministic, alibi_slopes=None, bias=None, sinks=None, seed=None, dropout_p=0.0, bias_gradient=False):
     q, k, v, out, dout = map(_last_contiguous, (q, k, v, out, dout))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = (_with_guards(*x.shape, dtype=x.dtype) for x in (q, k, v))
-    fields = _fields(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right, alibi_slopes,
-                     bias, sinks, seed, dropout_p) | _tensors(dout=dout, dq=dq, dk=dk, dv=dv)
+    fields = _fields(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, softcap, window_left, window_right,
+                     alibi_slopes, bias, sinks, seed, dropout_p) | _tensors(dout=dout, dq=dq, dk=dk, dv=dv)
     dsinks = _with_guards(0 if sinks is None else q.shape[2], dtype=torch.float32)
     fields |= {"dlse": 0 if dlse is None else dlse.data_ptr(), "deterministic": deterministic, "scratch": 0,
                "dsinks": 0 if sinks is None else dsinks.data_ptr()}
@@ -99,7 +99,8 @@ def decode(q, k_cache, v_cache, cache_seqlens, new_tokens, scale, softcap, windo
     q, k, v = map(_last_contiguous, (q, k_cache, v_cache))
     out = _with_guards(*q.shape[:3], v.shape[3], dtype=q.dtype)
     lse = _with_guards(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-    fields = _fields(q, k, v, out, lse, None, None, scale, softcap, window_left, window_right, alibi_slopes, None, sinks)
+    fields = _fields(q, k, v, out, lse, None, None, scale, softcap, window_left, window_right, alibi_slopes, None,
+                     sinks)
     fields |= _pages(block_table, k) | {"cache_seqlens": cache_seqlens.data_ptr(), "new_tokens": new_tokens}
     _, floats = host_build.load().flash_attention_decode_splits(fields)
     scratch = _with_guards(floats, dtype=torch.float32)

@@ -94,8 +94,9 @@ __global__ void reduce_kernel(const void* in, void* out) {
   store_registers(results, out, 128);
 }
 
-// in: x uint32 [blocks, 32]; out: values [32], which each block doubles before it adds its x, then whose turn it is [1], then
-// how many blocks have begun [1]: their order is that of their turns, since a block that has not begun can't be waited for.
+// in: x uint32 [blocks, 32]; out: values [32], which each block doubles before it adds its x, then whose turn it is
+// [1], then how many blocks have begun [1]: their order is that of their turns, since one that has not begun can't be
+// waited for.
 __global__ void turns_kernel(const void* in, void* out) {
   uint32_t* const values = static_cast<uint32_t*>(out);
   unsigned* const turn = values + 32;

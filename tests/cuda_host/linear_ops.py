@@ -1,4 +1,4 @@
-"""linear_attention's ops on the host executor, as a backend "cuda_host", with what csrc/torch does around the kernels."""
+"""linear_attention on the host executor, as a backend "cuda_host", with what csrc/torch does around the kernels."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def fwd(q, k, v, decay, bonus, initial_state, cu_seqlens, scale, normalize, reve
     q, k, v = map(_last_contiguous, (q, k, v))
     decay = decay if decay is None or decay.dim() < 4 else _last_contiguous(decay)
     bonus, initial_state = _optional(bonus), _optional(initial_state)
-    outputs = _shapes(registration._fake_fwd, q, k, v, decay, bonus, initial_state, cu_seqlens, scale, normalize, reverse, checkpoint)
+    outputs = _shapes(registration._fake_fwd, q, k, v, decay, bonus, initial_state, cu_seqlens, scale, normalize,
+                      reverse, checkpoint)
     out, final_state, checkpoints, denominator = outputs
     fields = _fields(q, k, v, decay, bonus, cu_seqlens, scale, normalize, reverse) | _strided(out=out)
     fields |= _addresses(initial_state=initial_state, final_state=final_state, denominator=denominator,
@@ -86,8 +87,8 @@ def fwd(q, k, v, decay, bonus, initial_state, cu_seqlens, scale, normalize, reve
 
 def bwd(dout, dfinal_state, q, k, v, decay, bonus, cu_seqlens, out, checkpoints, denominator, scale, normalize, reverse,
         decay_gradient):
-    outputs = _shapes(registration._fake_bwd, dout, dfinal_state, q, k, v, decay, bonus, cu_seqlens, out, checkpoints, denominator, scale,
-                      normalize, reverse, decay_gradient)
+    outputs = _shapes(registration._fake_bwd, dout, dfinal_state, q, k, v, decay, bonus, cu_seqlens, out, checkpoints,
+                      denominator, scale, normalize, reverse, decay_gradient)
     q, k, v, dout = map(_last_contiguous, (q, k, v, dout))
     decay = decay if decay is None or decay.dim() < 4 else _last_contiguous(decay)
     bonus, dfinal_state = _optional(bonus), _optional(dfinal_state)
@@ -96,9 +97,9 @@ def bwd(dout, dfinal_state, q, k, v, decay, bonus, cu_seqlens, out, checkpoints,
         out = _last_contiguous(out)
         fields |= _strided(out=out)
     dq, dk, dv, ddecay, dbonus, dinitial_state = outputs
-    fields |= _addresses(dfinal_state=dfinal_state, checkpoints=checkpoints, denominator=denominator, dq=dq, dk=dk, dv=dv,
-                         ddecay=ddecay if decay_gradient else None, dbonus=None if bonus is None else dbonus,
-                         dinitial_state=dinitial_state)
+    fields |= _addresses(dfinal_state=dfinal_state, checkpoints=checkpoints, denominator=denominator,
+                         dq=dq, dk=dk, dv=dv, ddecay=ddecay if decay_gradient else None,
+                         dbonus=None if bonus is None else dbonus, dinitial_state=dinitial_state)
     host = host_build.load()
     scratch = _guarded(host.linear_attention_bwd_scratch(fields))
     host.linear_attention_bwd(fields | {"scratch": scratch.data_ptr()})

@@ -47,7 +47,8 @@ CausalConv1dStepParams conv_step_params(const py::dict& f) {
   p.x = pointer<void>(f, "x"), p.x_stride = strides(f, "x_stride");
   p.state = pointer<void>(f, "state"), p.state_stride = strides(f, "state_stride");
   p.weight = pointer<void>(f, "weight"), p.bias = pointer<void>(f, "bias");
-  p.weight_dtype = static_cast<DType>(number(f, "weight_dtype")), p.bias_dtype = static_cast<DType>(number(f, "bias_dtype"));
+  p.weight_dtype = static_cast<DType>(number(f, "weight_dtype"));
+  p.bias_dtype = static_cast<DType>(number(f, "bias_dtype"));
   p.state_indices = pointer<int32_t>(f, "state_indices"), p.silu = f["silu"].cast<bool>();
   p.out = pointer<void>(f, "out"), p.out_stride = strides(f, "out_stride");
   return p;

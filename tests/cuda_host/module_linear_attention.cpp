@@ -53,7 +53,8 @@ LinearAttentionStepParams step_params(const py::dict& f) {
 }  // namespace
 
 void bind_linear_attention(py::module_& m) {
-  m.def("linear_attention_fwd_scratch", [](const py::dict& f) { return cuda::linear_attention_fwd_scratch(params(f)); });
+  m.def("linear_attention_fwd_scratch",
+        [](const py::dict& f) { return cuda::linear_attention_fwd_scratch(params(f)); });
   m.def("linear_attention_fwd",
         [](const py::dict& f) { check(cuda::linear_attention_fwd(params(f), pointer<void>(f, "scratch"), nullptr)); });
   m.def("linear_attention_bwd_scratch",
@@ -61,7 +62,8 @@ void bind_linear_attention(py::module_& m) {
   m.def("linear_attention_bwd", [](const py::dict& f) {
     check(cuda::linear_attention_bwd(backward_params(f), pointer<void>(f, "scratch"), nullptr));
   });
-  m.def("linear_attention_step", [](const py::dict& f) { check(cuda::linear_attention_step(step_params(f), nullptr)); });
+  m.def("linear_attention_step",
+        [](const py::dict& f) { check(cuda::linear_attention_step(step_params(f), nullptr)); });
 }
 
 }  // namespace cuda_host

@@ -53,19 +53,22 @@ FAULTS = (
     Fault("fwd-query-read-early", _FORWARD, "ptx::mbarrier_wait(q_full, q_parity);", group="fwd"),
     Fault("fwd-first-keys-read-early", _FORWARD, "k_ring.wait(k_state);", after="\n      issue_scores();", group="fwd"),
     Fault("fwd-keys-read-early", _FORWARD, "k_ring.wait(k_state);", after="\n        wait_turn();", group="fwd"),
-    Fault("fwd-first-scores-read-early", _FORWARD, "ptx::wgmma_wait<0>();", after="\n      ptx::wgmma_hold(s);", group="fwd"),
+    Fault("fwd-first-scores-read-early", _FORWARD, "ptx::wgmma_wait<0>();",
+          after="\n      ptx::wgmma_hold(s);", group="fwd"),
     Fault("fwd-scores-read-early", _FORWARD, "ptx::wgmma_wait<1>();", group="fwd"),
     Fault("fwd-values-read-early", _FORWARD, "v_ring.wait(v_state);", after="\n        issue_output();", group="fwd"),
     Fault("fwd-last-values-read-early", _FORWARD, "v_ring.wait(v_state);", before="      }\n      ",
           after="\n      issue_output();", group="fwd-short"),
-    Fault("fwd-output-read-early", _FORWARD, "ptx::wgmma_wait<0>();", after="\n        ptx::wgmma_hold(o);", group="fwd"),
-    Fault("fwd-last-output-read-early", _FORWARD, "ptx::wgmma_wait<0>();", after="\n      ptx::wgmma_hold(o);", group="fwd"),
+    Fault("fwd-output-read-early", _FORWARD, "ptx::wgmma_wait<0>();",
+          after="\n        ptx::wgmma_hold(o);", group="fwd"),
+    Fault("fwd-last-output-read-early", _FORWARD, "ptx::wgmma_wait<0>();",
+          after="\n      ptx::wgmma_hold(o);", group="fwd"),
     Fault("fwd-scores-issued-without-a-fence", _FORWARD, "ptx::wgmma_fence();",
           before="k_operand = by_rows(k_ring.tile(k_state.stage()));\n      ", group="fwd"),
     Fault("fwd-output-issued-without-a-fence", _FORWARD, "ptx::wgmma_fence();",
           before="v_operand = by_columns(v_ring.tile(v_state.stage()));\n      ", group="fwd"),
-    Fault("ring-refilled-early", "flash_attention/sm90.cuh", "ptx::mbarrier_wait(empty + state.stage(), state.parity() ^ 1);",
-          group="fwd"),
+    Fault("ring-refilled-early", "flash_attention/sm90.cuh",
+          "ptx::mbarrier_wait(empty + state.stage(), state.parity() ^ 1);", group="fwd"),
     # Backward for sm_90a.
     Fault("bwd-barriers-initialised-without-a-fence", _BACKWARD, "ptx::fence_mbarrier_init();", group="bwd"),
     Fault("bwd-keys-read-early", _BACKWARD, "ptx::mbarrier_wait(kv_full, 0);", group="bwd"),
@@ -73,14 +76,15 @@ FAULTS = (
     Fault("bwd-dout-read-early", _BACKWARD, "dout_ring.wait(state);", after="\n    ptx::wgmma_fence();", group="bwd"),
     Fault("bwd-scores-read-early", _BACKWARD, "ptx::wgmma_wait<1>();", after="\n    ptx::wgmma_hold(s);", group="bwd"),
     Fault("bwd-dp-read-early", _BACKWARD, "ptx::wgmma_wait<1>();", after="\n    ptx::wgmma_hold(dp);", group="bwd"),
-    Fault("bwd-ds-without-a-proxy-fence", _BACKWARD, "ptx::fence_proxy_async();", after="\n    // Both consumers' dS", group="bwd"),
+    Fault("bwd-ds-without-a-proxy-fence", _BACKWARD, "ptx::fence_proxy_async();",
+          after="\n    // Both consumers' dS", group="bwd"),
     Fault("bwd-ds-without-a-barrier", _BACKWARD, _BOTH, after="\n\n    float dq[32] = {};", group="bwd"),
     Fault("bwd-dq-read-early", _BACKWARD, "ptx::wgmma_wait<1>();", after="  // dV and dQ", group="bwd"),
     Fault("bwd-part-overwritten-early", _BACKWARD, "ptx::bulk_wait_read<0>();", group="bwd"),
     Fault("bwd-part-overwritten-without-a-barrier", _BACKWARD,
           "ptx::named_barrier_sync(kPartFree + static_cast<unsigned>(consumer), kPartThreads);", group="bwd"),
-    Fault("bwd-part-without-a-proxy-fence", _BACKWARD, "ptx::fence_proxy_async();", after="\n    ptx::named_barrier_arrive(kPartFull",
-          group="bwd"),
+    Fault("bwd-part-without-a-proxy-fence", _BACKWARD, "ptx::fence_proxy_async();",
+          after="\n    ptx::named_barrier_arrive(kPartFull", group="bwd"),
     Fault("bwd-part-without-a-barrier", _BACKWARD,
           "ptx::named_barrier_arrive(kPartFull + static_cast<unsigned>(consumer), kPartThreads);", group="bwd"),
     Fault("bwd-dk-read-early", _BACKWARD, "ptx::wgmma_wait<0>();", after="\n    ptx::wgmma_hold(dk);", group="bwd"),
@@ -88,7 +92,8 @@ FAULTS = (
     Fault("bwd-large-keys-read-early", _BACKWARD_LARGE, "ptx::mbarrier_wait(kv_full, 0);", group="bwd-large"),
     Fault("bwd-large-scores-read-early", _BACKWARD_LARGE, "ptx::wgmma_wait<0>();", after="\n      ptx::wgmma_hold(s);",
           group="bwd-large"),
-    Fault("bwd-large-weights-read-early", _BACKWARD_LARGE, "ptx::named_barrier_sync(kWeights, 256);", group="bwd-large"),
+    Fault("bwd-large-weights-read-early", _BACKWARD_LARGE, "ptx::named_barrier_sync(kWeights, 256);",
+          group="bwd-large"),
     Fault("bwd-large-dp-read-early", _BACKWARD_LARGE, "ptx::wgmma_wait<0>();", after="\n      ptx::wgmma_hold(dp);",
           group="bwd-large"),
     Fault("bwd-large-ds-without-a-proxy-fence", _BACKWARD_LARGE, "ptx::fence_proxy_async();",
@@ -96,34 +101,47 @@ FAULTS = (
     Fault("bwd-large-ds-read-early", _BACKWARD_LARGE, "ptx::named_barrier_sync(kDs, 256);", group="bwd-large"),
     # Decoding.
     Fault("decode-cache-read-early", _DECODE, "ptx::cp_async_wait<0>();", group="decode"),
-    Fault("decode-stage-refilled-early", _DECODE, "__syncthreads();", after="\n    load_stage(step + 1);", group="decode"),
-    Fault("decode-pieces-read-early", _DECODE, "__syncthreads();", after="  // and nobody reads K or V any more", group="decode"),
-    Fault("decode-outputs-read-early", _DECODE, "__syncthreads();", after="\n  // A split without keys", group="decode"),
-    Fault("decode-pages-read-early", _DECODE, "__syncthreads();", after="\n    }\n    load_stage(steps_begin);", group="paged"),
+    Fault("decode-stage-refilled-early", _DECODE, "__syncthreads();",
+          after="\n    load_stage(step + 1);", group="decode"),
+    Fault("decode-pieces-read-early", _DECODE, "__syncthreads();",
+          after="  // and nobody reads K or V any more", group="decode"),
+    Fault("decode-outputs-read-early", _DECODE, "__syncthreads();",
+          after="\n  // A split without keys", group="decode"),
+    Fault("decode-pages-read-early", _DECODE, "__syncthreads();",
+          after="\n    }\n    load_stage(steps_begin);", group="paged"),
     # Linear attention.
     Fault("walk-stage-read-early", _WALK, "ptx::cp_async_wait<0>();", group="linear"),
     Fault("walk-stage-refilled-early", _WALK, "__syncthreads();", after="\n    load_stage(step + 1);", group="linear"),
     Fault("walk-scores-read-early", _WALK, "if (kResult) __syncthreads();", group="linear"),
     Fault("ddecay-panel-read-early", _DECAY, "ptx::cp_async_wait<0>();", group="linear"),
-    Fault("ddecay-panel-refilled-early", _DECAY, "__syncthreads();", after="\n    load_stage(panel + 1);", group="linear"),
-    Fault("ddecay-next-products-loaded-early", _DECAY, "__syncthreads();", after="\n}\n\n// A block owns the tokens", group="linear"),
+    Fault("ddecay-panel-refilled-early", _DECAY, "__syncthreads();",
+          after="\n    load_stage(panel + 1);", group="linear"),
+    Fault("ddecay-next-products-loaded-early", _DECAY, "__syncthreads();",
+          after="\n}\n\n// A block owns the tokens", group="linear"),
     Fault("ddecay-pairs-read-early", _DECAY, "__syncthreads();", after="\n  if (warp > 0) return;", group="linear"),
     Fault("ddecay-sums-read-early", _DECAY, "__syncwarp();", group="linear"),
     # Linear attention of a decay per channel, and of fp32.
-    Fault("wide-stage-refilled-early", _WIDE, "__syncthreads();", after="\n    if (with_result && load_wide", group="wide"),
+    Fault("wide-stage-refilled-early", _WIDE, "__syncthreads();",
+          after="\n    if (with_result && load_wide", group="wide"),
     Fault("wide-stage-read-early", _WIDE, "__syncthreads();", after="\n    if (!active) continue;", group="wide"),
-    Fault("wide-panel-refilled-early", _CHUNK, "__syncthreads();", after="  // nobody reads the last panel", group="wide"),
+    Fault("wide-panel-refilled-early", _CHUNK, "__syncthreads();",
+          after="  // nobody reads the last panel", group="wide"),
     Fault("wide-panel-read-early", _CHUNK, "__syncthreads();", before="large.y = 1;\n  ", group="wide"),
-    Fault("wide-factors-read-early", _CHUNK, "__syncthreads();", after="\n      if (channel.index < c.channels) {", group="wide"),
-    Fault("wide-pairs-read-early", _CHUNK, "__syncthreads();", after="\n  for (int i = static_cast<int>(threadIdx.x); i < kChunk *",
-          group="wide"),
-    Fault("wide-keys-read-early", _CHUNK, "__syncthreads();", after="\n    {\n      const float raised_pairs", group="wide"),
-    Fault("wide-products-read-early", _CHUNK, "__syncthreads();", after="\n\n    const int d = channel.in_panel", group="wide"),
+    Fault("wide-factors-read-early", _CHUNK, "__syncthreads();",
+          after="\n      if (channel.index < c.channels) {", group="wide"),
+    Fault("wide-pairs-read-early", _CHUNK, "__syncthreads();",
+          after="\n  for (int i = static_cast<int>(threadIdx.x); i < kChunk *", group="wide"),
+    Fault("wide-keys-read-early", _CHUNK, "__syncthreads();",
+          after="\n    {\n      const float raised_pairs", group="wide"),
+    Fault("wide-products-read-early", _CHUNK, "__syncthreads();",
+          after="\n\n    const int d = channel.in_panel", group="wide"),
     Fault("wide-halves-read-early", _CHUNK, "__syncthreads();", after="\n\n    if (bonus && !later", group="wide"),
-    Fault("wide-channels-read-early", _CHUNK, "__syncthreads();", after="\n      for (int column = t; column < kPanel", group="wide"),
-    Fault("step-operands-read-early", _STEP, "__syncthreads();", before="[head * key_dim + i] : 1.0f;\n  }\n  ", group="step"),
-    Fault("step-sums-read-early", _STEP, "__syncthreads();", after="\n    for (int c = static_cast<int>(threadIdx.x); c <",
-          group="step"),
+    Fault("wide-channels-read-early", _CHUNK, "__syncthreads();",
+          after="\n      for (int column = t; column < kPanel", group="wide"),
+    Fault("step-operands-read-early", _STEP, "__syncthreads();",
+          before="[head * key_dim + i] : 1.0f;\n  }\n  ", group="step"),
+    Fault("step-sums-read-early", _STEP, "__syncthreads();",
+          after="\n    for (int c = static_cast<int>(threadIdx.x); c <", group="step"),
     Fault("step-outputs-read-early", _STEP, "__syncthreads();", after="\n  }\n\n  const float inverse", group="step"),
     # Long convolution.
     Fault("transform-points-read-early", _TRANSFORM, "sync();", after="\n      forward<", group="fft"),
@@ -156,15 +174,16 @@ def _build() -> Path:
     plain = host_build.build("plain")
     folder = plain.parent / "planted"
     flags = [x.replace(str(host_build.CSRC), str(folder / "csrc")) for x in host_build._flags("plain")]
-    digest = hashlib.sha256("\0".join([*flags, *map(repr, FAULTS), (plain / "linked").read_text()]).encode()).hexdigest()
+    made_from = "\0".join([*flags, *map(repr, FAULTS), (plain / "linked").read_text()])
+    digest = hashlib.sha256(made_from.encode()).hexdigest()
     module, stamp = folder / (host_build.NAME + sysconfig.get_config_var("EXT_SUFFIX")), folder / "built"
     if module.exists() and stamp.exists() and stamp.read_text() == digest:
         return module
     _write_sources(folder / "csrc")
     objects = []
     for source in (*(folder / "csrc" / "cuda" / unit for unit in _UNITS), folder / "csrc" / "left_out.cpp"):
-        objects.append(source.with_suffix(".o"))
-        subprocess.run([host_build.COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", str(objects[-1])], check=True)
+        objects.append(obj := source.with_suffix(".o"))
+        subprocess.run([host_build.COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", str(obj)], check=True)
     replaced = tuple(f"{Path(unit).parent}-{Path(unit).name}-" for unit in _UNITS)
     kept = [plain / name for name in (plain / "linked").read_text().split("\n") if not name.startswith(replaced)]
     partial = module.with_suffix(f".{os.getpid()}")

@@ -3,10 +3,6 @@ definition."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import channel_ops
 import host_build
 import pytest
@@ -132,15 +128,8 @@ SANITIZED = ("plain", "width-8-padded", "width-8-token_first", "width-11-padded"
              "packed-in-a-run-token-first", "packed-wide", "layout-strided", "indexed-tokens")
 
 
-def test_under_the_sanitizers():
-    """In a process of its own: address and undefined-behaviour sanitizer see every access of the kernels."""
-    if (reason := host_build.unavailable()) is not None:
-        pytest.skip(reason)
-    host_build.build("sanitized")
+def test_under_the_sanitizers(compiler):
     ops = {case.name: op.name for op, case in MATRIX}
-    tests = [f"{Path(__file__).name}::test_numbers[{ops[name]}-{name}-{dtype}]" for name in SANITIZED
+    tests = [f"test_numbers[{ops[name]}-{name}-{dtype}]" for name in SANITIZED
              for dtype in ("bfloat16", "float32")]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-                            cwd=host_build.HERE, env=host_build.sanitized_environment(), capture_output=True, text=True)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert f"{len(tests)} passed" in result.stdout, result.stdout[-4000:]
+    host_build.check_sanitized(__file__, tests)

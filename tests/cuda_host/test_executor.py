@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 
 import host_build
 import numpy as np
@@ -94,30 +92,22 @@ def test_launch_limits(host):
         host.set_shared_limit(227 * 1024)
 
 
-def _sanitized(program: str) -> subprocess.CompletedProcess:
-    if (reason := host_build.unavailable()) is not None:
-        pytest.skip(reason)
-    host_build.build("sanitized")
-    return subprocess.run([sys.executable, "-c", program], env=host_build.sanitized_environment(), cwd=host_build.HERE,
-                          capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("name, report", [
     ("global_bounds", r"heap-buffer-overflow(.|\n)*(READ|WRITE) of size 4(.|\n)*global_bounds_kernel"),
     ("shared_bounds", r"use-after-poison(.|\n)*WRITE of size 4(.|\n)*shared_bounds_kernel"),
 ])
-def test_sanitizer_reports(name, report):
-    result = _sanitized(f"""
+def test_sanitizer_reports(compiler, name, report):
+    result = host_build.run_sanitized("-c", f"""
 import host_build, numpy as np
 host_build.load().run_fault({name!r}, np.ones(1024, np.float32), np.ones(1024, np.float32))
 """)
     assert result.returncode != 0 and re.search(report, result.stderr), result.stderr[-3000:]
 
 
-def test_sanitizer_passes_good_kernels_and_instructions():
+def test_sanitizer_passes_good_kernels_and_instructions(compiler):
     """And keeps working after launches that failed, whose fibers were abandoned."""
     names = sorted({good for good, _, _ in FAULTS} | {"global_bounds_good", "divergent", "deadlock"})
-    result = _sanitized(f"""
+    result = host_build.run_sanitized("-c", f"""
 import json, host_build, vectors
 from test_executor import _run
 host = host_build.load()

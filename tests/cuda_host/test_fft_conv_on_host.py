@@ -3,10 +3,6 @@ definition."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import fft_conv_ops
 import host_build
 import pytest
@@ -112,14 +108,7 @@ def test_what_is_not_served_is_named():
 SANITIZED = ("short-two-sided", "long-two-sided-lag-0", "windows-circular", "long-circular-beyond", "stage")
 
 
-def test_under_the_sanitizers():
-    """In a process of its own: address and undefined-behaviour sanitizer see every access of the kernels."""
-    if (reason := host_build.unavailable()) is not None:
-        pytest.skip(reason)
-    host_build.build("sanitized")
-    tests = [f"{Path(__file__).name}::test_numbers[fft_conv-{name}-{dtype}]" for name in SANITIZED
+def test_under_the_sanitizers(compiler):
+    tests = [f"test_numbers[fft_conv-{name}-{dtype}]" for name in SANITIZED
              for dtype in ("bfloat16", "float32")]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-                            cwd=host_build.HERE, env=host_build.sanitized_environment(), capture_output=True, text=True)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert f"{len(tests)} passed" in result.stdout, result.stdout[-4000:]
+    host_build.check_sanitized(__file__, tests)

@@ -9,8 +9,9 @@ import torch
 
 from pykernels.ops.flash_attention import reference
 from pykernels.testing import FLASH_ATTENTION_DECODE, Case, compare, expected
-from pykernels.testing.flash_attention import _extras, _heads_first, _options, _padded, decode_case
+from pykernels.testing.flash_attention import _extras, _options, _padded, decode_case
 from pykernels.testing.kit import seed
+from pykernels.testing.layouts import heads_first
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -28,7 +29,7 @@ SPLIT = [
     decode_case("splits-576", lengths=(300, 130), capacity=320, new_tokens=2, tq=2, heads_q=10, heads_k=1, head_dim=576,
                 value_dim=512, page_size=13, sinks=0.0, alibi=(2, 10), softcap=3.0),
     decode_case("splits-padded", lengths=(300,), capacity=400, new_tokens=3, tq=3, head_dim=40, layout=_padded),
-    decode_case("splits-heads-first", lengths=(300, 111), capacity=400, new_tokens=1, layout=_heads_first),
+    decode_case("splits-heads-first", lengths=(300, 111), capacity=400, new_tokens=1, layout=heads_first),
 ]
 
 
@@ -121,7 +122,8 @@ def test_fits_the_shared_memory_of_every_gpu(host, host_ops, size, tq):
     """sm_86, sm_89 and sm_120 have 99 KiB for a block."""
     host.set_shared_limit(99 * 1024)
     try:
-        _check(host, host_ops, decode_case("small", lengths=(3,), capacity=8, tq=tq, page_size=4, **size), torch.float16, 0)
+        case = decode_case("small", lengths=(3,), capacity=8, tq=tq, page_size=4, **size)
+        _check(host, host_ops, case, torch.float16, 0)
     finally:
         host.set_shared_limit(227 * 1024)
 
@@ -134,10 +136,11 @@ def test_pages_that_do_not_exist(host, host_ops):
     new = torch.ones(2, 1, 1, 16).half()
     host_ops.append(k_cache, v_cache, new, new, lengths, table)
     assert torch.equal(k_cache, pages) and torch.equal(v_cache, pages.flip(0))
-    out, lse = host_ops.decode(q, k_cache, v_cache, lengths, 0, 0.25, 0.0, -1, 0, table)
-    expected_out, expected_lse = reference.flash_attention_decode(*(x.double() for x in (q, k_cache, v_cache)), lengths, 0, 0.25,
-                                                                  0.0, -1, 0, table)
-    assert torch.allclose(out.double(), expected_out, atol=2e-3) and torch.allclose(lse.double(), expected_lse, atol=1e-3)
+    rest = lengths, 0, 0.25, 0.0, -1, 0, table
+    out, lse = host_ops.decode(q, k_cache, v_cache, *rest)
+    expected = reference.flash_attention_decode(*(x.double() for x in (q, k_cache, v_cache)), *rest)
+    assert torch.allclose(out.double(), expected[0], atol=2e-3)
+    assert torch.allclose(lse.double(), expected[1], atol=1e-3)
 
 
 def test_append_drops_what_does_not_fit(host, host_ops):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import host_build
 import pytest
 import torch
 
 from pykernels.ops.flash_attention import registration
 from pykernels.testing import FLASH_ATTENTION, Case, compare, cotangents, expected
-from pykernels.testing.flash_attention import _extras, _heads_first, _options, attention_case
+from pykernels.testing.flash_attention import _extras, _options, attention_case
 from pykernels.testing.kit import seed
+from pykernels.testing.layouts import heads_first
 
 DTYPES = (torch.bfloat16, torch.float16)
 OPTIONS = {"alibi_slopes", "sinks"}  # that the kernels have
@@ -42,13 +39,14 @@ PIPELINED = [
     attention_case("rounds-256", tq=150, tk=330, heads_q=3, head_dim=256, causal=True),
     attention_case("packed-rounds", tq=500, heads_q=2, heads_k=1, head_dim=128, lengths_q=(200, 0, 130, 1, 140),
                    causal=True),
-    attention_case("heads-first", batch=2, tq=150, tk=170, heads_q=4, heads_k=2, head_dim=64, layout=_heads_first),
+    attention_case("heads-first", batch=2, tq=150, tk=170, heads_q=4, heads_k=2, head_dim=64, layout=heads_first),
     attention_case("softcap-128", tq=200, head_dim=128, softcap=5.0, causal=True),
-    attention_case("alibi-sinks-128", batch=2, tq=150, tk=280, heads_q=4, heads_k=2, head_dim=128, alibi=(2, 4), sinks=0.5,
-                   causal=True),
+    attention_case("alibi-sinks-128", batch=2, tq=150, tk=280, heads_q=4, heads_k=2, head_dim=128, alibi=(2, 4),
+                   sinks=0.5, causal=True),
     attention_case("softcap-192", tq=100, tk=150, heads_q=2, heads_k=1, head_dim=176, softcap=3.0, window=(60, 30)),
     attention_case("scale-negative-64", tq=150, head_dim=64, scale=-0.2, causal=True),
-    attention_case("packed-256", tq=260, heads_q=2, heads_k=1, head_dim=256, lengths_q=(100, 0, 90, 1, 60), causal=True),
+    attention_case("packed-256", tq=260, heads_q=2, heads_k=1, head_dim=256, lengths_q=(100, 0, 90, 1, 60),
+                   causal=True),
 ]
 
 
@@ -171,7 +169,8 @@ def test_the_backward_pass_for_sm_90a_serves_what_tma_can_read(host, host_ops):
     host.set_capability(90)
     try:
         assert scratch() > small
-        assert min(scratch(True), scratch(softcap=1.0), scratch(scale=-1.0), scratch(head_dim=192), scratch(head_dim=256)) > small
+        served = {"deterministic": True}, {"softcap": 1.0}, {"scale": -1.0}, {"head_dim": 192}, {"head_dim": 256}
+        assert min(scratch(**call) for call in served) > small
         assert scratch(dout=q.data_ptr() + 2) == scratch(value_dim=32, head_dim=32) == small
     finally:
         host.set_capability(80)
@@ -237,13 +236,6 @@ SANITIZED = ("tiny-causal-bfloat16", "head-31-value-1-float16", "head-111-bfloat
              "layout-padded-float16", "layout-expanded-bfloat16", "packed-rounds-bfloat16", "rounds-64-float16")
 
 
-def test_under_the_sanitizers():
-    """In a process of its own: address and undefined-behaviour sanitizer see every access of the kernels."""
-    if (reason := host_build.unavailable()) is not None:
-        pytest.skip(reason)
-    host_build.build("sanitized")
-    tests = [f"{Path(__file__).name}::test_numbers[{gpu}-{name}]" for gpu in ("sm_80", "sm_90a") for name in SANITIZED]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=host_build.HERE,
-                            env=host_build.sanitized_environment(), capture_output=True, text=True)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert f"{len(tests)} passed" in result.stdout, result.stdout[-4000:]
+def test_under_the_sanitizers(compiler):
+    tests = [f"test_numbers[{gpu}-{name}]" for gpu in ("sm_80", "sm_90a") for name in SANITIZED]
+    host_build.check_sanitized(__file__, tests)

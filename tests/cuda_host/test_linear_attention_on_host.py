@@ -1,10 +1,6 @@
-"""The CUDA kernels of linear attention, executed on the host: the ops' ordinary cases against the float64 definition."""
+"""The CUDA kernels of linear attention, executed on the host: the ops' usual cases against the float64 definition."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
-from pathlib import Path
 
 import host_build
 import pytest
@@ -49,7 +45,8 @@ WIDE_SIZES = [
     linear_case("wide-256", tokens=40, heads=1, key_dim=250, value_dim=200, decay="channel", state=True),
     linear_case("wide-parts", tokens=40, heads=2, heads_k=1, key_dim=70, value_dim=300, decay="channel", normalize=True,
                 bonus=True, state=True),
-    linear_case("wide-segments", tokens=1100, heads=1, key_dim=20, value_dim=24, decay="channel", strength=0.02, state=True),
+    linear_case("wide-segments", tokens=1100, heads=1, key_dim=20, value_dim=24, decay="channel", strength=0.02,
+                state=True),
     linear_case("wide-segments-bonus-reverse", batch=2, tokens=530, heads=1, key_dim=70, decay="channel", strength=0.02,
                 normalize=True, bonus=True, reverse=True, state=True),
     linear_case("wide-segments-256", tokens=520, heads=1, key_dim=130, value_dim=140, decay="channel", strength=0.02),
@@ -86,8 +83,8 @@ def test_numbers(host, op, case, dtype):
 
 @pytest.mark.parametrize("seed_", range(12))
 def test_every_order_of_events(host, seed_):
-    case = linear_case("orders", tokens=550, heads=1, key_dim=24, value_dim=70, decay="token", bonus=True, normalize=True,
-                       strength=0.02, state=True)
+    case = linear_case("orders", tokens=550, heads=1, key_dim=24, value_dim=70, decay="token", bonus=True,
+                       normalize=True, strength=0.02, state=True)
     _check(host, LINEAR_ATTENTION, case, BF16, seed_)
 
 
@@ -112,7 +109,8 @@ def test_bitwise_repeatable(host, case):
 def test_results_do_not_depend_on_the_batch(host, decay, dtype):
     """Not on the other sequences of a batch or of packed input, not even where their values are not finite."""
     lengths, options = (70, 600, 100), {"decay": decay, "strength": 0.02, "state": True}
-    args = dict(linear_case("batch", tokens=sum(lengths), key_dim=20, lengths=lengths, **options).make(dtype, "cpu").args)
+    case = linear_case("batch", tokens=sum(lengths), key_dim=20, lengths=lengths, **options)
+    args = dict(case.make(dtype, "cpu").args)
     for name in "qkv":
         args[name][:, 60:70], args[name][:, 670:] = torch.nan, torch.inf
     names = [*"qkv", "decay"]
@@ -127,7 +125,8 @@ def test_results_do_not_depend_on_the_batch(host, decay, dtype):
     alone = linear_attention(**alone_leaves, backend="cuda", return_final_state=True)
     assert torch.equal(alone[0], packed[0][:, part]) and torch.equal(alone[1], packed[1][one])
     assert all(x.isfinite().all() for x in alone)
-    for name, x in zip(alone_leaves, torch.autograd.grad(alone, list(alone_leaves.values()), [given[0][:, part], given[1][one]])):
+    of_part = torch.autograd.grad(alone, list(alone_leaves.values()), [given[0][:, part], given[1][one]])
+    for name, x in zip(alone_leaves, of_part):
         assert torch.equal(x, gradients[name][one] if name == "initial_state" else gradients[name][:, part]), name
 
 
@@ -144,7 +143,8 @@ def test_lying_offsets_stay_inside(host, ops, offsets):
 
 
 def test_a_forward_without_gradients_needs_no_states(host):
-    args = linear_case("inference", tokens=600, heads=1, key_dim=20, decay="token", strength=0.02, state=True).make(BF16, "cpu").args
+    case = linear_case("inference", tokens=600, heads=1, key_dim=20, decay="token", strength=0.02, state=True)
+    args = case.make(BF16, "cpu").args
     out, final = linear_attention(**args, backend="cuda", return_final_state=True)
     leaves = {name: x.clone().requires_grad_() if name == "q" else x for name, x in args.items()}
     other, state = linear_attention(**leaves, backend="cuda", return_final_state=True)
@@ -192,22 +192,17 @@ def test_what_the_kernels_do_not_take(host, ops):
 
 
 # Ragged shapes, every way of loading rows, packed and empty sequences, every instantiation, several segments.
-SANITIZED = ("linear_attention-tiny-float16", "linear_attention-key-33-value-70-bfloat16", "linear_attention-key-111-value-1-float16",
-             "linear_attention-packed-float16", "linear_attention-packed-normalize-bfloat16", "linear_attention-bonus-token-float16",
-             "linear_attention-layout-expanded-bfloat16", "linear_attention-size-128-bonus-bfloat16",
-             "linear_attention-packed-channel-float16", "linear_attention-layout-padded-bfloat16", "linear_attention-wide-parts-float32",
-             "linear_attention-parts-float16", "linear_attention-segments-packed-reverse-bfloat16",
-             "linear_attention_step-step-slots-float16", "linear_attention_step-step-normalize-float32",
-             "linear_attention_step-layout-padded-bfloat16")
+SANITIZED = (
+    *(f"linear_attention-{case}" for case in (
+        "tiny-float16", "key-33-value-70-bfloat16", "key-111-value-1-float16", "packed-float16",
+        "packed-normalize-bfloat16", "bonus-token-float16", "layout-expanded-bfloat16", "size-128-bonus-bfloat16",
+        "packed-channel-float16", "layout-padded-bfloat16", "wide-parts-float32", "parts-float16",
+        "segments-packed-reverse-bfloat16")),
+    *(f"linear_attention_step-{case}" for case in (
+        "step-slots-float16", "step-normalize-float32", "layout-padded-bfloat16")),
+)
 
 
-def test_under_the_sanitizers():
-    """In a process of its own: address and undefined-behaviour sanitizer see every access of the kernels."""
-    if (reason := host_build.unavailable()) is not None:
-        pytest.skip(reason)
-    host_build.build("sanitized")
-    tests = [f"{Path(__file__).name}::test_numbers[{name}]" for name in SANITIZED]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=host_build.HERE,
-                            env=host_build.sanitized_environment(), capture_output=True, text=True)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert f"{len(tests)} passed" in result.stdout, result.stdout[-4000:]
+def test_under_the_sanitizers(compiler):
+    tests = [f"test_numbers[{name}]" for name in SANITIZED]
+    host_build.check_sanitized(__file__, tests)

@@ -59,8 +59,8 @@ def _forward_short(host, seed: int) -> None:
     import host_ops
 
     host.set_capability(90)
-    check_attention_fwd(host, host_ops, attention_case("planted-short", tq=300, tk=100, heads_q=2, heads_k=1, head_dim=64),
-                        BF16, seed)
+    case = attention_case("planted-short", tq=300, tk=100, heads_q=2, heads_k=1, head_dim=64)
+    check_attention_fwd(host, host_ops, case, BF16, seed)
 
 
 def _backward(host, seed: int, head_dim: int = 64) -> None:
@@ -78,13 +78,15 @@ def _backward_large(host, seed: int) -> None:
 def _decode(host, seed: int) -> None:
     import host_ops
 
-    check_decode(host, host_ops, decode_case("planted-decode", lengths=(300, 200), capacity=320, new_tokens=2), BF16, seed)
+    case = decode_case("planted-decode", lengths=(300, 200), capacity=320, new_tokens=2)
+    check_decode(host, host_ops, case, BF16, seed)
 
 
 def _paged(host, seed: int) -> None:
     import host_ops
 
-    check_decode(host, host_ops, decode_case("planted-paged", lengths=(300, 200), capacity=320, page_size=16), BF16, seed)
+    case = decode_case("planted-paged", lengths=(300, 200), capacity=320, page_size=16)
+    check_decode(host, host_ops, case, BF16, seed)
 
 
 def _linear(host, seed: int) -> None:

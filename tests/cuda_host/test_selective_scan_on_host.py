@@ -3,10 +3,6 @@ definition."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import channel_ops
 import host_build
 import pytest
@@ -149,15 +145,8 @@ SANITIZED = ("mamba", "state-7", "constant-B", "groups", "packed", "packed-rest"
              "layout-strided", "split-ragged", "split-packed")
 
 
-def test_under_the_sanitizers():
-    """In a process of its own: address and undefined-behaviour sanitizer see every access of the kernels."""
-    if (reason := host_build.unavailable()) is not None:
-        pytest.skip(reason)
-    host_build.build("sanitized")
-    tests = [f"{Path(__file__).name}::test_numbers[{op.name}-{name}-{dtype}]"
+def test_under_the_sanitizers(compiler):
+    tests = [f"test_numbers[{op.name}-{name}-{dtype}]"
              for op, names in ((SELECTIVE_SCAN, SANITIZED), (SELECTIVE_SCAN_STEP, ("groups", "indexed-heads")))
              for name in names for dtype in ("bfloat16", "float32")]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-                            cwd=host_build.HERE, env=host_build.sanitized_environment(), capture_output=True, text=True)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert f"{len(tests)} passed" in result.stdout, result.stdout[-4000:]
+    host_build.check_sanitized(__file__, tests)

@@ -191,7 +191,7 @@ def _reduce_add() -> Instruction:
 
 
 def swizzle(tile: np.ndarray, width: int) -> np.ndarray:
-    """Bytes of a tile with rows of `width` bytes, permuted: chunk c of row r goes to c ^ (r * width // 128 % chunks)."""
+    """Bytes of a tile with rows of `width` bytes: chunk c of row r goes to c ^ (r * width // 128 % chunks)."""
     flat = tile.reshape(-1)
     offsets = np.arange(flat.size)
     chunks = width // 16

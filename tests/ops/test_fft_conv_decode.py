@@ -151,7 +151,8 @@ def test_native_steps_on_every_instruction_set(isa, dtype):
     """Squares of every kind: summed directly, in a transform longer than they need, exact ones, and those at the end of
     the rings."""
     u, post = torch.randn(2, 2, 6, 1300).to(dtype)
-    k, D = torch.randn(3, 1000, dtype=F64).to(F64 if dtype == F64 else torch.float32), torch.randn(6, dtype=F64).to(dtype)
+    k = torch.randn(3, 1000, dtype=F64).to(F64 if dtype == F64 else torch.float32)
+    D = torch.randn(6, dtype=F64).to(dtype)
     with testing.use_isa(isa):
         state = fft_conv_init(k, u[..., :30], D=D, backend="cpu")
         out = steps(state, u[..., 30:], post=post[..., 30:])

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 from pykernels import fft_conv, testing  # noqa: E402
 from pykernels.backends import BackendUnavailable  # noqa: E402
 from pykernels.testing import FFT_CONV, Target  # noqa: E402
-from pykernels.testing import fft_conv as cases  # noqa: E402
+from pykernels.testing import fft_conv as cases, layouts  # noqa: E402
 from pykernels.testing.fft_conv import conv_case  # noqa: E402
 
 interpreted = isolated(TRITON_INTERPRET="1")
@@ -45,9 +45,9 @@ CASES = (
     conv_case("narrow", batch=2, length=180, narrow=True, taps_rev=30, **_ALL),
     conv_case("wide-gates", batch=2, length=180, wide_gates=True, **_ALL),
     conv_case("layout-channels-last", batch=2, length=160, layout=cases._channels_last, taps_rev=20, **_ALL),
-    conv_case("layout-strided-last", batch=2, length=60, taps=20, layout=cases._strided_last, **_ALL),
-    conv_case("layout-padded", batch=2, length=201, layout=cases._padded, **_ALL),
-    conv_case("layout-expanded", batch=3, length=160, layout=cases._expanded, groups=2, **_ALL),
+    conv_case("layout-strided-last", batch=2, length=60, taps=20, layout=layouts.strided, **_ALL),
+    conv_case("layout-padded", batch=2, length=201, layout=layouts.padded, **_ALL),
+    conv_case("layout-expanded", batch=3, length=160, layout=layouts.expanded, groups=2, **_ALL),
     *(case for case in cases.EXTREMES if "channels" not in case.name),
 )
 # Kernels too long for a program: forced, since the interpreter is slow.

@@ -50,7 +50,8 @@ def _qkv(target, dtype=torch.float32, **sizes):
 def test_philox_against_published_words():
     """The first known answer of Random123's philox4x32-10, and one with counters in every place but the last."""
     zero = torch.zeros(1, dtype=torch.int64)
-    assert [int(x) for x in reference.philox(zero, zero, zero, zero)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    words = [int(x) for x in reference.philox(zero, zero, zero, zero)]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 def test_philox_against_scalar_arithmetic():
@@ -62,7 +63,8 @@ def test_philox_against_scalar_arithmetic():
             keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
         return counter
 
-    for key, counter in ((2**63 - 5, (7, 2**31, 2**32 - 1)), (0x299F31D0_24093822, (0x243F6A88, 0x85A308D3, 0x13198A2E))):
+    for key, counter in ((2**63 - 5, (7, 2**31, 2**32 - 1)),
+                         (0x299F31D0_24093822, (0x243F6A88, 0x85A308D3, 0x13198A2E))):
         tensors = (torch.tensor([x], dtype=torch.int64) for x in (key, *counter))
         assert [int(x) for x in reference.philox(*tensors)] == scalar(key, (*counter, 0))
 
@@ -143,7 +145,9 @@ def test_gradients_of_every_broadcast_are_sums_of_the_whole_ones(target):
                 out, lse = flash_attention(q, k, v, bias=x, causal=True, return_lse=True, backend=target.backend)
                 loss = (out * torch.linspace(-1, 1, 50)[:, None, None].to(out)).sum() + (lse**2).sum()
                 results.append((out.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v, x))))
-            summed = results[1][-1].sum([i for i, one in enumerate(which) if one], keepdim=True) if any(which) else results[1][-1]
+            summed = results[1][-1]
+            if any(which):
+                summed = summed.sum([i for i, one in enumerate(which) if one], keepdim=True)
             for x, y in zip(results[0], (*results[1][:-1], summed)):
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
             assert results[0][-1].abs().max() > 0 and results[0][-1].shape == bias.shape
@@ -202,7 +206,8 @@ def test_alibi_is_a_bias_of_distances(target, tq, tk):
 @pytest.mark.parametrize("size", (1e2, 1e4, 1e9))
 def test_large_biases(target, size):
     """As for large scores: what is recomputed from the lse is off by a few roundings of the largest of them."""
-    case = attention_case("bias-large", tq=70, tk=190, head_dim=32, bias=(1, 2, 70, 190), bias_values=lambda x: size * x)
+    case = attention_case("bias-large", tq=70, tk=190, head_dim=32, bias=(1, 2, 70, 190),
+                          bias_values=lambda x: size * x)
     sample = case.make(torch.float32, target.device)
     wanted = run(OP, sample.map(torch.Tensor.double), "reference")
     with target.active():
@@ -370,8 +375,8 @@ def test_bias_gradients_repeat_bitwise_whatever_the_threads(target):
 def test_ten_thousand_calls_are_bitwise_one(what):
     """Races on shapes so small that all threads are at the same few tiles; on the machine's best instruction set."""
     if what == "attention":
-        case = attention_case("race", batch=2, tq=9, tk=70, heads_q=4, heads_k=2, head_dim=16, bias=(1, 1, 9, 70), alibi=(4,),
-                              sinks=0.0, causal=True)
+        case = attention_case("race", batch=2, tq=9, tk=70, heads_q=4, heads_k=2, head_dim=16, bias=(1, 1, 9, 70),
+                              alibi=(4,), sinks=0.0, causal=True)
         sample = case.make(torch.bfloat16, "cpu")
         inputs = [sample.args[name].requires_grad_() for name in sample.differentiable]
         dout = torch.randn(2, 9, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -380,7 +385,8 @@ def test_ten_thousand_calls_are_bitwise_one(what):
             out = flash_attention(**sample.args, backend="cpu")
             return (out, *torch.autograd.grad(out, inputs, dout))
     else:  # one sequence and one key head: the keys are split among the threads
-        sample = decode_case("race", lengths=(500,), capacity=512, heads_q=4, heads_k=1, head_dim=16).make(torch.bfloat16, "cpu")
+        case = decode_case("race", lengths=(500,), capacity=512, heads_q=4, heads_k=1, head_dim=16)
+        sample = case.make(torch.bfloat16, "cpu")
 
         def call():
             return (flash_attention_decode(**sample.args, backend="cpu"),)
@@ -407,7 +413,8 @@ def test_sinks_are_an_extra_column(target, options):
     scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) / 32**0.5
     column = sinks[None, :, None, None].expand(2, 4, 70, 1)
     together = torch.cat([scores.masked_fill(~mask, -torch.inf), column], -1)
-    wanted = torch.einsum("bhij,bjhd->bihd", together.softmax(-1)[..., :-1], v.repeat_interleave(2, 2)), together.logsumexp(-1)
+    weights = together.softmax(-1)[..., :-1]
+    wanted = torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(2, 2)), together.logsumexp(-1)
     with target.active():
         came = flash_attention(q, k, v, sinks=sinks, **options, return_lse=True, backend=target.backend)
         torch.testing.assert_close(came, wanted, rtol=1e-5, atol=1e-5)
@@ -422,7 +429,8 @@ def test_sinks_are_an_extra_column(target, options):
 # ---- Derivatives and transformations -------------------------------------------------------------------------
 
 GRADIENT_CASES = (
-    attention_case("gradient-bias", batch=2, tq=4, tk=5, heads_q=4, heads_k=2, head_dim=3, bias=(1, 4, 4, 5), sinks=0.0),
+    attention_case("gradient-bias", batch=2, tq=4, tk=5, heads_q=4, heads_k=2, head_dim=3, bias=(1, 4, 4, 5),
+                   sinks=0.0),
     attention_case("gradient-bias-rows", batch=2, tq=4, tk=5, head_dim=3, bias=(2, 1, 1, 5), softcap=1.5, alibi=(2, 2)),
     attention_case("gradient-bias-keys", batch=2, tq=4, tk=5, head_dim=3, bias=(2, 1, 4, 1), sinks=0.0, causal=True),
     attention_case("gradient-dropout", tq=5, tk=6, head_dim=3, dropout_p=0.4, bias=(5, 6)),
@@ -542,8 +550,8 @@ def _paged(k, v, page_size, seed):
     batch, tokens = k.shape[:2]
     per_entry = -(-tokens // page_size)
     order = torch.randperm(batch * per_entry, generator=torch.Generator().manual_seed(seed))
-    pages = [F.pad(x, (0, 0, 0, 0, 0, per_entry * page_size - tokens)).unflatten(1, (per_entry, page_size)).flatten(0, 1)
-             for x in (k, v)]
+    padded = [F.pad(x, (0, 0, 0, 0, 0, per_entry * page_size - tokens)) for x in (k, v)]
+    pages = [x.unflatten(1, (per_entry, page_size)).flatten(0, 1) for x in padded]
     pools = [torch.empty_like(x).index_copy_(0, order.to(x.device), x) for x in pages]
     return *pools, order.view(batch, per_entry).to(k.device)
 
@@ -594,15 +602,16 @@ def test_drafts_and_chunks_of_a_prompt_are_the_whole_at_once(target, dtype, page
     table = None
     if paged:
         pools = [x.reshape(26, 16, *x.shape[2:]) for x in pools]
-        table = torch.randperm(26, generator=torch.Generator().manual_seed(0)).view(2, 13).to(target.device, torch.int32)
+        order = torch.randperm(26, generator=torch.Generator().manual_seed(0))
+        table = order.view(2, 13).to(target.device, torch.int32)
     outs, lses, start = [], [], 0
     with target.active():
         whole = flash_attention(q, k, v, causal=True, **options, return_lse=True, backend=target.backend)
         for step in (70, 1, 2, 3, 4, 5, 6, 7, 8, 64, 30):
             now = slice(start, start + step)
-            out, lse = flash_attention_decode(q[:, now], *pools, torch.full((2,), start, device=target.device), k=k[:, now],
-                                              v=v[:, now], block_table=table, **options, return_lse=True,
-                                              backend=target.backend)
+            lengths = torch.full((2,), start, device=target.device)
+            out, lse = flash_attention_decode(q[:, now], *pools, lengths, k=k[:, now], v=v[:, now], block_table=table,
+                                              **options, return_lse=True, backend=target.backend)
             outs.append(out)
             lses.append(lse)
             start += step
@@ -639,13 +648,16 @@ def test_what_the_cuda_kernels_serve():
     gpu = backends.Environment(cpu=None, cuda=None, triton=None, triton_interpret=False, capability=(9, 0))
 
     def choose(op: backends.Op, requested: str, dtype: torch.dtype, key_dim: int, *options: str) -> backends.Choice:
-        query = backends.Query("cuda", dtype, {"head_dim": key_dim, "value_dim": 128}, frozenset(options), grad=op is OP.op)
+        sizes = {"head_dim": key_dim, "value_dim": 128}
+        query = backends.Query("cuda", dtype, sizes, frozenset(options), grad=op is OP.op)
         return backends.choose(op, query, requested, gpu)
 
+    served = "alibi_slopes", "sinks", "varlen", "softcap", "window"
     for dtype in (torch.bfloat16, torch.float16):
-        assert choose(OP.op, "cuda", dtype, 256, "alibi_slopes", "sinks", "varlen", "softcap", "window").backend == "cuda"
+        assert choose(OP.op, "cuda", dtype, 256, *served).backend == "cuda"
         assert choose(DECODE.op, "cuda", dtype, 576, "alibi_slopes", "sinks", "block_table").backend == "cuda"
-        assert choose(OP.op, "cuda", dtype, 64, "bias", "dropout_p").reason == "the CUDA kernels have no bias and no dropout_p"
+        reason = choose(OP.op, "cuda", dtype, 64, "bias", "dropout_p").reason
+        assert reason == "the CUDA kernels have no bias and no dropout_p"
         assert "up to 256" in choose(OP.op, "cuda", dtype, 257).reason
         assert choose(OP.op, "auto", dtype, 64, "alibi_slopes").backend == "triton"  # not measured yet
     assert choose(OP.op, "auto", torch.bfloat16, 64, "bias").backend == "triton"

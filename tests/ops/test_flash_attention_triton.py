@@ -80,8 +80,8 @@ ATTENTION = (
     attention_case("dropout-split-bias", tq=33, tk=256, heads_q=1, head_dim=16, dropout_p=0.2, bias=(256,)),
     attention_case("everything", batch=2, tq=40, tk=50, heads_q=2, heads_k=1, head_dim=20, value_dim=24, softcap=4.0,
                    window=(30, 9), alibi=(2, 2), bias=(1, 2, 40, 50), sinks=0.0, dropout_p=0.1, scale=-0.2),
-    # The gradient of a float32 bias beside float16 tensors holds the rounding of out (through dout . out), for which a budget
-    # counted in float32 may have no room, on any backend: float32 alone.
+    # The gradient of a float32 bias beside float16 tensors holds the rounding of out (through dout . out), for which a
+    # budget counted in float32 may have no room, on any backend: float32 alone.
     attention_case("everything-packed", tq=75, heads_q=2, heads_k=1, head_dim=16, alibi=(3, 2), bias=(75, 75),
                    bias_dtype=FP32, sinks=0.0, dropout_p=0.1, causal=True, lengths_q=(33, 3, 30), dtypes=(FP32,)),
     attention_case("strided", batch=2, tq=40, heads_q=2, head_dim=20, causal=True,
@@ -142,7 +142,8 @@ def test_offsets_that_lie_do_not_reach_outside(offsets, monkeypatch):
     options = 0.25, 0.0, -1, 0
     out, lse = torch.ops.pykernels.flash_attention_fwd_triton(q, k, v, cu, cu, *options)
     lse = lse.clamp(min=-100.0)
-    gradients = torch.ops.pykernels.flash_attention_bwd_triton(dout, None, q, k, v, out, lse, cu, cu, *options, False)[:3]
+    bwd = torch.ops.pykernels.flash_attention_bwd_triton
+    gradients = bwd(dout, None, q, k, v, out, lse, cu, cu, *options, False)[:3]
     for x in (out, *gradients):
         assert x.isfinite().all()
     assert out.count_nonzero() and all(x.count_nonzero() for x in gradients)

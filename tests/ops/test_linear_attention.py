@@ -15,7 +15,8 @@ from pykernels import _checks, backends, linear_attention, linear_attention_step
 from pykernels.ops.linear_attention.registration import SEGMENT
 from pykernels.testing.linear_attention import chunkwise, linear_case
 
-TARGETS = [t for t in testing.targets(testing.LINEAR_ATTENTION.op, every_isa=False) if t.device == "cpu" and t.backend != "triton"]
+TARGETS = [t for t in testing.targets(testing.LINEAR_ATTENTION.op, every_isa=False)
+           if t.device == "cpu" and t.backend != "triton"]
 on_targets = pytest.mark.parametrize("target", TARGETS, ids=str)
 DECAYS = (None, "head", "token", "channel")
 F64 = torch.float64
@@ -25,12 +26,17 @@ def inputs(name: str, **options) -> dict:
     return dict(linear_case(name, **options).make(F64, "cpu").args)
 
 
+def of_tokens(leaves: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
+    """What has tokens is cut; a decay per head and the state are not."""
+    return {name: x[:, part] if name in "qkv" or name == "decay" and x.dim() > 1 else x for name, x in leaves.items()}
+
+
 def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     assert actual.shape == expected.shape and expected.abs().max() > 0
     assert float((actual - expected).abs().max() / expected.abs().max()) < tolerance
 
 
-# ---- the definition, from peers' formulas ------------------------------------------------------------------------------
+# ---- the definition, from peers' formulas ---------------------------------------------------------------------
 
 
 def parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float) -> Tensor:
@@ -98,12 +104,14 @@ def test_the_chunkwise_peer_is_right(target, decay):
     near(chunkwise(**args, chunk=32), linear_attention(**args, backend=target.backend))
 
 
-# ---- states ------------------------------------------------------------------------------------------------------------
+# ---- states ---------------------------------------------------------------------------------------------------
 
 
 @on_targets
 @pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
-@pytest.mark.parametrize("options", ({"decay": "head"}, {"decay": "channel", "bonus": True}, {"normalize": True}), ids=str)
+@pytest.mark.parametrize("options", (
+    {"decay": "head"}, {"decay": "channel", "bonus": True}, {"normalize": True},
+), ids=str)
 def test_halves_chain_to_the_whole_with_gradients(target, options, reverse):
     args = inputs("chain", batch=2, tokens=90, heads=2, key_dim=8, value_dim=6, state=True, **options)
     names = [name for name in ("q", "k", "v", "decay", "bonus", "initial_state") if name in args]
@@ -113,7 +121,7 @@ def test_halves_chain_to_the_whole_with_gradients(target, options, reverse):
     whole = linear_attention(**leaves, **options)
     parts, state = {}, leaves["initial_state"]
     for first, last in ((37, 90), (0, 37)) if reverse else ((0, 37), (37, 90)):
-        part = {name: x[:, first:last] if name in "qkv" or x.dim() == 4 and name == "decay" else x for name, x in leaves.items()}
+        part = of_tokens(leaves, slice(first, last))
         parts[first], state = linear_attention(**{**part, "initial_state": state}, **options)
     chained = torch.cat((parts[0], parts[37]), 1), state
     cotangents = [torch.randn_like(x) for x in whole]
@@ -181,14 +189,15 @@ def test_reverse_is_the_flip(target):
     near(final, state)
 
 
-# ---- segments: long sequences ------------------------------------------------------------------------------------------
+# ---- segments: long sequences ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", ("head", "token", "channel"))
 def test_sequences_of_several_segments(decay):
     """Against the same op on pieces, whose gradients autograd chains; and the same bits on one thread as on three."""
     tokens = 2 * SEGMENT + 100
-    args = inputs(f"segments-{decay}", tokens=tokens, heads=1, key_dim=8, value_dim=6, decay=decay, strength=0.01, state=True)
+    args = inputs(f"segments-{decay}", tokens=tokens, heads=1, key_dim=8, value_dim=6, decay=decay, strength=0.01,
+                  state=True)
     leaves = {name: x.requires_grad_() for name, x in args.items()}
     results = []
     for threads in (1, 3):
@@ -200,7 +209,7 @@ def test_sequences_of_several_segments(decay):
         assert torch.equal(one, three)
     outs, state = [], leaves["initial_state"]
     for first in range(0, tokens, 700):
-        part = {name: x[:, first:first + 700] if name in "qkv" or x.dim() > 1 and name == "decay" else x for name, x in leaves.items()}
+        part = of_tokens(leaves, slice(first, first + 700))
         out, state = linear_attention(**{**part, "initial_state": state}, return_final_state=True, backend="cpu")
         outs.append(out)
     pieces = torch.cat(outs, 1), state
@@ -238,16 +247,18 @@ def test_long_memory_stays_accurate(dtype):
     near(out, expected, 2e-6 if dtype == torch.float32 else 1e-2)
 
 
-# ---- derivatives -------------------------------------------------------------------------------------------------------
+# ---- derivatives ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", (
-    {"decay": "head", "state": True}, {"decay": "token", "state": True, "reverse": True}, {"decay": "channel", "state": True, "bonus": True},
+    {"decay": "head", "state": True}, {"decay": "token", "state": True, "reverse": True},
+    {"decay": "channel", "state": True, "bonus": True},
     {"decay": "token", "bonus": True}, {"normalize": True, "decay": "token", "state": True},
     {"decay": "channel", "heads": 4, "heads_k": 2}, {"decay": "channel", "lengths": (5, 0, 18), "state": True},
 ), ids=str)
 def test_gradcheck(options):
-    args = inputs(f"gradcheck-{options}", **{"tokens": 24, "key_dim": 3, "value_dim": 2, "strength": lambda x: -0.1 - x, **options})
+    small = {"tokens": 24, "key_dim": 3, "value_dim": 2, "strength": lambda x: -0.1 - x}
+    args = inputs(f"gradcheck-{options}", **small, **options)
     names = [name for name, x in args.items() if isinstance(x, Tensor) and x.is_floating_point()]
     leaves = [args[name].requires_grad_() for name in names]
 
@@ -257,7 +268,9 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("options", ({"decay": "channel", "state": True, "bonus": True}, {"normalize": True, "decay": "head"}), ids=str)
+@pytest.mark.parametrize("options", (
+    {"decay": "channel", "state": True, "bonus": True}, {"normalize": True, "decay": "head"},
+), ids=str)
 def test_gradgradcheck(options):
     args = inputs(f"gradgradcheck-{options}", tokens=6, key_dim=3, value_dim=2, strength=lambda x: -0.1 - x, **options)
     names = [name for name, x in args.items() if isinstance(x, Tensor)]
@@ -277,7 +290,8 @@ def test_only_the_needed_outputs_get_a_gradient(target):
     out, final = linear_attention(**leaves, return_final_state=True, backend=target.backend)
     a, b = torch.randn_like(out), torch.randn_like(final)
     both = torch.autograd.grad((out, final), list(leaves.values()), (a, b), retain_graph=True)
-    parts = [torch.autograd.grad(x, list(leaves.values()), y, retain_graph=True, materialize_grads=True) for x, y in ((out, a), (final, b))]
+    parts = [torch.autograd.grad(x, list(leaves.values()), y, retain_graph=True, materialize_grads=True)
+             for x, y in ((out, a), (final, b))]
     for whole, *halves in zip(both, *parts):
         near(sum(halves), whole)
 
@@ -295,15 +309,16 @@ def test_func_grad():
         near(x, y)
 
 
-# ---- properties --------------------------------------------------------------------------------------------------------
+# ---- properties -----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=25)
 @given(st.integers(1, 150), st.integers(1, 40), st.integers(1, 40), st.integers(1, 2), st.integers(1, 3),
        st.sampled_from(DECAYS), st.booleans(), st.booleans(), st.sampled_from((0.01, 1.0, 60.0)))
 def test_any_shape(tokens, key_dim, value_dim, heads_k, groups, decay, bonus, reverse, strength):
-    case = linear_case(f"any-{tokens}-{key_dim}", tokens=tokens, heads=heads_k * groups, heads_k=heads_k, key_dim=key_dim,
-                       value_dim=value_dim, decay=decay, strength=strength, bonus=bonus, state=True, reverse=reverse)
+    case = linear_case(f"any-{tokens}-{key_dim}", tokens=tokens, heads=heads_k * groups, heads_k=heads_k,
+                       key_dim=key_dim, value_dim=value_dim, decay=decay, strength=strength, bonus=bonus, state=True,
+                       reverse=reverse)
     sample = case.make(F64, "cpu")
     ours, reference = (testing.run(testing.LINEAR_ATTENTION, sample, backend) for backend in ("cpu", "reference"))
     for name, x in reference.items():
@@ -311,7 +326,7 @@ def test_any_shape(tokens, key_dim, value_dim, heads_k, groups, decay, bonus, re
         assert float((ours[name] - x).abs().max()) <= 1e-11 * max(float(x.abs().max()), 1e-12), name
 
 
-# ---- torch.compile -----------------------------------------------------------------------------------------------------
+# ---- torch.compile --------------------------------------------------------------------------------------------
 
 
 def test_compile_forward_and_backward_with_dynamic_shapes():
@@ -343,7 +358,8 @@ def test_a_steps_checks_are_remembered_for_calls_that_look_alike():
     state, decay = torch.zeros(2, 3, 8, 8), -torch.rand(3)
 
     def step(**changes):
-        return linear_attention_step(**{"q": q, "k": k, "v": v, "state": state, "decay": decay, "scale": 1.0, **changes})
+        return linear_attention_step(
+            **{"q": q, "k": k, "v": v, "state": state, "decay": decay, "scale": 1.0, **changes})
 
     _checks.forget()
     step(), step()

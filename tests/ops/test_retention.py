@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pykernels import linear_attention, retention, retention_step, testing
 
-TARGETS = [t for t in testing.targets(testing.RETENTION.op, every_isa=False) if t.device == "cpu" and t.backend != "triton"]
+TARGETS = [t for t in testing.targets(testing.RETENTION.op, every_isa=False)
+           if t.device == "cpu" and t.backend != "triton"]
 on_targets = pytest.mark.parametrize("target", TARGETS, ids=str)
 F64 = torch.float64
 
@@ -63,17 +64,22 @@ def test_it_is_linear_attention_with_the_log_of_gamma(target):
     q, k, v = tensors(70)
     gamma = torch.tensor([0.2, 0.8, 0.99], dtype=F64)
     state = torch.randn(2, 3, 8, 12, dtype=F64)
-    options = {"scale": 0.7, "initial_state": state, "reverse": True, "return_final_state": True, "backend": target.backend}
-    for x, y in zip(retention(q, k, v, gamma=gamma, **options), linear_attention(q, k, v, decay=gamma.log(), **options)):
+    options = {"scale": 0.7, "initial_state": state, "reverse": True, "return_final_state": True,
+               "backend": target.backend}
+    wanted = linear_attention(q, k, v, decay=gamma.log(), **options)
+    for x, y in zip(retention(q, k, v, gamma=gamma, **options), wanted):
         assert torch.equal(x, y) and x.abs().max() > 0
 
 
 def test_gradcheck():
+    def function(q, k, v, gamma):
+        return retention(q, k, v, gamma=gamma, backend="cpu")
+
     q, k, v = (x[:1, :20, :, :3].clone().requires_grad_() for x in tensors())
     gamma = torch.tensor([0.3, 0.9, 0.99], dtype=F64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *x: retention(*x[:3], gamma=x[3], backend="cpu"), (q, k, v, gamma), fast_mode=True)
+    assert torch.autograd.gradcheck(function, (q, k, v, gamma), fast_mode=True)
     q, k, v = (x[:, :5].detach().requires_grad_() for x in (q, k, v))
-    assert torch.autograd.gradgradcheck(lambda *x: retention(*x[:3], gamma=x[3], backend="cpu"), (q, k, v, gamma), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (q, k, v, gamma), fast_mode=True)
 
 
 def test_a_missing_or_malformed_v_is_named():

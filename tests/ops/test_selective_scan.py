@@ -114,14 +114,13 @@ def test_complex_A_with_fast_rotation(target):
     """Angles beyond what the vector sine reduces."""
     args = _complex_args(torch.float32, channels=18, length=20)
     args["A"] = torch.complex(args["A"].real * 1e-3, args["A"].imag.sign() * torch.logspace(0, 6, 18)[:, None])
-    exact = {n: x.to(torch.complex128 if x.is_complex() else torch.float64) if isinstance(x,
-                                                                                          torch.Tensor) else x for n,
-                                                                                          x in args.items()}
+    exact = {n: x.to(torch.complex128 if x.is_complex() else torch.float64) if isinstance(x, torch.Tensor) else x
+             for n, x in args.items()}
     with target.active():
         out = selective_scan(**args, backend="cpu")
     reference = selective_scan(**exact, backend="reference")
     plain = selective_scan(**args, backend="reference")
-    slow = args["A"].imag.abs().amax(1) < 100  # faster ones lose the phase to the rounding of dt A, in any implementation
+    slow = args["A"].imag.abs().amax(1) < 100  # any implementation loses the phase of faster ones to dt A's rounding
     assert (out - reference)[:, slow].abs().max() <= 2 * (plain - reference)[:, slow].abs().max() + 1e-5
     assert out.isfinite().all() and out.abs().max() < 2 * reference.abs().max() + 1
 
@@ -178,8 +177,8 @@ def test_complex_steps_continue_a_prefill(target):
         whole, last = selective_scan(**args, return_final_state=True)
         state = args["initial_state"].clone()
         for t in range(8):
-            now = {n: x[..., t] if n in ("delta", "z", "B", "C") else x for n, x in args.items() if n not in ("u",
-                                                                                                              "initial_state")}
+            now = {n: x[..., t] if n in ("delta", "z", "B", "C") else x
+                   for n, x in args.items() if n not in ("u", "initial_state")}
             assert torch.allclose(selective_scan_step(args["u"][..., t], state, **now), whole[..., t])
     assert torch.allclose(state, last)
 
@@ -406,16 +405,15 @@ def test_memory_is_linear_and_small():
     """Forward takes its output, backward the gradients and the states of chunks: nothing of size D L N."""
     channels, length, state = 64, 4096, 64
     u = torch.randn(1, channels, length)
-    args = {"u": u, "delta": torch.rand_like(u) * 0.1, "A": -torch.rand(channels, state), "B": torch.randn(1, state,
-                                                                                                           length),
-            "C": torch.randn(1, state, length)}
+    args = {"u": u, "delta": torch.rand_like(u) * 0.1, "A": -torch.rand(channels, state),
+            "B": torch.randn(1, state, length), "C": torch.randn(1, state, length)}
     allocated = []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             result = function(*arguments, **(keywords or {}))
-            allocated.extend(x.numel() for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x,
-                                                                                                                   torch.Tensor))
+            results = result if isinstance(result, tuple) else (result,)
+            allocated.extend(x.numel() for x in results if isinstance(x, torch.Tensor))
             return result
 
     with Sizes():

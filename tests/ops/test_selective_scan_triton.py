@@ -1,4 +1,4 @@
-"""The selective scan's Triton kernels under the interpreter, on the CPU. It takes scans element by element, so these are small."""
+"""The selective scan's Triton kernels under the interpreter, which takes scans element by element: small cases."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_offsets_that_lie_do_not_reach_outside(offsets, monkeypatch):
     inputs = (u, delta, -torch.rand(2, 2), B, C, torch.randn(2), z, torch.randn(2), torch.randn(3, 2, 2),
               torch.tensor(offsets, dtype=torch.int32), True)
     out, final_state, states = torch.ops.pykernels.selective_scan_fwd_triton(*inputs, True)
-    results = out, final_state, *torch.ops.pykernels.selective_scan_bwd_triton(dout, torch.randn(3, 2, 2), *inputs, states)
-    for y in results:
+    bwd = torch.ops.pykernels.selective_scan_bwd_triton
+    for y in (out, final_state, *bwd(dout, torch.randn(3, 2, 2), *inputs, states)):
         assert y.isfinite().all() and y.count_nonzero()
 
 

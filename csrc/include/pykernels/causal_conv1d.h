@@ -1,11 +1,10 @@
 // Causal depthwise convolution: the parameters and launch functions that every native backend shares. Torch-free.
 //
-// With e the sequence that starts with the initial state (zeros without one) and goes on with x, so that e has W - 1 + L
-// entries per channel:
+// With e the initial state (zeros without one) followed by x, W - 1 + L entries per channel:
 //   out[d, t] = act(bias[d] + sum_w weight[d, w] e[d, t + w])      final_state[d, j] = e[d, L + j]
 //
-// Memory layout. x and out [B, D, L], any strides (in elements). weight [D, W] and bias [D] in the compute type (fp32, fp64
-// for fp64), contiguous. States [B, D, W - 1] in x's type, contiguous.
+// Memory layout. x and out [B, D, L], any strides (in elements). weight [D, W] and bias [D] in the compute type (fp32,
+// fp64 for fp64), contiguous. States [B, D, W - 1] in x's type, contiguous.
 // Packed input: B = 1, cu_seqlens [sequences + 1], states [sequences, D, W - 1]; sequence s is tokens cu_seqlens[s] to
 // cu_seqlens[s + 1]. Kernels clamp what they read from it. Tokens of no sequence give zeros.
 #pragma once
@@ -53,8 +52,9 @@ struct CausalConv1dBackwardParams {
   void* scratch;         // cuda: causal_conv1d_bwd_scratch() floats
 };
 
-// A few new tokens x [B, D, T] per entry against states that are read and replaced: state[slot] has slot = state_indices[b],
-// or b without them. An entry whose index is outside [0, slots) is padding: out is zero, no state is touched.
+// A few new tokens x [B, D, T] per entry against states that are read and replaced: state[slot], slot =
+// state_indices[b] or b without them. An entry whose index is outside [0, slots) is padding: out is zero, no state is
+// touched.
 struct CausalConv1dStepParams {
   DType dtype;
   int64_t batch, channels, tokens, width, slots;

@@ -1,11 +1,11 @@
 // Flash attention: the parameters and launch functions that every native backend shares. Torch-free.
 //
-// Memory layout. q [B, Tq, Hq, K], k [B, Tk, Hk, K], v [B, Tk, Hk, V], out [B, Tq, Hq, V]: any strides (in elements) but
-// for the last axis, which is contiguous. Hq is a multiple of Hk; query head h reads key head h / (Hq / Hk).
+// Memory layout. q [B, Tq, Hq, K], k [B, Tk, Hk, K], v [B, Tk, Hk, V], out [B, Tq, Hq, V]: any strides (in elements)
+// but for the last axis, which is contiguous. Hq is a multiple of Hk; query head h reads key head h / (Hq / Hk).
 // lse [B, Hq, Tq], contiguous: natural log of the row's sum of exp(score).
 //
-// Packed input: B = 1, cu_seqlens_q and cu_seqlens_k are [sequences + 1] and row i of sequence s is token cu_seqlens[s] + i.
-// Kernels clamp what they read from them into [0, T].
+// Packed input: B = 1, cu_seqlens_q and cu_seqlens_k are [sequences + 1], row i of sequence s is token cu_seqlens[s] +
+// i. Kernels clamp what they read from them into [0, T].
 //
 // Row i of a sequence with tq queries and tk keys sees key j when  p - window_left <= j <= p + window_right  with
 // p = i + tk - tq (bottom-right aligned); a negative window bound means unbounded, causal is window_right = 0.
@@ -58,8 +58,8 @@ struct FlashAttentionParams {
   const void* sinks;            // [Hq]
   const int64_t* dropout_seed;  // a weight is kept as pykernels/ops/flash_attention/reference.py says
   double dropout_p;
-  // Decoding: k and v are [pages, page size, Hk, dim], and seqlen_k is what an entry's pages hold together. Token t of entry b
-  // lies in page block_table[b, t / page_size] (clamped).
+  // Decoding: k and v are [pages, page size, Hk, dim], and seqlen_k is what an entry's pages hold together. Token t of
+  // entry b lies in page block_table[b, t / page_size] (clamped).
   const int32_t* block_table;   // [B, block_table_stride]
   int64_t block_table_stride, page_size, pages;
 };
@@ -95,8 +95,8 @@ struct FlashAttentionDecodeParams {
   void* scratch;
 };
 
-// Copies new tokens into a cache: k_cache[b, cache_seqlens[b] + t] = k[b, t], v likewise. Tokens that would land outside
-// [0, Tmax) are dropped. With a block table the cache is paged as above (tokens of pages that don't exist are
+// Copies new tokens into a cache: k_cache[b, cache_seqlens[b] + t] = k[b, t], v likewise. Tokens that would land
+// outside [0, Tmax) are dropped. With a block table the cache is paged as above (tokens of pages that don't exist are
 // dropped too), and capacity what an entry's pages hold together.
 struct FlashAttentionAppendParams {
   int64_t element_size;  // bytes; the copy does not look inside elements
@@ -120,8 +120,8 @@ void flash_attention_bwd(const FlashAttentionBackwardParams& params, const Paral
 void flash_attention_decode(const FlashAttentionDecodeParams& params, const Parallel& parallel);
 }  // namespace cpu
 
-// On `stream` of the current device; bf16 and fp16; heads up to 256, decoding keys to 576 and values to 512; neither bias nor
-// dropout. Return null, or what went wrong.
+// On `stream` of the current device; bf16 and fp16; heads up to 256, decoding keys to 576 and values to 512; neither
+// bias nor dropout. Return null, or what went wrong.
 namespace cuda {
 // In words: which kernels serve which calls on a device of that compute capability (10 major + minor).
 const char* flash_attention_kernels(int capability);

@@ -6,12 +6,12 @@
 // normalize: V has one more column, of ones, and out_t is divided by its own last column plus kNormalizeEpsilon.
 // reverse: time runs from the last token of a sequence to its first.
 //
-// Memory layout. q, k [B, T, Hk, K], v, out [B, T, H, V]: any strides (in elements) but for the last axis, which is contiguous.
-// H is a multiple of Hk; head h reads q and k of head h / (H / Hk). States [N, H, K, Ve], Ve = V (V + 1 with normalize), and
-// bonus [H, K] are contiguous. Decay, bonus, states and statistics are fp32 (fp64 for fp64).
+// Memory layout. q, k [B, T, Hk, K], v, out [B, T, H, V]: any strides (in elements) but for the last axis, which is
+// contiguous. H is a multiple of Hk; head h reads q and k of head h / (H / Hk). States [N, H, K, Ve], Ve = V (V + 1
+// with normalize), and bonus [H, K] are contiguous. Decay, bonus, states and statistics are fp32 (fp64 for fp64).
 //
-// Packed input: B = 1, cu_seqlens is [sequences + 1], N = sequences; kernels clamp what they read from it into [0, T]. Tokens
-// after the last offset belong to none: zeros in every output. Otherwise N = B.
+// Packed input: B = 1, cu_seqlens is [sequences + 1], N = sequences; kernels clamp what they read from it into [0, T].
+// Tokens after the last offset belong to none: zeros in every output. Otherwise N = B.
 //
 // Segments: a sequence is cut, in time order, into segments of kSegment tokens; segment i of sequence s is tile
 // first_tile(s) + i, with first_tile(s) = s * ceil(T / kSegment), when packed cu_seqlens[s] / kSegment + s.
@@ -68,8 +68,8 @@ struct LinearAttentionBackwardParams {
   const void* dout;  // [B, T, H, V]
   Strides3 dout_stride;
   const void* dfinal_state;  // [N, H, K, Ve] or null: zero
-  // Every element is written. dq and dk have a head per head of v, [B, T, H, K] contiguous, and the caller sums over those that
-  // share one: in the dtype of q when H = Hk, else in fp32 (fp64).
+  // Every element is written. dq and dk have a head per head of v, [B, T, H, K] contiguous, and the caller sums over
+  // those that share one: in the dtype of q when H = Hk, else in fp32 (fp64).
   void* dq;
   void* dk;
   void* dv;              // [B, T, H, V] contiguous
@@ -78,11 +78,11 @@ struct LinearAttentionBackwardParams {
   void* dinitial_state;  // [N, H, K, Ve]
 };
 
-// One token for each of B entries: q, k [B, Hk, K], v, out [B, H, V], contiguous in the last axis (their token strides are 0);
-// decay [H], [B, H] or [B, H, K]. Reads and writes state[slot] [H, K, Ve], slot = state_indices[b] or b; entries whose slot is
-// outside [0, slots) give zeros and change nothing.
+// One token for each of B entries: q, k [B, Hk, K], v, out [B, H, V], contiguous in the last axis (their token strides
+// are 0); decay [H], [B, H] or [B, H, K]. Reads and writes state[slot] [H, K, Ve], slot = state_indices[b] or b;
+// entries whose slot is outside [0, slots) give zeros and change nothing.
 struct LinearAttentionStepParams {
-  LinearAttentionParams forward;  // tokens = 1; initial_state, final_state and cu_seqlens are null, and reverse is not read
+  LinearAttentionParams forward;  // tokens = 1; initial_state, final_state, cu_seqlens are null, reverse is not read
   void* state;
   int64_t slots, slot_stride, head_stride;  // the last two axes are contiguous
   const int32_t* state_indices;             // [B] or null
@@ -94,8 +94,8 @@ void linear_attention_bwd(const LinearAttentionBackwardParams& params, const Par
 void linear_attention_step(const LinearAttentionStepParams& params, const Parallel& parallel);
 }  // namespace cpu
 
-// On a CUDA stream; results are contiguous. Each returns null, or what went wrong. `scratch` holds as many floats as the
-// function of that name says.
+// On a CUDA stream; results are contiguous. Each returns null, or what went wrong. `scratch` holds as many floats as
+// the function of that name says.
 namespace cuda {
 int64_t linear_attention_fwd_scratch(const LinearAttentionParams& params);
 const char* linear_attention_fwd(const LinearAttentionParams& params, void* scratch, void* stream);

@@ -1,19 +1,19 @@
 // Selective scan: the parameters and launch functions that every native backend shares. Torch-free.
 //
-// Per batch entry and channel d, with x = delta + delta_bias, dt = softplus(x) (x itself above 20) or x without softplus:
+// Per batch entry and channel d, with x = delta + delta_bias, dt = softplus(x) (x itself above 20), x without softplus:
 //   h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t            [N]
 //   y_t = C_t . h_t + D u_t                              2 Re(C_t . h_t) when complex
 //   out_t = y_t silu(z_t), or y_t without z
 //
-// Memory layout. u, delta, z and out [B, D, L], any strides (in elements). A [D, N], D [D] and delta_bias [D] in the compute
-// type (fp32, fp64 for fp64), contiguous. B and C either [D, N], as A, or [B, G, N, L] with any strides; channel d reads
-// group d / (D / G). States [B, D, N] in the compute type, contiguous. Complex numbers are pairs (real, imaginary): A, constant B
-// and C and the states then have a last axis of 2.
-// Packed input: B = 1, cu_seqlens [sequences + 1], states [sequences, D, N]; kernels clamp what they read from cu_seqlens.
-// Tokens of no sequence give zeros.
+// Memory layout. u, delta, z and out [B, D, L], any strides (in elements). A [D, N], D [D] and delta_bias [D] in the
+// compute type (fp32, fp64 for fp64), contiguous. B and C either [D, N], as A, or [B, G, N, L] with any strides;
+// channel d reads group d / (D / G). States [B, D, N] in the compute type, contiguous. Complex numbers are pairs (real,
+// imaginary): A, constant B and C and the states then have a last axis of 2.
+// Packed input: B = 1, cu_seqlens [sequences + 1], states [sequences, D, N]; kernels clamp what they read from
+// cu_seqlens. Tokens of no sequence give zeros.
 //
-// chunk_states [chunks, N, D] (complex: [chunks, N, 2, D]) holds h before each chunk of kSelectiveScanChunk tokens. Batch entry b
-// owns chunks b * (L / chunk + 1) on, sequence s of a packed batch those from cu_seqlens[s] / chunk + s on.
+// chunk_states [chunks, N, D] (complex: [chunks, N, 2, D]) holds h before each chunk of kSelectiveScanChunk tokens.
+// Batch entry b owns chunks b * (L / chunk + 1) on, packed sequence s those from cu_seqlens[s] / chunk + s on.
 #pragma once
 
 #include <cstdint>
@@ -79,9 +79,9 @@ struct SelectiveScanBackwardParams {
 };
 
 // One token of each batch entry against states that are read and replaced. state [slots, H, P, N] is indexed by
-// state_indices[b], or b without them; an entry whose index is outside [0, slots) is padding: out is zero, no state is touched.
-// x, dt, z and out [B, H, P], A [H, P, N], D and dt_bias [H, P], B and C [B, G, N], any strides; head h reads group h / (H / G).
-// A in the compute type, delta, B, C, D and delta_bias in that or x's.
+// state_indices[b], or b without them; an entry whose index is outside [0, slots) is padding: out is zero, no state is
+// touched. x, delta, z and out [B, H, P], A [H, P, N], D and delta_bias [H, P], B and C [B, G, N], any strides; head h
+// reads group h / (H / G). A in the compute type, delta, B, C, D and delta_bias in that or x's.
 struct SelectiveScanStepParams {
   DType dtype;        // of x, z and out
   DType delta_dtype, B_dtype, C_dtype, D_dtype, delta_bias_dtype;
@@ -112,7 +112,7 @@ void selective_scan_bwd(const SelectiveScanBackwardParams& params, const Paralle
 void selective_scan_step(const SelectiveScanStepParams& params, const Parallel& parallel);
 }  // namespace cpu
 
-// On the current device's stream `stream` (a cudaStream_t), for real A; return null, or what went wrong with the launch.
+// On the current device's `stream` (a cudaStream_t), for real A; return null, or what went wrong with the launch.
 // The sizes of scratch memory, in floats, depend on the current device.
 namespace cuda {
 int64_t selective_scan_fwd_scratch(const SelectiveScanParams& params);

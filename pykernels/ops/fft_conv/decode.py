@@ -16,8 +16,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from . import registration
-
 BLOCK = 64  # a power of two; below it, a direct sum is faster than one square
 
 

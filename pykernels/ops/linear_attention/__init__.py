@@ -228,12 +228,14 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, dec
             slots = state_indices.tolist()
             for b, slot in enumerate(slots):
                 if not 0 <= slot < state.shape[0]:
-                    raise ValueError(f"state_indices must name one of {state.shape[0]} slots, got {slot} for batch entry {b}")
+                    raise ValueError(
+                        f"state_indices must name one of {state.shape[0]} slots, got {slot} for batch entry {b}")
             if len(set(slots)) != len(slots):
                 raise ValueError(f"state_indices must name different slots, got {slots}")
         state_indices = state_indices.to(torch.int32).contiguous()
     if torch.is_grad_enabled():
-        _checks.inference("linear_attention_step", "linear_attention", q=q, k=k, v=v, state=state, decay=decay, bonus=bonus)
+        _checks.inference("linear_attention_step", "linear_attention",
+                          q=q, k=k, v=v, state=state, decay=decay, bonus=bonus)
     if not ready:
         decay, bonus = _wide(decay, q), _wide(bonus, q)
     arguments = state, q, k, v, decay, bonus, state_indices, factor, normalize
@@ -243,9 +245,9 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, dec
 
 
 @_checks.by_metadata
-def _check_step(q: object, k: object, v: object, state: object, decay: object, bonus: object, normalize: object, scale: object,
-                state_indices: object, backend: object) -> tuple[str, float, bool]:
-    """-> the backend that serves a step, the factor on q, whether decay and bonus are in the dtype that the ops take."""
+def _check_step(q: object, k: object, v: object, state: object, decay: object, bonus: object, normalize: object,
+                scale: object, state_indices: object, backend: object) -> tuple[str, float, bool]:
+    """-> the backend that serves a step, the factor on q, whether decay and bonus have the dtype that the ops take."""
     _check_qkv(q, k, v, "B")
     _checks.flag("normalize", normalize)
     factor = _scale(scale, normalize, q)

@@ -208,8 +208,8 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
   const auto limit = static_cast<unsigned>(bytes);
   if (bytes < 0 || limit > cuda_host::shared_limit()) return cudaErrorInvalidValue;
   if (cuda_host::shared_limits.try_emplace(kernel, limit).first->second == limit) return cudaSuccess;
-  cuda_host::launch_error = "launches of a kernel raise its limit of shared memory to different values: one host thread "
-                            "may lower it between another's raise and launch";
+  cuda_host::launch_error = "launches of a kernel raise its limit of shared memory to different values: one host "
+                            "thread may lower it between another's raise and launch";
   return cudaErrorLaunchFailure;
 }
 
