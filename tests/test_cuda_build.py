@@ -121,7 +121,7 @@ def test_report_lists_every_kernel_for_every_architecture():
         "linear_attention_ddecay_sm80_kernel", "linear_attention_extra_sm80_kernel",
         "linear_attention_step_sm80_kernel", "linear_attention_wide_walk_sm80_kernel",
         "linear_attention_wide_scores_sm80_kernel", "linear_attention_wide_gradients_sm80_kernel",
-        "linear_attention_dbonus_sm80_kernel", "fft_conv_transform_kernel", "fft_conv_correlate_kernel",
+        "linear_attention_dbonus_sm80_kernel", "fft_conv_transform_kernel", "fft_conv_backward_kernel",
         "fft_conv_split_kernel", "fft_conv_merge_kernel", "fft_conv_direct_kernel", "fft_conv_direct_taps_kernel",
         "fft_conv_skip_kernel"}
     for walk in ("linear_attention_walk_sm80_kernel", "linear_attention_wide_walk_sm80_kernel"):

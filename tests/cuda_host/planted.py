@@ -43,6 +43,7 @@ _BACKWARD_LARGE = "flash_attention/bwd_sm90_wide.cuh"
 _DECODE, _WALK = "flash_attention/decode_sm80.cuh", "linear_attention/walk_sm80.cuh"
 _DECAY, _STEP = "linear_attention/gradients_sm80.cuh", "linear_attention/step_sm80.cuh"
 _TRANSFORM = "fft_conv/fft.cuh"
+_FFT_BACKWARD = "fft_conv/backward.cu"
 _WIDE, _CHUNK = "linear_attention/wide_sm80.cuh", "linear_attention/wide_chunk_sm80.cu"
 _BOTH = "ptx::named_barrier_sync(kBoth, 256);"
 
@@ -146,12 +147,16 @@ FAULTS = (
     # Long convolution.
     Fault("transform-points-read-early", _TRANSFORM, "sync();", after="\n      forward<", group="fft"),
     Fault("inverse-points-read-early", _TRANSFORM, "sync();", after="\n    } else {\n      inverse<", group="fft"),
+    Fault("backward-points-refilled-early", _FFT_BACKWARD, "Block::sync();", after="  // everyone has read", group="fft"),
+    Fault("backward-sums-cleared-late", _FFT_BACKWARD, "__syncthreads();", after="\n\n  const int64_t rows_batch", group="fft-parts"),
+    Fault("backward-sums-read-early", _FFT_BACKWARD, "__syncthreads();", after="\n  float2* const sums", group="fft-parts"),
 )
 
 # The units that the cases of the tests run.
 _UNITS = ("flash_attention/fwd_sm90_64.cu", "flash_attention/bwd_sm90_64.cu", "flash_attention/bwd_sm90_192.cu",
           "flash_attention/decode_sm80_64.cu", "linear_attention/walk_sm80_64.cu", "linear_attention/wide_sm80_64.cu",
-          "linear_attention/wide_chunk_sm80.cu", "linear_attention/linear_attention.cu", "fft_conv/transform.cu")
+          "linear_attention/wide_chunk_sm80.cu", "linear_attention/linear_attention.cu", "fft_conv/transform.cu",
+          "fft_conv/backward.cu")
 _VARIABLE = 'extern "C" __attribute__((visibility("default"))) int pykernels_left_out'
 
 

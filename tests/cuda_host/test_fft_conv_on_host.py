@@ -18,16 +18,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ON_HOST = Target("cuda", "cpu")
 _ALL = {"skip": True, "pre": True, "post": True}
 
-# Around the number of taps that are summed directly; every size of a block's transform; rows of one and of two stages.
+# Around the number of taps that are summed directly; every size of a block's transform; rows of one and of two stages;
+# groups whose rows are several parts, of several rows for each transform of a block and not as many for all.
 SHAPES = [
     conv_case("direct-64", length=1100, taps=64, **_ALL),
     conv_case("windows-65", length=1100, taps=65, **_ALL),
     conv_case("points-2048", channels=1, length=2048, **_ALL),
     conv_case("points-4096", channels=1, length=4000, taps_rev=4000, **_ALL),
+    conv_case("parts", batch=9, channels=4, groups=2, length=300, taps_rev=70, **_ALL),
+    conv_case("parts-of-windows", batch=3, channels=4, groups=1, length=1400, taps=120, **_ALL),
     conv_case("stage", batch=3, channels=2, groups=1, length=4200, taps_rev=4100, **_ALL),
     conv_case("stage-circular", batch=2, channels=1, length=8000, taps_rev=300, mode="circular", lag=0, post=True),
     conv_case("stage-beyond", batch=1, channels=2, length=8200, taps=9000, **_ALL),
 ]
+REPEATED = ("direct-64", "windows-65", "parts", "stage")
 TWO_STAGES = conv_case("two-stages", channels=1, length=70000, dtypes=(torch.float32,), **_ALL)
 MATRIX = [(FFT_CONV, case) for case in (*FFT_CONV.cases, *FFT_CONV.extremes, *SHAPES, TWO_STAGES)]
 
@@ -59,7 +63,7 @@ def test_rows_that_come_in_parts(groups, rows):
         _check(FFT_CONV, case, torch.float32)
 
 
-@pytest.mark.parametrize("case", [SHAPES[0], SHAPES[1], SHAPES[4]], ids=str)
+@pytest.mark.parametrize("case", [case for case in SHAPES if case.name in REPEATED], ids=str)
 def test_bitwise_repeatable(host, case):
     """Whatever the order of the blocks and threads."""
     results = []
@@ -86,12 +90,15 @@ def test_rows_keep_to_themselves(taps):
 
 
 @pytest.mark.parametrize("wanted", ((True, False), (False, True), (False, False)))
-def test_only_what_is_asked_for(wanted):
-    u, dout, pre, post = (torch.randn(2, 2, 300) for _ in range(4))
-    k, k_rev, D = torch.randn(2, 200), torch.randn(2, 20), torch.randn(2)
-    everything = fft_conv_ops.bwd(dout, u, k, k_rev, D, pre, post, 1, False, True, True)
-    some = fft_conv_ops.bwd(dout, u, k, k_rev, D, pre, post, 1, False, *wanted)
-    asked = (wanted[0], wanted[1], wanted[1], True, wanted[0], True)
+@pytest.mark.parametrize("skip", (True, False))
+@pytest.mark.parametrize("length, taps, circular", ((300, 30, False), (300, 200, False), (1200, 100, False),
+                                                    (300, 200, True), (4200, 4200, False), (4200, 4200, True)))
+def test_only_what_is_asked_for(length, taps, circular, skip, wanted):
+    u, dout, pre, post = (torch.randn(2, 2, length) for _ in range(4))
+    k, k_rev, D = torch.randn(2, taps), torch.randn(2, 20), torch.randn(2) if skip else None
+    everything = fft_conv_ops.bwd(dout, u, k, k_rev, D, pre, post, 1, circular, True, True)
+    some = fft_conv_ops.bwd(dout, u, k, k_rev, D, pre, post, 1, circular, *wanted)
+    asked = (wanted[0], wanted[1], wanted[1], skip, wanted[0], True)
     for x, y, want in zip(everything, some, asked, strict=True):
         assert torch.equal(x, y) if want else y.numel() == 0
 

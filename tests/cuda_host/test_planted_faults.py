@@ -114,18 +114,23 @@ def _linear_check(host, op, case, seed: int, dtype: torch.dtype = BF16) -> None:
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
 
 
-def _fft(host, seed: int) -> None:
+def _fft(host, seed: int, batch: int = 1, length: int = 1000) -> None:
     import fft_conv_ops
 
     host.set_seed(seed)
     with fft_conv_ops.on_the_host():
-        errors = check(FFT_CONV, conv_case("planted-fft", channels=1, length=1000), BF16, Target("cuda", "cpu"))
+        errors = check(FFT_CONV, conv_case("planted-fft", batch=batch, channels=1, length=length), BF16, Target("cuda", "cpu"))
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
+
+
+def _fft_parts(host, seed: int) -> None:
+    """Transforms of a warp each, four to a block, that share a part."""
+    _fft(host, seed, batch=5, length=500)
 
 
 RUNS: dict[str, Callable] = {"fwd": _forward, "fwd-short": _forward_short, "bwd": _backward,
                              "bwd-large": _backward_large, "decode": _decode, "paged": _paged, "linear": _linear,
-                             "wide": _wide, "step": _step, "fft": _fft}
+                             "wide": _wide, "step": _step, "fft": _fft, "fft-parts": _fft_parts}
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ namespace pykernels::cuda {
 struct LaunchConfig {
   dim3 grid;
   dim3 block;
-  // Dynamic. Above 48 KiB the kernel's limit is raised first, which host threads share: all launches of a kernel ask for
-  // the same then, so that none lowers it for another.
+  // Dynamic. Above 48 KiB the kernel's limit is raised first, which host threads share: all launches of a kernel ask
+  // for the same then, so that none lowers it for another.
   unsigned shared_bytes = 0;
   cudaStream_t stream = nullptr;
 };

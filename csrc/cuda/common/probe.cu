@@ -19,7 +19,8 @@ __global__ void probe_kernel(const float* in, float* out, int64_t n) {
 const char* probe(const float* in, float* out, int64_t n, void* stream) {
   if (n == 0) return nullptr;
   const int64_t blocks = std::min<int64_t>((n + kThreads - 1) / kThreads, 65535);
-  return launch(probe_kernel, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream)}, in, out,
+  return launch(probe_kernel,
+                {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream)}, in, out,
                 n);
 }
 

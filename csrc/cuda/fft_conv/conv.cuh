@@ -9,6 +9,7 @@
 
 #include "../common/elements.cuh"
 #include "../common/launch.cuh"
+#include "../common/reduce.cuh"
 #include "fft.cuh"
 
 namespace pykernels::cuda::fft {
@@ -114,6 +115,7 @@ struct Rows {
   Signal x;
   const float* skip;  // [D] or null
   Result out, second;
+  double* products;  // or null: pieces of sums of x times both factors, for `put_products`
 };
 
 template <class T>
@@ -170,13 +172,13 @@ __device__ __forceinline__ void load_window(float2 (&z)[kPerThread], DType dtype
   });
 }
 
-// The results of sample n, where c is the convolution's.
+// Writes the results of sample n, where c is the convolution's, and returns what it adds to the products.
 template <class T>
 struct Writer {
   const T *values, *gate, *factor, *second_factor;
   T *out, *second;
   float skip;
-  bool skips;
+  bool skips, multiplies;
 
   __device__ __forceinline__ Writer(const Rows& rows, int64_t batch, int64_t channel)
       : values(row_of<const T>(rows.x.values, rows.x.stride, batch, channel)),
@@ -186,36 +188,55 @@ struct Writer {
         out(row_of<T>(rows.out.out, rows.out.stride, batch, channel)),
         second(row_of<T>(rows.second.out, rows.second.stride, batch, channel)),
         skip(rows.skip != nullptr ? rows.skip[channel] : 0.0f),
-        skips(rows.skip != nullptr) {}
+        skips(rows.skip != nullptr),
+        multiplies(rows.products != nullptr) {}
 
-  __device__ __forceinline__ void operator()(int n, float c) const {
-    if (skips) c += skip * (gate != nullptr ? widen(values[n]) * widen(gate[n]) : widen(values[n]));
-    if (second != nullptr) second[n] = narrow<T>(c * widen(second_factor[n]));
-    out[n] = narrow<T>(factor != nullptr ? c * widen(factor[n]) : c);
+  __device__ __forceinline__ double operator()(int n, float c) const {
+    const float by = factor != nullptr ? widen(factor[n]) : 1.0f;
+    float x = 0.0f, second_by = 0.0f;
+    if (skips) {
+      x = gate != nullptr ? widen(values[n]) * widen(gate[n]) : widen(values[n]);
+      c += skip * x;
+    }
+    if (second != nullptr || multiplies) second_by = widen(second_factor[n]);
+    if (second != nullptr) second[n] = narrow<T>(c * second_by);
+    if (out != nullptr) out[n] = narrow<T>(c * by);
+    return multiplies ? static_cast<double>(x) * static_cast<double>(second_by * by) : 0.0;
   }
 };
 
-// Writes what a window owns of points first + l step.
-__device__ __forceinline__ void store_window(const float2 (&z)[kPerThread], const Rows& rows, const Windows& windows,
-                                             int window, int64_t batch, int64_t channel, int first, int step,
-                                             int points) {
+// A piece of the products: what kLanes neighbouring lanes have of it. In double, whose products of floats are exact:
+// what a sum over a whole batch may cancel to is far smaller than its terms.
+template <int kLanes>
+__device__ __forceinline__ void put_products(const Rows& rows, int64_t piece, double sum, bool active = true) {
+  if (rows.products == nullptr) return;
+  sum = warp_reduce<kLanes>(sum, Sum());
+  if (active && threadIdx.x % kLanes == 0) rows.products[piece] = sum;
+}
+
+// Writes what a window owns of points first + l step, and returns what they add to the products.
+__device__ __forceinline__ double store_window(const float2 (&z)[kPerThread], const Rows& rows, const Windows& windows,
+                                               int window, int64_t batch, int64_t channel, int first, int step,
+                                               int points) {
   const int low = window * windows.step, origin = low - windows.before + first;
   const int high = min(low + windows.step, rows.length);
+  double sum = 0.0;
   for_dtype(rows.dtype, [&]<class T>(T) {
     const Writer<T> write(rows, batch, channel);
 #pragma unroll
     for (int l = 0; l < kPerThread; ++l) {
       const int n = origin + l * step;
-      if (n >= low && n < high) write(n, z[l].x);
+      if (n >= low && n < high) sum += write(n, z[l].x);
     }
     if (origin - first + points < high) {
 #pragma unroll
       for (int l = 0; l < kPerThread; ++l) {
         const int n = origin + l * step + points;
-        if (n >= low && n < high) write(n, z[l].y);
+        if (n >= low && n < high) sum += write(n, z[l].y);
       }
     }
   });
+  return sum;
 }
 
 // Of the lags modulo 2 `points`, those from there minus `reverse` on stand for negative ones, and wrap with their sign

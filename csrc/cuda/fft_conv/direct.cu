@@ -1,11 +1,10 @@
 // Convolutions with few taps, as sums, and their gradients; and the gradient of the skip connection.
-#include "../common/reduce.cuh"
 #include "launches.cuh"
 
 namespace pykernels::cuda::fft {
 namespace {
 
-constexpr int kThreads = 128, kRun = 8;  // outputs, or taps, of a thread
+constexpr int kThreads = kDirectThreads, kRun = 8;  // outputs, or taps, of a thread
 static_assert(kThreads * kRun == kDirectTile);
 
 // Eight neighbours, and the eight after them, are read by lanes eight apart: a free place after each eight spreads them
@@ -73,11 +72,14 @@ __global__ void __launch_bounds__(kThreads) fft_conv_direct_kernel(const __grid_
   for (int j = 0; j < kRun; ++j) c[padded(thread * kRun) + j] = sum[j];
   __syncthreads();
   const int low = window * p.windows.step;
+  double products = 0.0;
   for_dtype(p.rows.dtype, [&]<class T>(T) {
     const Writer<T> write(p.rows, batch, channel);
 #pragma unroll 4
-    for (int i = thread; i < min(kDirectTile, p.rows.length - low); i += kThreads) write(low + i, c[padded(i)]);
+    for (int i = thread; i < min(kDirectTile, p.rows.length - low); i += kThreads)
+      products += write(low + i, c[padded(i)]);
   });
+  put_products<32>(p.rows, int64_t{blockIdx.x} * (kThreads / 32) + thread / 32, products);
 }
 
 // A block owns a part of a group's windows. Tap m, counted from the last lag down, is the sum over n of dc_n x_{n + m};
@@ -138,39 +140,15 @@ __global__ void __launch_bounds__(kThreads) fft_conv_direct_sums_kernel(const __
   p.kernels.clear(p.dk, p.dk_rev, group, index, count);
 }
 
-// A block owns `share` samples of a channel, in all batch entries. In double, whose products of floats are exact: what
-// a sum over a whole batch may cancel to is far smaller than its terms.
 __global__ void __launch_bounds__(kThreads) fft_conv_skip_kernel(const __grid_constant__ SkipParams p) {
   SharedMemory memory;
   double* const scratch = memory.take<double>(kThreads / 32);
-  const int64_t channel = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
-  const int end = static_cast<int>(min((part + 1) * p.share, int64_t{p.rows.length}));
+  const int64_t channel = blockIdx.x;
   double sum = 0.0;
-  for_dtype(p.rows.dtype, [&]<class T>(T) {
-    for (int64_t batch = 0; batch < p.rows.batch; ++batch) {
-      const T* const x = row_of<const T>(p.rows.x.values, p.rows.x.stride, batch, channel);
-      const T* const gate = row_of<const T>(p.rows.x.gate, p.rows.x.gate_stride, batch, channel);
-      const T* const dy = row_of<const T>(p.dc.values, p.dc.stride, batch, channel);
-      const T* const dgate = row_of<const T>(p.dc.gate, p.dc.gate_stride, batch, channel);
 #pragma unroll 4
-      for (int n = static_cast<int>(part * p.share + threadIdx.x); n < end; n += kThreads) {
-        float value = widen(x[n]), gradient = widen(dy[n]);
-        if (gate != nullptr) value *= widen(gate[n]);
-        if (dgate != nullptr) gradient *= widen(dgate[n]);
-        sum += static_cast<double>(value) * static_cast<double>(gradient);
-      }
-    }
-  });
+  for (int64_t i = threadIdx.x; i < p.pieces; i += kThreads) sum += p.products[channel * p.pieces + i];
   sum = block_reduce<kThreads / 32>(sum, scratch, Sum());
-  if (threadIdx.x == 0) p.sums[blockIdx.x] = sum;
-}
-
-__global__ void __launch_bounds__(kThreads) fft_conv_skip_sums_kernel(const __grid_constant__ SkipParams p) {
-  const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (channel >= p.channels) return;
-  double sum = 0.0;
-  for (int part = 0; part < p.parts; ++part) sum += p.sums[channel * p.parts + part];
-  p.dskip[channel] = static_cast<float>(sum);
+  if (threadIdx.x == 0) p.dskip[channel] = static_cast<float>(sum);
 }
 
 int64_t blocks_of(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
@@ -192,10 +170,7 @@ const char* direct_taps(const DirectTapsParams& p, void* stream) {
 }
 
 const char* skip_gradient(const SkipParams& p, void* stream) {
-  if (const char* error = launch_blocks(fft_conv_skip_kernel, p.channels * p.parts, kThreads,
-                                        kThreads / 32 * sizeof(double), stream, p))
-    return error;
-  return launch_blocks(fft_conv_skip_sums_kernel, blocks_of(p.channels), kThreads, 0, stream, p);
+  return launch_blocks(fft_conv_skip_kernel, p.channels, kThreads, kThreads / 32 * sizeof(double), stream, p);
 }
 
 }  // namespace pykernels::cuda::fft

@@ -61,28 +61,35 @@ struct Call {
       : p(p_), kernels(p_), way(choose_way(p_, kernels)), per_group(p_.channels / p_.groups),
         group_rows(per_group * p_.batch) {}
 
+  // Whether windows are rows, and all samples those of the row.
+  bool whole() const { return !way.direct && way.count == 1 && way.step == p.length && !p.circular; }
   // The windows of x; of the gradient, for the transpose, whose lags are the negatives.
   Windows windows(bool reversed = false) const {
     const int ahead = reversed ? kernels.reverse : kernels.forward;
     const int behind = reversed ? kernels.forward : kernels.reverse;
     const int length = static_cast<int>(p.length);
-    const bool whole = !way.direct && way.count == 1 && way.step == length && !p.circular;
-    Windows w{way.count, whole ? 0 : ahead, way.step, 0, length, false};
+    Windows w{way.count, whole() ? 0 : ahead, way.step, 0, length, false};
     if (p.circular) w.low = -ahead, w.high = length + behind;
     return w;
   }
   Rows rows(const Signal& x, const Result& out, const Result& second) const {
-    return {p.dtype, p.batch, per_group, static_cast<int>(p.length), x, static_cast<const float*>(p.skip), out, second};
+    return {p.dtype, p.batch, per_group, static_cast<int>(p.length), x, static_cast<const float*>(p.skip), out, second,
+            nullptr};
   }
   Signal x() const { return {p.u, p.pre_gate, p.u_stride, p.pre_stride}; }
 
   int64_t windows_of_group() const { return group_rows * way.count; }
   int64_t spectrum_floats() const { return 2 * p.groups * int64_t{way.points}; }
+  // Pieces of dskip of a channel.
+  int64_t pieces() const {
+    return p.batch * way.count * (way.direct ? kDirectThreads / 32 : product_pieces(way.total));
+  }
 
-  // How gradients of taps are split into parts: enough for every multiprocessor, of at least four windows each.
+  // How the windows of a group are split into blocks' parts: enough for every multiprocessor, of at least four windows
+  // for each transform of a block.
   int64_t share() const {
-    const int64_t total = windows_of_group();
-    const int64_t parts = std::max<int64_t>(1, std::min((total + 3) / 4, 1024 / p.groups));
+    const int64_t total = windows_of_group(), least = way.direct ? 4 : 4 * transforms_of_block(way.points);
+    const int64_t parts = std::min((total + least - 1) / least, (1023 + p.groups) / p.groups);
     return (total + parts - 1) / parts;
   }
   int parts() const { return static_cast<int>((windows_of_group() + share() - 1) / share()); }
@@ -97,8 +104,9 @@ struct Call {
   int64_t some_rows(int copies) const {
     return std::min(some_groups(copies) * group_rows, rows_in_memory(copies));
   }
+  // Of them, and of as many spectra or sums of each group.
   int64_t staged_floats(int copies) const {
-    return 2 * way.total * (some_groups(copies) + some_rows(copies) * copies);
+    return 2 * way.total * (some_groups(copies) + some_rows(copies)) * copies;
   }
 
   TransformParams transform_params(const Rows& r, const Windows& w, bool reversed) const {
@@ -164,11 +172,11 @@ struct Call {
     }
     return steps.error;
   }
-  const char* staged(const Rows& r, bool reversed, int copies, float2* scratch, void* stream) const {
+  const char* staged(const Rows& r, bool reversed, float2* scratch, void* stream) const {
     const Windows w = windows(reversed);
-    float2* const points = scratch + some_groups(copies) * way.total;
+    float2* const points = scratch + some_groups(1) * way.total;
     return for_parts(
-        copies, [&](int64_t g, int64_t groups) { return staged_spectrum(g, groups, scratch, stream); },
+        1, [&](int64_t g, int64_t groups) { return staged_spectrum(g, groups, scratch, stream); },
         [&](int64_t g, int64_t, int64_t row, int64_t rows_) {
           Steps steps;
           steps(stages(true, Place::kRows, r, w, row, g, rows_, points, nullptr, nullptr, stream));
@@ -183,67 +191,130 @@ struct Call {
   }
 };
 
-const char* convolve(const Call& call, const Rows& rows, bool reversed, int copies, float2* scratch, void* stream) {
+const char* convolve(const Call& call, const Rows& rows, bool reversed, float2* scratch, void* stream) {
   if (call.way.direct)
     return direct({rows, call.windows(reversed), call.kernels, reversed, call.p.groups * call.windows_of_group()},
                   stream);
-  return call.way.staged() ? call.staged(rows, reversed, copies, scratch, stream)
+  return call.way.staged() ? call.staged(rows, reversed, scratch, stream)
                            : call.windowed(rows, reversed, scratch, stream);
 }
 
-// dk and dk_rev, from x and dc.
-const char* kernel_gradient(const Call& call, const FFTConvBackwardParams& b, const Rows& rows, const Signal& dc,
-                            void* memory, void* stream) {
-  const FFTConvParams& p = call.p;
-  float* const dk = static_cast<float*>(b.dk);
-  float* const dk_rev = static_cast<float*>(b.dk_rev);
-  const int64_t total = call.windows_of_group(), share = call.share();
-  const Windows windows = call.windows();
+// What is wanted of a backward pass, and the rows that its parts read and write.
+struct Gradients {
+  const FFTConvBackwardParams& b;
+  bool inputs;    // dskip comes with them
+  bool gradient;  // the transform of dc is needed
+  Rows x, dc;     // to dpost_gate; to du, dpre_gate and pieces of dskip
+
+  Gradients(const Call& call, const FFTConvBackwardParams& b_, double* products)
+      : b(b_), inputs(b_.du != nullptr || b_.dskip != nullptr), gradient(inputs || b_.dk != nullptr) {
+    const FFTConvParams& p = call.p;
+    const Strides2 contiguous{p.channels * p.length, p.length};
+    x = call.rows(call.x(), {b.dpost_gate, b.dout, contiguous, b.dout_stride}, {});
+    dc = call.rows({b.dout, p.post_gate, b.dout_stride, p.post_stride}, {b.du, p.pre_gate, contiguous, p.pre_stride},
+                   {b.dpre_gate, p.u, contiguous, p.u_stride});
+    if (b.dskip != nullptr) dc.products = products;
+  }
+};
+
+const char* direct_gradients(const Call& call, const Gradients& wanted, void* memory, void* stream) {
+  const FFTConvBackwardParams& b = wanted.b;
   Steps steps;
-  if (call.way.direct)
-    return direct_taps({rows, dc, windows, call.kernels, p.groups, total, share, call.parts(),
-                        static_cast<float*>(memory), dk, dk_rev},
-                       stream);
-  // Windows of dc lie where x's do, and hold what they own.
-  Windows own = windows;
+  if (wanted.inputs) steps(convolve(call, wanted.dc, true, nullptr, stream));
+  if (b.dpost_gate != nullptr) steps(convolve(call, wanted.x, false, nullptr, stream));
+  if (b.dk != nullptr)
+    steps(direct_taps({wanted.x, wanted.dc.x, call.windows(), call.kernels, call.p.groups, call.windows_of_group(),
+                       call.share(), call.parts(), static_cast<float*>(memory), static_cast<float*>(b.dk),
+                       static_cast<float*>(b.dk_rev)},
+                      stream));
+  return steps.error;
+}
+
+// What the passes of `backward` are: as few as give what is wanted of du, dk and, if `post`, dpost_gate.
+BackwardParams backward_params(const Call& call, const Gradients& wanted, bool post, float2* spectrum, float2* sums) {
+  BackwardParams r{};
+  r.inputs = wanted.inputs, r.same = wanted.gradient && call.whole(), r.spectrum = spectrum;
+  r.sums = wanted.b.dk != nullptr ? sums : nullptr;
+  // What a window owns of x lies where dc's does, which holds all samples that the owned ones' lags reach.
+  Windows own = call.windows(true);
   own.own = true;
-  float2* const scratch = static_cast<float2*>(memory);
-  CorrelateParams c{};
-  c.rows = rows, c.dc = dc, c.windows = windows, c.dc_windows = own;
+  r.passes[kOfX] = {wanted.x, own, nullptr};
+  r.passes[kOfGradient] = {wanted.dc, call.windows(true), nullptr};
+  r.passes[kOfPostGate] = {wanted.x, call.windows(), nullptr};
+  r.first = !wanted.gradient ? kOfPostGate : r.sums != nullptr || (post && r.same) ? kOfX : kOfGradient;
+  r.last = post ? kOfPostGate : kOfGradient;
+  return r;
+}
+// From the sums of groups to their taps' gradients.
+TransformParams of_sums(const Call& call, const Gradients& wanted, float2* sums, int parts) {
   TransformParams t = call.transform_params({}, {}, false);
   t.rows.batch = t.rows.per_group = 1;
-  t.from = Place::kSums, t.to = Place::kTaps, t.dk = dk, t.dk_rev = dk_rev;
-  if (!call.way.staged()) {
-    c.from = Place::kRows, c.total = total, c.share = share, c.parts = call.parts();
-    c.range = {0, 0, p.groups * c.parts, 1}, c.sums = scratch;
-    steps(correlate(call.way.points, c, stream));
-    t.range.items = p.groups, t.sums = scratch, t.parts = c.parts;
-    steps(transform(call.way.points, t, stream));
-    return steps.error;
-  }
-  const int subs = call.way.subs();
-  float2* const x_points = scratch + call.some_groups(2) * call.way.total;
+  t.from = Place::kSums, t.to = Place::kTaps, t.sums = sums, t.parts = parts;
+  t.dk = static_cast<float*>(wanted.b.dk), t.dk_rev = static_cast<float*>(wanted.b.dk_rev);
+  return t;
+}
+
+const char* windowed_gradients(const Call& call, const Gradients& wanted, float2* memory, void* stream) {
+  const bool post = wanted.b.dpost_gate != nullptr;
+  if (!wanted.gradient && !post) return nullptr;
+  float2* const sums = memory + call.p.groups * call.way.points;
+  Steps steps;
+  if (wanted.inputs || post) steps(call.spectrum(memory, stream));
+  if (steps.error != nullptr) return steps.error;
+  BackwardParams r = backward_params(call, wanted, post, memory, sums);
+  r.from = Place::kRows, r.total = call.windows_of_group(), r.share = call.share(), r.parts = call.parts();
+  r.range = {0, 0, call.p.groups * r.parts, 1};
+  steps(backward(call.way.points, r, stream));
+  if (r.sums == nullptr || steps.error != nullptr) return steps.error;
+  TransformParams t = of_sums(call, wanted, sums, r.parts);
+  t.range.items = call.p.groups;
+  steps(transform(call.way.points, t, stream));
+  return steps.error;
+}
+
+const char* staged_gradients(const Call& call, const Gradients& wanted, float2* memory, void* stream) {
+  const int points = call.way.points, subs = call.way.subs();
+  float2* const sums = memory + call.some_groups(2) * call.way.total;
+  float2* const x_points = sums + call.some_groups(2) * call.way.total;
   float2* const dc_points = x_points + call.some_rows(2) * call.way.total;
-  const Rows dc_rows = call.rows(dc, {}, {});
-  return call.for_parts(
-      2, [](int64_t, int64_t) -> const char* { return nullptr; },
-      [&](int64_t g, int64_t groups, int64_t row, int64_t rows_) {
+  const bool post = wanted.b.dpost_gate != nullptr && wanted.gradient && call.whole();
+  BackwardParams r = backward_params(call, wanted, post, memory, sums);
+  r.from = Place::kPoints;
+  r.passes[kOfX].points = r.passes[kOfPostGate].points = x_points, r.passes[kOfGradient].points = dc_points;
+  const auto stages = [&](bool forward, int number, int64_t row, int64_t g, int64_t rows) {
+    const Pass& pass = r.passes[number];
+    return call.stages(forward, Place::kRows, pass.rows, pass.windows, row, g, rows, pass.points, nullptr, nullptr,
+                       stream);
+  };
+  Steps steps;
+  if (wanted.b.dpost_gate != nullptr && !post) steps(convolve(call, wanted.x, false, memory, stream));
+  if (!wanted.gradient || steps.error != nullptr) return steps.error;
+  steps(call.for_parts(
+      2,
+      [&](int64_t g, int64_t groups) {
+        return wanted.inputs || post ? call.staged_spectrum(g, groups, memory, stream) : nullptr;
+      },
+      [&](int64_t g, int64_t groups, int64_t row, int64_t rows) {
         Steps parts;
-        parts(call.stages(true, Place::kRows, rows, windows, row, g, rows_, x_points, nullptr, nullptr, stream));
-        parts(call.stages(true, Place::kRows, dc_rows, own, row, g, rows_, dc_points, nullptr, nullptr, stream));
-        c.from = Place::kPoints, c.add = row > g * call.group_rows, c.range = {row, g, groups * subs, subs};
-        c.x_points = x_points, c.dc_points = dc_points, c.sums = scratch;
-        c.total = c.share = rows_ / groups, c.parts = 1;
-        parts(correlate(call.way.points, c, stream));
+        if (r.first == kOfX) parts(stages(true, kOfX, row, g, rows));
+        parts(stages(true, kOfGradient, row, g, rows));
+        r.add = row > g * call.group_rows, r.range = {row, g, groups * subs, subs};
+        r.total = r.share = rows / groups, r.parts = 1;
+        parts(backward(points, r, stream));
+        if (r.inputs) parts(stages(false, kOfGradient, row, g, rows));
+        if (post) parts(stages(false, kOfPostGate, row, g, rows));
         return parts.error;
       },
-      [&](int64_t g, int64_t groups) {
+      [&](int64_t g, int64_t groups) -> const char* {
+        if (r.sums == nullptr) return nullptr;
         Steps parts;
-        t.to = Place::kPoints, t.range = {0, g, groups * subs, subs}, t.points = t.sums = scratch, t.parts = 1;
-        parts(transform(call.way.points, t, stream));
-        parts(call.stages(false, Place::kTaps, {}, {}, 0, g, groups, scratch, dk, dk_rev, stream));
+        TransformParams t = of_sums(call, wanted, sums, 1);
+        t.to = Place::kPoints, t.range = {0, g, groups * subs, subs}, t.points = sums;
+        parts(transform(points, t, stream));
+        parts(call.stages(false, Place::kTaps, {}, {}, 0, g, groups, sums, t.dk, t.dk_rev, stream));
         return parts.error;
-      });
+      }));
+  return steps.error;
 }
 
 bool is_empty(const FFTConvParams& p) { return p.batch == 0 || p.channels == 0 || p.length == 0; }
@@ -253,9 +324,6 @@ const char* unsupported(const FFTConvParams& p) {
   if (p.length > kLongest) return "rows have more than 2^28 samples; the cpu backend has no such limit";
   return nullptr;
 }
-
-constexpr int kSkipShare = 8192;  // samples of a part
-int64_t skip_parts(const FFTConvParams& p) { return (p.length + kSkipShare - 1) / kSkipShare; }
 
 }  // namespace
 }  // namespace fft
@@ -274,7 +342,7 @@ const char* fft_conv_fwd(const FFTConvParams& p, void* scratch, void* stream) {
   fft::Steps steps;
   if (!call.way.direct && !call.way.staged()) steps(call.spectrum(memory, stream));
   const fft::Rows rows = call.rows(call.x(), {p.out, p.post_gate, p.out_stride, p.post_stride}, {});
-  if (steps.error == nullptr) steps(fft::convolve(call, rows, false, 1, memory, stream));
+  if (steps.error == nullptr) steps(fft::convolve(call, rows, false, memory, stream));
   return steps.error;
 }
 
@@ -282,11 +350,11 @@ int64_t fft_conv_bwd_scratch(const FFTConvBackwardParams& b) {
   const FFTConvParams& p = b.forward;
   if (fft::unsupported(p) != nullptr || fft::is_empty(p)) return 0;
   const fft::Call call(p);
-  const int64_t sums = int64_t{call.parts()} * p.groups;
-  const int64_t skip = b.dskip != nullptr ? 2 * p.channels * fft::skip_parts(p) : 0;
-  if (call.way.staged()) return std::max({call.staged_floats(1), b.dk != nullptr ? call.staged_floats(2) : 0, skip});
-  const int64_t of_kernel = b.dk == nullptr ? 0 : sums * (call.way.direct ? call.kernels.count() : 2 * call.way.points);
-  return std::max({call.way.direct ? 0 : call.spectrum_floats(), of_kernel, skip});
+  const int64_t products = b.dskip != nullptr ? 2 * p.channels * call.pieces() : 0;
+  if (call.way.staged()) return products + std::max(call.staged_floats(1), call.staged_floats(2));
+  const int64_t sums = b.dk != nullptr ? int64_t{call.parts()} * p.groups : 0;
+  return products + (call.way.direct ? sums * call.kernels.count()
+                                     : call.spectrum_floats() + 2 * sums * call.way.points);
 }
 
 const char* fft_conv_bwd(const FFTConvBackwardParams& b, void* scratch, void* stream) {
@@ -306,27 +374,15 @@ const char* fft_conv_bwd(const FFTConvBackwardParams& b, void* scratch, void* st
     return steps.error;
   }
   const fft::Call call(p);
-  const Strides2 contiguous{p.channels * p.length, p.length};
-  float2* const memory = static_cast<float2*>(scratch);
-  const fft::Signal x = call.x(), dc{b.dout, p.post_gate, b.dout_stride, p.post_stride};
+  double* const products = static_cast<double*>(scratch);
+  float2* const memory = reinterpret_cast<float2*>(products + (b.dskip != nullptr ? p.channels * call.pieces() : 0));
+  const fft::Gradients wanted(call, b, products);
   fft::Steps steps;
-  if (!call.way.direct && !call.way.staged() && (b.du != nullptr || b.dpost_gate != nullptr))
-    steps(call.spectrum(memory, stream));
-  if (steps.error == nullptr && b.du != nullptr) {
-    const fft::Rows rows =
-        call.rows(dc, {b.du, p.pre_gate, contiguous, p.pre_stride}, {b.dpre_gate, p.u, contiguous, p.u_stride});
-    steps(fft::convolve(call, rows, true, 1, memory, stream));
-  }
-  if (steps.error == nullptr && b.dpost_gate != nullptr) {
-    const fft::Rows rows = call.rows(x, {b.dpost_gate, b.dout, contiguous, b.dout_stride}, {});
-    steps(fft::convolve(call, rows, false, 1, memory, stream));
-  }
-  const fft::Rows rows = call.rows(x, {}, {});
-  if (steps.error == nullptr && b.dk != nullptr) steps(fft::kernel_gradient(call, b, rows, dc, memory, stream));
+  steps(call.way.direct     ? fft::direct_gradients(call, wanted, memory, stream)
+        : call.way.staged() ? fft::staged_gradients(call, wanted, memory, stream)
+                            : fft::windowed_gradients(call, wanted, memory, stream));
   if (steps.error == nullptr && b.dskip != nullptr)
-    steps(fft::skip_gradient({rows, dc, p.channels, fft::kSkipShare, static_cast<int>(fft::skip_parts(p)),
-                              static_cast<double*>(scratch), static_cast<float*>(b.dskip)},
-                             stream));
+    steps(fft::skip_gradient({p.channels, call.pieces(), products, static_cast<float*>(b.dskip)}, stream));
   return steps.error;
 }
 

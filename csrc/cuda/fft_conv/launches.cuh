@@ -7,6 +7,11 @@ namespace pykernels::cuda::fft {
 
 constexpr int kLeastPoints = 256, kMostPoints = 4096;  // of a transform by one block
 
+// The transforms that a block does at once, and the pieces in which warps leave the products of one (of a row whose
+// stages go through memory, too).
+__host__ __device__ constexpr int transforms_of_block(int points) { return points < 2048 ? 2048 / points : 1; }
+__host__ __device__ constexpr int product_pieces(int points) { return points < 512 ? 1 : points / 512; }
+
 // Points [rows, subs, N] or sums [G, parts, subs, N] are complex numbers in device memory; rows that are longer than a
 // transform come through the former, after stages of radix 16 have split them into `subs` transforms.
 enum class Place { kRows, kTaps, kPoints, kSums };
@@ -36,21 +41,34 @@ struct TransformParams {
 };
 const char* transform(int points, const TransformParams& p, void* stream);
 
-// sums = sum over rows of the spectrum of dc times the conjugate of x's, of each group in `parts` of at most `share`
-// items; of points (first x's, then dc's) there is one part, and the sums may be there already.
-struct CorrelateParams {
-  Place from;  // kRows or kPoints
-  bool add;
-  Range range;    // items: (group, part) or (group, sub)
-  Rows rows;      // x
-  Signal dc;
-  Windows windows, dc_windows;
-  const float2 *x_points, *dc_points;
-  float2* sums;
+// What goes through a transform of the backward pass, and where what comes of it goes: windows of rows, or points in
+// memory, in place.
+struct Pass {
+  Rows rows;
+  Windows windows;
+  float2* points;
+};
+// All gradients at once, for each window of a group (of points: for each row, of one of its subs):
+//   kOfX: the spectrum of x, here of what a window owns;
+//   kOfGradient: that of dc. Times the conjugate of x's it is added to the sums; times the conjugate of the kernel's it
+//     goes back, to du and dpre;
+//   kOfPostGate: x's, the one above or, where windows overlap, another, times the kernel's goes back, to dpost.
+// A part is one block's: `share` items of a group, which its transforms take in turns.
+constexpr int kOfX = 0, kOfGradient = 1, kOfPostGate = 2;
+struct BackwardParams {
+  Place from;       // kRows or kPoints
+  Range range;      // items: (group, part) or (group, sub)
+  Pass passes[3];
+  int first, last;  // of the passes
+  bool inputs;      // du is wanted
+  bool same;        // kOfPostGate takes the spectrum of kOfX
+  const float2* spectrum;
+  float2* sums;     // [G, parts, N] or [G, subs, N]; null: not wanted
+  bool add;         // to sums that are there
   int64_t total, share;  // items of a group, and of a part
   int parts;
 };
-const char* correlate(int points, const CorrelateParams& p, void* stream);
+const char* backward(int points, const BackwardParams& p, void* stream);
 
 // One stage of radix 16 of rows in memory, `size` points apart.
 struct StageParams {
@@ -69,7 +87,7 @@ const char* merge(const StageParams& p, void* stream);
 
 // Sums over a few taps. `before` is how many samples before an output its first one lies; `reversed` reads the taps
 // from the last lag down, for the transpose.
-constexpr int kDirectTaps = 64, kDirectTile = 1024;
+constexpr int kDirectTaps = 64, kDirectTile = 1024, kDirectThreads = 128;
 struct DirectParams {
   Rows rows;
   Windows windows;  // of kDirectTile outputs
@@ -91,13 +109,10 @@ struct DirectTapsParams {
 };
 const char* direct_taps(const DirectTapsParams& p, void* stream);
 
-// dskip: parts of a channel, then their sums.
+// dskip: sums of the products, of which each channel has so many `pieces`.
 struct SkipParams {
-  Rows rows;
-  Signal dc;
-  int64_t channels, share;  // samples of a part
-  int parts;
-  double* sums;  // [D, parts]
+  int64_t channels, pieces;
+  const double* products;  // [D, pieces]
   float* dskip;
 };
 const char* skip_gradient(const SkipParams& p, void* stream);

@@ -9,12 +9,13 @@ constexpr int kThreads = 256;
 // Of a stage, butterfly number blockIdx.x * kThreads + threadIdx.x.
 struct Butterfly {
   int64_t item;
-  int position, first, step;  // in its transform; its points in the row
+  int within, position, first, step;  // in the row; in its transform; its points in the row
   uint32_t turn;
 
   __device__ __forceinline__ explicit Butterfly(const StageParams& p) {
     const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-    const int per_row = p.total / 16, within = static_cast<int>(i & (per_row - 1));
+    const int per_row = p.total / 16;
+    within = static_cast<int>(i & (per_row - 1));
     item = i >> log2_of(per_row);
     step = p.size / 16;
     position = within & (step - 1);
@@ -51,7 +52,9 @@ __global__ void __launch_bounds__(kThreads, 2) fft_conv_merge_kernel(const __gri
   stage16<true>(z, at.turn, p.place != Place::kPoints);
   if (p.place == Place::kRows) {
     const int64_t row = p.range.first_row + at.item;
-    store_window(z, p.rows, p.windows, 0, row % p.rows.batch, row / p.rows.batch, at.first, at.step, p.total);
+    const double sum = store_window(z, p.rows, p.windows, 0, row % p.rows.batch, row / p.rows.batch, at.first, at.step,
+                                    p.total);
+    put_products<32>(p.rows, row * product_pieces(p.total) + at.within / 32, sum);
   } else if (p.place == Place::kTaps) {
     const int64_t group = p.range.first_group + at.item;
     store_taps(z, p.kernels, p.dk, p.dk_rev, group, at.first, at.step, p.total, p.scale);

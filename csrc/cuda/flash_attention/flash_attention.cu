@@ -75,8 +75,8 @@ bool bwd_needs_delta(const FlashAttentionBackwardParams& p, int64_t other) { ret
 const char* flash_attention_kernels(int capability) {
 #ifdef PYKERNELS_SM90A
   if (capability == 90)
-    return "sm_90a (TMA, wgmma) for tensors at multiples of 16 bytes with head sizes 33 to 256, backward without ALiBi; "
-           "else, and for decoding, sm_80 (mma.sync)" PYKERNELS_LEFT_TO_TRITON;
+    return "sm_90a (TMA, wgmma) for tensors at multiples of 16 bytes with head sizes 33 to 256, backward without "
+           "ALiBi; else, and for decoding, sm_80 (mma.sync)" PYKERNELS_LEFT_TO_TRITON;
 #endif
   return capability >= 80 ? "sm_80 (mma.sync)" PYKERNELS_LEFT_TO_TRITON : "none";
 }

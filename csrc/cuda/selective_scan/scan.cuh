@@ -321,7 +321,8 @@ const char* launch_carry(const SelectiveScanParams& p, const Split& split, const
                          void* last, void* stream) {
   const int64_t states = p.sequences * p.state * p.channels;
   return launch_blocks(selective_scan_carry_kernel<kReverse>, (states + kCarryThreads - 1) / kCarryThreads,
-                       kCarryThreads, 0, stream, p, split, products, static_cast<const float*>(first), static_cast<float*>(last));
+                       kCarryThreads, 0, stream, p, split, products, static_cast<const float*>(first),
+                       static_cast<float*>(last));
 }
 
 // States of packed sequences that no block serves, as offsets that lie may leave some, are zero.

@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t B = offset_of(p.B_stride, batch, group, 0), C = offset_of(p.C_stride, batch, group, 0);
     for (int64_t n = lane; n < p.state; n += kLanes) {
       float& h = state[n * p.states_stride.state];
-      h = ptx::exp2(rate * A[n * p.A_stride.state]) * h + input * load_either<T>(p.B, p.B_dtype, B + n * p.B_stride.state);
+      h = ptx::exp2(rate * A[n * p.A_stride.state]) * h +
+          input * load_either<T>(p.B, p.B_dtype, B + n * p.B_stride.state);
       y += h * load_either<T>(p.C, p.C_dtype, C + n * p.C_stride.state);
     }
   }
