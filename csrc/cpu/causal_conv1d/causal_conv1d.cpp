@@ -14,6 +14,7 @@
 #include "../common/ahead.h"
 #include "../common/pages.h"
 #include "../common/scratch.h"
+#include "../common/shares.h"
 #include "../common/tile.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
@@ -482,19 +483,19 @@ void step(const CausalConv1dStepParams& p, const Parallel& parallel) {
   constexpr int lanes = kLanes<S>;
   constexpr int64_t block = 64;  // channels of a task
   const int64_t tiles = (p.channels + block - 1) / block, state = p.width - 1;
-  // A thread is worth waking up for many tens of microseconds of work: 1536 channels at batch 8 take one thread 30, two 55.
-  constexpr int64_t kProductsPerThread = 1 << 17;
+  // A few microseconds of work, and more than it takes to hand them to a thread that spins.
+  constexpr int64_t kProductsPerThread = 1 << 14;
   Parallel worthwhile = parallel;
   worthwhile.threads = static_cast<int>(
       least<int64_t>(parallel.threads, 1 + p.batch * p.tokens * p.channels * p.width / kProductsPerThread));
-  run_tasks(worthwhile, p.batch * tiles, [&](TaskQueue& queue) {
+  run_shares(worthwhile, p.batch * tiles, [&](Share& share) {
     Scratch scratch;
     // Row j of e is token j: the state, then the new ones.
     S* const e = scratch.take<S>((state + p.tokens) * block);
     S* const weight = scratch.take<S>(p.width * block);
     S* const bias = scratch.take<S>(block);
     S* const out = scratch.take<S>(p.tokens * block);
-    for (int64_t task; (task = queue.next()) >= 0;) {
+    for (int64_t task; (task = share.next()) >= 0;) {
       const int64_t b = task / tiles, channel = task % tiles * block, count = least(block, p.channels - channel);
       const int64_t slot = p.state_indices != nullptr ? p.state_indices[b] : b;
       const bool valid = slot >= 0 && slot < p.slots;
