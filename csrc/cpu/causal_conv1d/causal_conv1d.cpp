@@ -230,11 +230,11 @@ void forward(const CausalConv1dParams& p, const Parallel& parallel) {
   const bool wide = p.dtype == kWide, rows_in = p.x_stride.token == 1, rows_out = p.out_stride.token == 1;
   const int64_t bytes = bytes_of(p.dtype);
   want_huge_pages(p.out, static_cast<size_t>(p.batch * p.channels * p.length * bytes));
-  run_tasks(parallel, segments.count() * tasks, [&](TaskQueue& queue) {
+  run_shares(parallel, segments.count() * tasks, [&](Share& share) {
     Scratch scratch;
     S* const e = scratch.take<S>(tiling.rows * ld);
     S* const out = scratch.take<S>(tiling.rows * tiling.block);
-    for (int64_t task; (task = queue.next()) >= 0;) {
+    for (int64_t task; (task = share.next()) >= 0;) {
       const Segment segment = segments[task / tasks];
       const bool inside = segments.belongs(segment);
       const int64_t first_channel = task % tasks * tiling.channels;
@@ -307,14 +307,14 @@ void backward(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
   want_huge_pages(p.dx, static_cast<size_t>(f.batch * f.channels * f.length * bytes_of(f.dtype)));
   Scratch shared;
   S* const partial = shared.take<S>(segments.count() * f.channels * sums);  // of dweight, then dbias
-  run_tasks(parallel, segments.count() * tasks, [&](TaskQueue& queue) {
+  run_shares(parallel, segments.count() * tasks, [&](Share& share) {
     Scratch scratch;
     S* const e = scratch.take<S>(tiling.rows * ld_e);
     S* const dpre = scratch.take<S>(tiling.rows * ld_dpre);
     S* const dx = scratch.take<S>(tiling.rows * block);
     S* const sum = scratch.take<S>(tiling.rows * sums * lanes);
     S* const dstate = scratch.take<S>(tiling.rows * round_up(state, lanes));
-    for (int64_t task; (task = queue.next()) >= 0;) {
+    for (int64_t task; (task = share.next()) >= 0;) {
       const int64_t index = task / tasks, first_channel = task % tasks * tiling.channels;
       const Segment segment = segments[index];
       const bool inside = segments.belongs(segment);

@@ -1,4 +1,4 @@
-// Short tasks, the same for a thread in every call.
+// Tasks that a thread finds in its cache: the same ones in every call.
 #pragma once
 
 #include <cstdint>
@@ -7,38 +7,57 @@
 
 namespace pykernels::cpu::PYKERNELS_ISA {
 
-// Hands out a thread's share of the tasks: consecutive ones.
+// Hands out consecutive tasks that are a thread's own, then what is left of the other threads'.
 class Share {
  public:
-  Share(int64_t first, int64_t last) : next_(first), last_(last) {}
+  struct alignas(64) Range {
+    int64_t next, last;
+  };
+
+  Share(Range* ranges, int64_t count, int64_t own) : ranges_(ranges), count_(count), at_(own) {}
   // The next task, or -1 when none is left.
-  int64_t next() { return next_ < last_ ? next_++ : -1; }
+  int64_t next() {
+    for (; tried_ < count_; ++tried_, at_ = at_ + 1 < count_ ? at_ + 1 : 0) {
+      Range& range = ranges_[at_];
+      const int64_t task = __atomic_fetch_add(&range.next, 1, __ATOMIC_RELAXED);
+      if (task < range.last) return task;
+    }
+    return -1;
+  }
 
  private:
-  int64_t next_, last_;
+  Range* ranges_;
+  int64_t count_, at_, tried_ = 0;
 };
 
-// Runs body(Share&) once per thread, as run_tasks does with what is left for all; but each thread has the same tasks in
-// every call, so that the memory they change stays in its cache from one call to the next. For tasks that take equally
-// long.
+// Runs body(Share&) once per thread, as run_tasks does, but each starts with the same consecutive tasks in every call: what
+// they change stays in its cache from call to call, and no thread asks ahead for memory that another writes. Which thread
+// runs a task is arbitrary all the same.
 template <class Body>
 void run_shares(const Parallel& parallel, int64_t tasks, Body&& body) {
+  constexpr int64_t kMostRanges = 64;  // more threads than that share them
   if (tasks <= 0) return;
   struct Context {
-    int64_t tasks, threads;
+    Share::Range ranges[kMostRanges];
+    int64_t count;
     Body* body;
-  } context{tasks, parallel.threads < tasks ? parallel.threads : tasks, &body};
+  } context;
+  const int64_t threads = parallel.threads < tasks ? parallel.threads : tasks;
+  context.count = threads < 1 ? 1 : threads < kMostRanges ? threads : kMostRanges;
+  context.body = &body;
+  for (int64_t i = 0; i < context.count; ++i)
+    context.ranges[i] = {tasks * i / context.count, tasks * (i + 1) / context.count};
   const auto run = [](void* opaque, int64_t first, int64_t last) {
-    const Context& shared = *static_cast<Context*>(opaque);
+    Context& shared = *static_cast<Context*>(opaque);
     for (int64_t i = first; i < last; ++i) {
-      Share share(shared.tasks * i / shared.threads, shared.tasks * (i + 1) / shared.threads);
+      Share share(shared.ranges, shared.count, i % shared.count);
       (*shared.body)(share);
     }
   };
-  if (context.threads <= 1)
+  if (threads <= 1)
     run(&context, 0, 1);
   else
-    parallel.run(context.threads, 1, run, &context);
+    parallel.run(threads, 1, run, &context);
 }
 
 }  // namespace pykernels::cpu::PYKERNELS_ISA
