@@ -30,9 +30,9 @@ class Share {
   int64_t count_, at_, tried_ = 0;
 };
 
-// Runs body(Share&) once per thread, as run_tasks does, but each starts with the same consecutive tasks in every call: what
-// they change stays in its cache from call to call, and no thread asks ahead for memory that another writes. Which thread
-// runs a task is arbitrary all the same.
+// Runs body(Share&) once per thread, as run_tasks does, but each starts with the same consecutive tasks in every call:
+// what they change stays in its cache from call to call, and no thread asks ahead for memory that another writes. Which
+// thread runs a task is arbitrary all the same.
 template <class Body>
 void run_shares(const Parallel& parallel, int64_t tasks, Body&& body) {
   constexpr int64_t kMostRanges = 64;  // more threads than that share them

@@ -1,5 +1,5 @@
-// One token of the selective scan per batch entry, states in place. Lanes are states n: they are contiguous in memory, and there
-// is one token only. A task is a run of channels of one batch entry.
+// One token of the selective scan per batch entry, states in place. Lanes are states n: they are contiguous in memory,
+// and there is one token only. A task is a run of channels of one batch entry.
 #include "../common/shares.h"
 #include "scan.h"
 
@@ -14,13 +14,16 @@ constexpr int kUsual = 16;     // states of a channel, as most models have them
 // states outgrow the second-level cache from one token to the next.
 constexpr int64_t kAhead = 32;
 // Fewer states than this, 4 us of work, are not worth handing to another thread. It takes a microsecond or two where
-// threads spin between parallel regions, as torch's do for milliseconds, and 80 where they sleep (OMP_WAIT_POLICY=passive).
+// threads spin between parallel regions, as torch's do for milliseconds, and 80 where they sleep
+// (OMP_WAIT_POLICY=passive).
 constexpr int64_t kStatesPerThread = 1 << 13;
 
 // dst[part][n] of the row of states at src; parts are `padded` apart.
 template <class S, int P>
-PYKERNELS_INLINE void load_row(S* dst, int64_t padded, DType dtype, const void* src, int64_t offset, int64_t stride, int64_t state) {
-  for (int part = 0; part < P; ++part) load_tile(dst + part * padded, padded, dtype, src, offset + part, 0, stride, 1, state);
+PYKERNELS_INLINE void load_row(S* dst, int64_t padded, DType dtype, const void* src, int64_t offset, int64_t stride,
+                               int64_t state) {
+  for (int part = 0; part < P; ++part)
+    load_tile(dst + part * padded, padded, dtype, src, offset + part, 0, stride, 1, state);
 }
 
 // One channel's states h, in place, given its row of A; -> C . h over lanes. Parts of complex rows are `padded` apart.
@@ -53,7 +56,8 @@ PYKERNELS_INLINE Vec<S> advance(S* h, const S* a, const S* b, const S* c, int64_
 template <class S, int State>
 void advance_in_place(S* h, int64_t h_stride, const S* a, int64_t a_stride, const S* b, const S* c, const S* rate,
                       const S* dtx, S* sums, int64_t count, int64_t state) {
-  S own_b[State != 0 ? State : 1], own_c[State != 0 ? State : 1];  // not in memory that h might be: they stay in registers
+  // not in memory that h might be: they stay in registers
+  S own_b[State != 0 ? State : 1], own_c[State != 0 ? State : 1];
   if constexpr (State != 0) {
     state = State;
     for (int n = 0; n < State; ++n) own_b[n] = b[n], own_c[n] = c[n];
@@ -94,14 +98,18 @@ void step(const SelectiveScanStepParams& p, const Parallel& parallel) {
       const int64_t count = least(kRun, p.channels - first), group = head / (p.heads / p.groups);
       const int64_t slot = p.state_indices != nullptr ? p.state_indices[batch] : batch;
       const auto offset = [&](const Strides& s) { return batch * s.batch + head * s.head + first * s.channel; };
-      const auto put = [&] { store_tile(p.dtype, p.out, offset(p.out_stride), 0, p.out_stride.channel, y, kRun, 1, count); };
+      const auto put = [&] {
+        store_tile(p.dtype, p.out, offset(p.out_stride), 0, p.out_stride.channel, y, kRun, 1, count);
+      };
       if (slot < 0 || slot >= p.slots) {
         fill(y, kRun);
         put();
         continue;
       }
-      load_row<S, P>(b, padded, p.B_dtype, p.B, batch * p.B_stride.batch + group * p.B_stride.head, p.B_stride.state, p.state);
-      load_row<S, P>(c, padded, p.C_dtype, p.C, batch * p.C_stride.batch + group * p.C_stride.head, p.C_stride.state, p.state);
+      load_row<S, P>(b, padded, p.B_dtype, p.B, batch * p.B_stride.batch + group * p.B_stride.head, p.B_stride.state,
+                     p.state);
+      load_row<S, P>(c, padded, p.C_dtype, p.C, batch * p.C_stride.batch + group * p.C_stride.head, p.C_stride.state,
+                     p.state);
       const auto gather = [&](S* dst, DType dtype, const void* src, const Strides& s) {
         load_tile(dst, kRun, dtype, src, offset(s), 0, s.channel, 1, count);
       };
