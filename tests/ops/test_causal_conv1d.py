@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pykernels import causal_conv1d, causal_conv1d_step
 from pykernels.testing import CAUSAL_CONV1D as OP
-from pykernels.testing import Target, check, targets
+from pykernels.testing import Target, check, targets, use_threads
 from pykernels.testing.causal_conv1d import conv_case
 
 TARGETS = targets(OP.op)
@@ -266,6 +266,25 @@ def test_silu_of_every_bf16(target):
     expected = F.silu(x.double())
     # Where it would be denormal, sigmoid stays 2^-126.
     assert ((out - expected).abs() <= expected.abs() * 2**-8 * (1 + 1 / 16) + 2**-112).all()
+
+
+@pytest.mark.parametrize("target", [target for target in ON_CPU if target.backend == "cpu"], ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_channels_are_divided_among_threads(target, dtype):
+    """The same bits for any number of threads, forward, backward and in a step."""
+    x, weight, bias, state = _inputs(dtype=dtype, batch=9, channels=1100, length=1)
+    y, *tensors = _inputs(dtype=dtype, batch=2, channels=100, length=130)
+    tensors = [t.requires_grad_() for t in (y, *tensors)]
+    results = []
+    with target.active():
+        for threads in (1, 2, 3, 8):
+            with use_threads(threads):
+                after = state.clone()
+                out = causal_conv1d_step(x[..., 0], after, weight, bias=bias, activation="silu", backend="cpu")
+                both = causal_conv1d(*tensors[:2], bias=tensors[2], activation="silu", initial_state=tensors[3],
+                                     return_final_state=True, backend="cpu")
+                results.append((out, after, *both, *torch.autograd.grad(both, tensors, both)))
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0]))
 
 
 def test_offsets_past_2_to_the_31_elements():

@@ -386,6 +386,21 @@ def test_few_channels_are_divided_among_threads(target, case):
     _compare(results[0], _with_gradients(args, "reference"), 1e-4)
 
 
+@on_native
+@pytest.mark.parametrize("state", (16, 21))
+def test_a_steps_channels_are_divided_among_threads(target, state):
+    args = _args(batch=3, channels=1100, length=1, state=state)
+    x, h, _ = args.pop("u")[..., 0], torch.randn(3, 1100, state), args.pop("initial_state")
+    args = {name: y[..., 0] if name in ("delta", "z", "B", "C") else y for name, y in args.items()}
+    results = []
+    with target.active():
+        for threads in (1, 2, 3, 8):
+            with use_threads(threads):
+                after = h.clone()
+                results.append((selective_scan_step(x, after, **args, backend="cpu"), after))
+    assert all(torch.equal(y, z) for result in results[1:] for y, z in zip(result, results[0]))
+
+
 def test_offsets_past_2_to_the_31_elements():
     """Channels more than 2^31 elements apart, in memory that is mapped but hardly touched."""
     distance = 2**31 + 2**20

@@ -1,12 +1,12 @@
 // Causal depthwise convolution, forward, backward and step. See causal_conv1d.h for the maths and the layout.
 //
-// A task is some channels of one segment of tokens. It works through tiles staged in first-level cache as rows of one channel
-// each, in the compute type, whatever the tensor's layout: vectors then run along tokens, and the taps are unaligned loads.
-// Rows that lie in memory just so are used in place. Segments of one sequence are independent but for W - 1 tokens of overlap,
-// which are read again.
+// A task is some channels of one segment of tokens. It works through tiles staged in first-level cache as rows of one
+// channel each, in the compute type, whatever the tensor's layout: vectors then run along tokens, and the taps are
+// unaligned loads. Rows that lie in memory just so are used in place. Segments of one sequence are independent but for
+// W - 1 tokens of overlap, which are read again.
 //
-// The gradients of weight and bias are summed per lane within a segment, over lanes at its end, then over segments in order:
-// the result does not depend on the number of threads.
+// The gradients of weight and bias are summed per lane within a segment, over lanes at its end, then over segments in
+// order: the result does not depend on the number of threads.
 #include "../../include/pykernels/causal_conv1d.h"
 
 #include <type_traits>
@@ -14,18 +14,19 @@
 #include "../common/ahead.h"
 #include "../common/pages.h"
 #include "../common/scratch.h"
+#include "../common/shares.h"
 #include "../common/tile.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
 namespace {
 
 constexpr int64_t kSegment = 4096;
-// How far ahead the backward pass fetches its rows, in elements: they are short, and hardware stops at the ends of pages. A fifth of
-// the time at D 1536, L 2048 on a Xeon with AMX.
+// How far ahead the backward pass fetches its rows, in elements: they are short, and hardware stops at the ends of
+// pages. A fifth of the time at D 1536, L 2048 on a Xeon with AMX.
 constexpr int64_t kAhead = 1024;
 
-// A task has `channels` channels, a tile `rows` of them and `block` tokens. Token-first tensors are transposed in tiles wide
-// enough for whole cache lines; channel-first ones go row by row. Both tiles of the forward pass fit 32 KiB.
+// A task has `channels` channels, a tile `rows` of them and `block` tokens. Token-first tensors are transposed in tiles
+// wide enough for whole cache lines; channel-first ones go row by row. Both tiles of the forward pass fit 32 KiB.
 struct Tiling {
   int64_t channels, rows, block;
   explicit Tiling(const ChannelStrides& x) {
@@ -48,7 +49,8 @@ struct Input {
     return segment.batch * p.x_stride.batch + channel * p.x_stride.channel + (segment.start + t) * p.x_stride.token;
   }
 
-  // dst[r * ld + i] = e at token from + i of the sequence, for from + i < to; zeros past its end and for a vector or more after.
+  // dst[r * ld + i] = e at token from + i of the sequence, for from + i < to; zeros past its end and for a vector or
+  // more after.
   void stage(S* dst, int64_t ld, int64_t from, int64_t to) const {
     const int64_t state = p.width - 1, end = least(to, segment.length), filled = most(end - from, int64_t{0});
     if (from < 0) {
@@ -60,9 +62,11 @@ struct Input {
     }
     const int64_t first = most<int64_t>(from, 0);
     if (first < end)
-      load_tile(dst + (first - from), ld, p.dtype, p.x, x_offset(first), p.x_stride.channel, p.x_stride.token, rows, end - first);
+      load_tile(dst + (first - from), ld, p.dtype, p.x, x_offset(first), p.x_stride.channel, p.x_stride.token, rows,
+                end - first);
     const int64_t zeros = most(filled, from < 0 ? least(-from, to - from) : int64_t{0});
-    for (int64_t r = 0; r < rows; ++r) clear(dst + r * ld, zeros, least(ld, round_up(to - from, kLanes<S>) + kLanes<S>));
+    for (int64_t r = 0; r < rows; ++r)
+      clear(dst + r * ld, zeros, least(ld, round_up(to - from, kLanes<S>) + kLanes<S>));
   }
 
   static void clear(S* row, int64_t from, int64_t to) {
@@ -70,8 +74,8 @@ struct Input {
   }
 };
 
-// y sigmoid(y) with a relative error of 2^-12.8 at most, where rounding to bf16 adds up to 2^-8: the time that the exact
-// one takes shows.
+// y sigmoid(y) with a relative error of 2^-12.8 at most, where rounding to bf16 adds up to 2^-8: the time that the
+// exact one takes shows.
 PYKERNELS_INLINE Vec<float> rough_silu(Vec<float> y) {
 #if defined(__AVX512F__)
   const Vec<float> x = y * static_cast<float>(-kLog2e);
@@ -138,10 +142,10 @@ struct Convolution {
     for (int w = 0; w < (W != 0 ? W : width); ++w) sum = sum + load(e + w) * tap(w);
     return sum;
   }
-  // result[i] = act(convolution at e + i), i < count; e is read to the next whole vector. Backwards: forwards, loads would reach
-  // into the vector stored just before where both arrays lie alike within their pages, and processors wait for the store then.
-  // Meanwhile it asks for what the next row will read and write: a row is short, and hardware stops at the ends of
-  // pages.
+  // result[i] = act(convolution at e + i), i < count; e is read to the next whole vector. Backwards: forwards, loads
+  // would reach into the vector stored just before where both arrays lie alike within their pages, and processors wait
+  // for the store then. Meanwhile it asks for what the next row will read and write: a row is short, and hardware stops
+  // at the ends of pages.
   template <bool Silu, class T>
   void run(T* result, const S* e, int64_t count, const Next& next) const {
     const Convolution self = *this;  // not in memory that `result` might be
@@ -201,7 +205,8 @@ struct Convolution {
       for (int w = 0; w < W; ++w) store(sums + w * lanes, load(sums + w * lanes) + dweight[w]);
       store(sums + W * lanes, load(sums + W * lanes) + dbias);
     } else {
-      for (int64_t i = round_up(count, lanes) - lanes; i >= 0; i -= lanes) store_upto(dx + i, self.transposed_at(dpre + i), count - i);
+      for (int64_t i = round_up(count, lanes) - lanes; i >= 0; i -= lanes)
+        store_upto(dx + i, self.transposed_at(dpre + i), count - i);
       for (int w = 0; w <= width; ++w) {
         Vec<S> part{};
         for (int64_t i = 0; i < count; i += lanes) part = part + (w < width ? valid(i) * load(e + i + w) : valid(i));
@@ -229,11 +234,11 @@ void forward(const CausalConv1dParams& p, const Parallel& parallel) {
   const bool wide = p.dtype == kWide, rows_in = p.x_stride.token == 1, rows_out = p.out_stride.token == 1;
   const int64_t bytes = bytes_of(p.dtype);
   want_huge_pages(p.out, static_cast<size_t>(p.batch * p.channels * p.length * bytes));
-  run_tasks(parallel, segments.count() * tasks, [&](TaskQueue& queue) {
+  run_shares(parallel, segments.count() * tasks, [&](Share& share) {
     Scratch scratch;
     S* const e = scratch.take<S>(tiling.rows * ld);
     S* const out = scratch.take<S>(tiling.rows * tiling.block);
-    for (int64_t task; (task = queue.next()) >= 0;) {
+    for (int64_t task; (task = share.next()) >= 0;) {
       const Segment segment = segments[task / tasks];
       const bool inside = segments.belongs(segment);
       const int64_t first_channel = task % tasks * tiling.channels;
@@ -241,7 +246,8 @@ void forward(const CausalConv1dParams& p, const Parallel& parallel) {
       // After `count` tokens from t on, of one channel: those that follow, or the next channel's first.
       const auto next = [&](int64_t channel, int64_t t, int64_t count) -> Next {
         const bool onward = t + count < segment.last;
-        const int64_t row = onward ? channel : channel + 1, token = segment.start + (onward ? t + count : segment.first);
+        const int64_t row = onward ? channel : channel + 1;
+        const int64_t token = segment.start + (onward ? t + count : segment.first);
         const auto at = [&](const void* start, const ChannelStrides& s) {
           const int64_t offset = segment.batch * s.batch + row * s.channel + token * s.token;
           return static_cast<const char*>(start) + offset * bytes;
@@ -252,7 +258,8 @@ void forward(const CausalConv1dParams& p, const Parallel& parallel) {
         const Input<S> input{p, segment, channel, least(tiling.rows, end_channel - channel)};
         for (int64_t t = segment.first, count; t < segment.last; t += count) {
           count = least(tiling.block, segment.last - t);
-          // Rows of the compute type are read in place: all but the first tokens, which see the state, and a ragged end.
+          // Rows of the compute type are read in place: all but the first tokens, which see the state, and a ragged
+          // end.
           const bool staged = !wide || !rows_in || t < state || count < lanes;
           if (!staged)
             count = count / lanes * lanes;
@@ -276,7 +283,8 @@ void forward(const CausalConv1dParams& p, const Parallel& parallel) {
                        {reinterpret_cast<const char*>(row), reinterpret_cast<const char*>(out)});
           }
           if (!inside || !rows_out)
-            store_tile(p.dtype, p.out, offset, p.out_stride.channel, p.out_stride.token, out, tiling.block, input.rows, count);
+            store_tile(p.dtype, p.out, offset, p.out_stride.channel, p.out_stride.token, out, tiling.block, input.rows,
+                       count);
         }
         // The task of a sequence's first segment writes its final state.
         if (inside && segment.first == 0) {
@@ -306,14 +314,14 @@ void backward(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
   want_huge_pages(p.dx, static_cast<size_t>(f.batch * f.channels * f.length * bytes_of(f.dtype)));
   Scratch shared;
   S* const partial = shared.take<S>(segments.count() * f.channels * sums);  // of dweight, then dbias
-  run_tasks(parallel, segments.count() * tasks, [&](TaskQueue& queue) {
+  run_shares(parallel, segments.count() * tasks, [&](Share& share) {
     Scratch scratch;
     S* const e = scratch.take<S>(tiling.rows * ld_e);
     S* const dpre = scratch.take<S>(tiling.rows * ld_dpre);
     S* const dx = scratch.take<S>(tiling.rows * block);
     S* const sum = scratch.take<S>(tiling.rows * sums * lanes);
     S* const dstate = scratch.take<S>(tiling.rows * round_up(state, lanes));
-    for (int64_t task; (task = queue.next()) >= 0;) {
+    for (int64_t task; (task = share.next()) >= 0;) {
       const int64_t index = task / tasks, first_channel = task % tasks * tiling.channels;
       const Segment segment = segments[index];
       const bool inside = segments.belongs(segment);
@@ -325,12 +333,13 @@ void backward(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
         const auto strides_offset = [&](const ChannelStrides& s, int64_t t) {
           return segment.batch * s.batch + channel * s.channel + (segment.start + t) * s.token;
         };
-        // dpre[r, i] = gradient of the convolution's result at token t + i, for i < count; zero past the sequence's end.
+        // dpre[r, i] = gradient of the convolution's result at token t + i, for i < count; zero past the sequence's
+        // end.
         const auto stage_dpre = [&](int64_t t, int64_t count) {
           const int64_t valid = most<int64_t>(least(count, length - t), 0);
           if (valid > 0)
-            load_tile(dpre, ld_dpre, f.dtype, p.dout, strides_offset(p.dout_stride, t), p.dout_stride.channel, p.dout_stride.token,
-                      rows, valid);
+            load_tile(dpre, ld_dpre, f.dtype, p.dout, strides_offset(p.dout_stride, t), p.dout_stride.channel,
+                      p.dout_stride.token, rows, valid);
           for (int64_t r = 0; r < rows; ++r) Input<S>::clear(dpre + r * ld_dpre, valid, ld_dpre);
           if (!f.silu) return;
           for (int64_t r = 0; r < rows; ++r) {
@@ -340,8 +349,8 @@ void backward(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
         };
         for (int64_t t = segment.first, count; t < segment.last; t += count) {
           count = least(block, segment.last - t);
-          // Rows of the compute type are read in place: all but the first tokens, which see the state, and the last, past which
-          // there is nothing to read.
+          // Rows of the compute type are read in place: all but the first tokens, which see the state, and the last,
+          // past which there is nothing to read.
           const int64_t room = least(count, length - t - round_up(state, lanes)) / lanes * lanes;
           const bool staged = !rows_in || t < state || room < lanes;
           if (!staged)
@@ -354,7 +363,8 @@ void backward(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
           }
           for (int64_t r = 0; r < rows; ++r) {
             S* const result =
-                rows_out ? static_cast<S*>(p.dx) + strides_offset(p.dx_stride, t) + r * p.dx_stride.channel : dx + r * block;
+                rows_out ? static_cast<S*>(p.dx) + strides_offset(p.dx_stride, t) + r * p.dx_stride.channel
+                         : dx + r * block;
             if (!inside) {
               Input<S>::clear(result, 0, count);
               continue;
@@ -363,7 +373,8 @@ void backward(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
             const S *x = e + r * ld_e, *g = dpre + r * ld_dpre;
             if (!staged) {
               x = static_cast<const S*>(f.x) + input.x_offset(t - state) + r * f.x_stride.channel;
-              const S* const dout = static_cast<const S*>(p.dout) + strides_offset(p.dout_stride, t) + r * p.dout_stride.channel;
+              const S* const dout =
+                  static_cast<const S*>(p.dout) + strides_offset(p.dout_stride, t) + r * p.dout_stride.channel;
               if (f.silu)
                 convolution.activation_gradient(dpre + r * ld_dpre, dout, x, count + state);
               else
@@ -373,18 +384,21 @@ void backward(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
             // Tokens that the final state holds.
             if (p.dfinal_state != nullptr && state > 0 && t + count > length - state) {
               const int64_t first = most(t, length - state);
-              load_tile(dstate, round_up(state, lanes), f.dtype, p.dfinal_state, input.state_offset() + r * state, state, 1, 1, state);
+              load_tile(dstate, round_up(state, lanes), f.dtype, p.dfinal_state, input.state_offset() + r * state,
+                        state, 1, 1, state);
               for (int64_t i = first; i < t + count; ++i) result[i - t] += dstate[i - (length - state)];
             }
           }
           if (!rows_out)
-            store_tile(f.dtype, p.dx, strides_offset(p.dx_stride, t), p.dx_stride.channel, p.dx_stride.token, dx, block, rows, count);
+            store_tile(f.dtype, p.dx, strides_offset(p.dx_stride, t), p.dx_stride.channel, p.dx_stride.token, dx,
+                       block, rows, count);
         }
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t w = 0; w < sums; ++w)
             partial[(index * f.channels + channel + r) * sums + w] = reduce_add<S>(load(sum + (r * sums + w) * lanes));
 
-        // The task of a sequence's first segment writes the initial state's gradient: e's entries before the first token.
+        // The task of a sequence's first segment writes the initial state's gradient: e's entries before the first
+        // token.
         if (inside && segment.first == 0 && state > 0 && p.dinitial_state != nullptr) {
           const int64_t ld = round_up(state, lanes);
           if (p.dfinal_state != nullptr)
@@ -392,7 +406,8 @@ void backward(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
           for (int64_t r = 0; r < rows; ++r) {
             S* const d = dstate + r * ld;
             // Entry j of the final state is entry length + j of e.
-            for (int64_t j = state - 1; j >= 0; --j) d[j] = p.dfinal_state != nullptr && j >= length ? d[j - length] : S{0};
+            for (int64_t j = state - 1; j >= 0; --j)
+              d[j] = p.dfinal_state != nullptr && j >= length ? d[j - length] : S{0};
           }
           for (int64_t t = 0; t < state; t += block) {
             const int64_t count = least(block, state - t);
@@ -401,7 +416,8 @@ void backward(const CausalConv1dBackwardParams& p, const Parallel& parallel) {
             for (int64_t r = 0; r < rows; ++r) {
               const S* const weight = static_cast<const S*>(f.weight) + (channel + r) * f.width;
               for (int64_t j = t; j < state; ++j)
-                for (int64_t i = t; i < t + count && i <= j; ++i) dstate[r * ld + j] += weight[j - i] * dpre[r * ld_dpre + i - t];
+                for (int64_t i = t; i < t + count && i <= j; ++i)
+                  dstate[r * ld + j] += weight[j - i] * dpre[r * ld_dpre + i - t];
             }
           }
           store_tile(f.dtype, p.dinitial_state, input.state_offset(), state, 1, dstate, ld, rows, state);
@@ -451,7 +467,8 @@ void step_in_place(T* out, T* state, const T* x, const P* weight, const P* bias,
   }
 }
 
-// `count` channels of the state `slot` and of batch entry b by step_in_place, if they lie in memory as it takes them; -> whether so.
+// `count` channels of the state `slot` and of batch entry b by step_in_place, if they lie in memory as it takes them;
+// -> whether so.
 template <class S, class T>
 bool step_in_place(const CausalConv1dStepParams& p, int64_t b, int64_t slot, int64_t channel, int64_t count) {
   const int64_t width = p.width;
@@ -482,19 +499,19 @@ void step(const CausalConv1dStepParams& p, const Parallel& parallel) {
   constexpr int lanes = kLanes<S>;
   constexpr int64_t block = 64;  // channels of a task
   const int64_t tiles = (p.channels + block - 1) / block, state = p.width - 1;
-  // A thread is worth waking up for many tens of microseconds of work: 1536 channels at batch 8 take one thread 30, two 55.
-  constexpr int64_t kProductsPerThread = 1 << 17;
+  // A few microseconds of work, and more than it takes to hand them to a thread that spins.
+  constexpr int64_t kProductsPerThread = 1 << 14;
   Parallel worthwhile = parallel;
   worthwhile.threads = static_cast<int>(
       least<int64_t>(parallel.threads, 1 + p.batch * p.tokens * p.channels * p.width / kProductsPerThread));
-  run_tasks(worthwhile, p.batch * tiles, [&](TaskQueue& queue) {
+  run_shares(worthwhile, p.batch * tiles, [&](Share& share) {
     Scratch scratch;
     // Row j of e is token j: the state, then the new ones.
     S* const e = scratch.take<S>((state + p.tokens) * block);
     S* const weight = scratch.take<S>(p.width * block);
     S* const bias = scratch.take<S>(block);
     S* const out = scratch.take<S>(p.tokens * block);
-    for (int64_t task; (task = queue.next()) >= 0;) {
+    for (int64_t task; (task = share.next()) >= 0;) {
       const int64_t b = task / tiles, channel = task % tiles * block, count = least(block, p.channels - channel);
       const int64_t slot = p.state_indices != nullptr ? p.state_indices[b] : b;
       const bool valid = slot >= 0 && slot < p.slots;
@@ -503,8 +520,8 @@ void step(const CausalConv1dStepParams& p, const Parallel& parallel) {
         const auto in_place = [&]<class T>(T*) { return step_in_place<S, T>(p, b, slot, channel, count); };
         if (for_dtype<S>(p.dtype, in_place)) continue;
         load_tile(e, block, p.dtype, p.state, state_offset, p.state_stride.token, p.state_stride.channel, state, count);
-        load_tile(e + state * block, block, p.dtype, p.x, b * p.x_stride.batch + channel * p.x_stride.channel, p.x_stride.token,
-                  p.x_stride.channel, p.tokens, count);
+        load_tile(e + state * block, block, p.dtype, p.x, b * p.x_stride.batch + channel * p.x_stride.channel,
+                  p.x_stride.token, p.x_stride.channel, p.tokens, count);
         load_tile(weight, block, p.weight_dtype, p.weight, channel * p.width, 1, p.width, p.width, count);
         if (p.bias != nullptr)
           load_tile(bias, block, p.bias_dtype, p.bias, channel, 0, 1, 1, count);
@@ -524,8 +541,8 @@ void step(const CausalConv1dStepParams& p, const Parallel& parallel) {
       store_tile(p.dtype, p.out, b * p.out_stride.batch + channel * p.out_stride.channel, p.out_stride.token,
                  p.out_stride.channel, out, block, p.tokens, count);
       if (valid)
-        store_tile(p.dtype, p.state, state_offset, p.state_stride.token, p.state_stride.channel, e + p.tokens * block, block, state,
-                   count);
+        store_tile(p.dtype, p.state, state_offset, p.state_stride.token, p.state_stride.channel, e + p.tokens * block,
+                   block, state, count);
     }
   });
 }

@@ -1,9 +1,9 @@
 // Choice of the instruction set at run time.
 //
-// Every kernel source in csrc/cpu/<op>/ is compiled once per ISA, with PYKERNELS_ISA naming the namespace that all of its
-// code (headers included) lives in; the op's dispatch.cpp is compiled once, for the baseline, and forwards each launch
-// function to the namespace of the active ISA. Nothing ISA-specific may run before that choice, so kernel sources have no
-// objects with constructors at namespace scope.
+// Every kernel source in csrc/cpu/<op>/ is compiled once per ISA, with PYKERNELS_ISA naming the namespace that all of
+// its code (headers included) lives in; the op's dispatch.cpp is compiled once, for the baseline, and forwards each
+// launch function to the namespace of the active ISA. Nothing ISA-specific may run before that choice, so kernel
+// sources have no objects with constructors at namespace scope.
 #pragma once
 
 #include <cstdint>

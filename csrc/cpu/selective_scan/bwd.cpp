@@ -1,14 +1,14 @@
-// Selective scan, backward. README.md of the op derives the recurrence of the adjoint g, which runs from the last token to the
-// first:  g_t = conj(C_t) dy_t + conj(a_{t+1}) g_{t+1}  with a_t = exp(dt_t A).
+// Selective scan, backward. README.md of the op derives the recurrence of the adjoint g, which runs from the last token
+// to the first:  g_t = conj(C_t) dy_t + conj(a_{t+1}) g_{t+1}  with a_t = exp(dt_t A).
 //
-// A walk is a few tiles of channels over some sequences, chunk by chunk, backwards; per chunk and tile it computes h and a
-// again from the state that the forward pass kept, into scratch, then runs the adjoint over them, states in blocks that
-// stay in registers.
+// A walk is a few tiles of channels over some sequences, chunk by chunk, backwards; per chunk and tile it computes h
+// and a again from the state that the forward pass kept, into scratch, then runs the adjoint over them, states in
+// blocks that stay in registers.
 //
-// dB and dC sum over the channels of a group. They are summed over lanes at once, in registers: what a token adds to them
-// per lane is more than first-level cache holds. Then over the tiles of a walk, in scratch; then over walks, in their
-// order: each adds a chunk once the walk before it has. The result depends on shapes alone, and no workspace is needed.
-// What sums over tokens and sequences (dA, dD, ...) is summed within a walk, then over walks in order.
+// dB and dC sum over the channels of a group. They are summed over lanes at once, in registers: what a token adds to
+// them per lane is more than first-level cache holds. Then over the tiles of a walk, in scratch; then over walks, in
+// their order: each adds a chunk once the walk before it has. The result depends on shapes alone, and no workspace is
+// needed. What sums over tokens and sequences (dA, dD, ...) is summed within a walk, then over walks in order.
 #include "scan.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
@@ -26,9 +26,9 @@ constexpr int64_t kSequenceBlocks = 32;  // at most so many partial sums of dA
 
 // h_t and a_t of a block over a chunk into [t][n][part][lane]; y[t] += C_t . h_t if wanted.
 template <class S, int P, int Block, bool BConstant, bool CConstant>
-__attribute__((noinline)) void recompute(int64_t count, const S* dt, const S* rate, const S* dtu, const S* a, const S* b,
-                                         int64_t b_row, const S* c, int64_t c_row, const S* start, S* y, S* h_out, S* a_out,
-                                         Ahead::Part ahead) {
+__attribute__((noinline)) void recompute(int64_t count, const S* dt, const S* rate, const S* dtu, const S* a,
+                                         const S* b, int64_t b_row, const S* c, int64_t c_row, const S* start, S* y,
+                                         S* h_out, S* a_out, Ahead::Part ahead) {
   constexpr int lanes = kLanes<S>, step = P * lanes;
   Number<S, P> h[Block];
 #pragma GCC unroll 16
@@ -60,8 +60,8 @@ __attribute__((noinline)) void recompute(int64_t count, const S* dt, const S* ra
   }
 }
 
-// A sum over many tokens, as two numbers: `low` keeps what each addition rounds off. (Terms of either sign leave a small sum
-// of large ones, which plain addition in order would blur.)
+// A sum over many tokens, as two numbers: `low` keeps what each addition rounds off. (Terms of either sign leave a
+// small sum of large ones, which plain addition in order would blur.)
 template <class S>
 struct Total {
   S *sum, *low;
@@ -90,8 +90,8 @@ struct Total {
 };
 constexpr int64_t kGroup = 16;  // tokens that are summed in a register first
 
-// The sums over lanes of the dB and dC of a block, of those that depend on tokens. They are rows, [n][dB, dC][part], of which as
-// many as fit are folded into one vector: lane i then holds a sum, over some lanes, of row i modulo that many.
+// The sums over lanes of the dB and dC of a block, of those that depend on tokens. They are rows, [n][dB, dC][part], of
+// which as many as fit are folded into one vector: lane i then holds a sum, over some lanes, of row i modulo that many.
 template <class S, int P, int Block, bool BConstant, bool CConstant>
 struct Fold {
   static constexpr int lanes = kLanes<S>, of_state = P * (!BConstant + !CConstant), rows = Block * of_state;
@@ -138,9 +138,10 @@ struct Adjoint {
 };
 
 template <class S, int P, int Block, bool BConstant, bool CConstant>
-__attribute__((noinline)) void adjoint_block(int64_t count, const S* dt, const S* dtu, const S* dy, const S* A, const S* b,
-                                             int64_t b_row, const S* c, int64_t c_row, const S* start, const S* h, const S* a,
-                                             const Adjoint<S>& out, Ahead::Part ahead) {
+__attribute__((noinline)) void adjoint_block(int64_t count, const S* dt, const S* dtu, const S* dy, const S* A,
+                                             const S* b, int64_t b_row, const S* c, int64_t c_row, const S* start,
+                                             const S* h, const S* a, const Adjoint<S>& out,
+                                             Ahead::Part ahead) {
   constexpr int lanes = kLanes<S>, step = P * lanes;
   using Sums = Fold<S, P, Block, BConstant, CConstant>;
   Number<S, P> carry[Block], dA[Block];
@@ -152,7 +153,8 @@ __attribute__((noinline)) void adjoint_block(int64_t count, const S* dt, const S
   for (int64_t t = count - 1; t >= 0; --t) {
     ahead.fetch(t);
     const Vec<S> dt_t = load(dt + t * lanes), dtu_t = load(dtu + t * lanes), dy_t = load(dy + t * lanes);
-    const S *const h_t = h + t * Block * step, *const before = t > 0 ? h_t - Block * step : start, *const a_t = a + t * Block * step;
+    const S *const h_t = h + t * Block * step, *const a_t = a + t * Block * step;
+    const S* const before = t > 0 ? h_t - Block * step : start;
     const S *const b_t = b + t * b_row, *const c_t = c + t * c_row;
     Vec<S> ddtu[2] = {}, ddt[2] = {}, rows[Sums::rows + 1];
 #pragma GCC unroll 16
@@ -250,7 +252,9 @@ struct Backward {
   }
 
   void run(const Parallel& parallel) const {
-    const auto bytes = [&](DType dtype) { return static_cast<size_t>(f.batch * f.channels * f.length * bytes_of(dtype)); };
+    const auto bytes = [&](DType dtype) {
+      return static_cast<size_t>(f.batch * f.channels * f.length * bytes_of(dtype));
+    };
     want_huge_pages(p.du, bytes(f.dtype));
     want_huge_pages(p.ddelta, bytes(f.delta_dtype));
     if (p.dz != nullptr) want_huge_pages(p.dz, bytes(f.dtype));
@@ -497,12 +501,13 @@ struct Backward {
         for (int64_t r = 0; r < Sums::rows; ++r) {
           const int64_t n = first + r / Sums::of_state, within = r % Sums::of_state;
           const bool of_B = !BConstant && within < P;
-          S* const to = static_cast<S*>(of_B ? p.dB : p.dC) + ((batch * f.groups + group) * f.state + n) * f.length * P + token * P +
-                        within % P;
+          S* const to = static_cast<S*>(of_B ? p.dB : p.dC) +
+                        ((batch * f.groups + group) * f.state + n) * f.length * P + token * P + within % P;
           const S* const from = fold + (r / Sums::folded * lanes + r % Sums::folded) * kChunk;
           for (int64_t t = 0; t < count; t += lanes) {
             Vec<S> sum = load(from + t);
-            for (int part = Sums::folded; part < lanes; part += Sums::folded) sum = sum + load(from + part * kChunk + t);
+            for (int part = Sums::folded; part < lanes; part += Sums::folded)
+              sum = sum + load(from + part * kChunk + t);
             if constexpr (P == 1)
               store_upto(to + t, accumulate ? load_upto(to + t, count - t) + sum : sum, count - t);
             else

@@ -1,6 +1,6 @@
-// Selective scan, forward. A walk is one tile of channels of one sequence, chunk by chunk. Within a chunk the states are
-// taken in blocks that stay in registers over all its tokens; each adds its C . h to y, four states at a time and in their
-// order, so that y is the same however the states are divided.
+// Selective scan, forward. A walk is one tile of channels of one sequence, chunk by chunk. Within a chunk the states
+// are taken in blocks that stay in registers over all its tokens; each adds its C . h to y, four states at a time and
+// in their order, so that y is the same however the states are divided.
 #include "scan.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
@@ -14,11 +14,11 @@ constexpr int kBlock = 8;
 #endif
 constexpr int kQuad = 4;  // states that are summed on their own; a part has some of them
 
-// y[t] += C_t . h_t and h advanced over `count` tokens, for states of a block. b and c point at the block's first state; their
-// rows are `b_row` apart (0 when constant). Each token fetches some of the lines ahead.
+// y[t] += C_t . h_t and h advanced over `count` tokens, for states of a block. b and c point at the block's first
+// state; their rows are `b_row` apart (0 when constant). Each token fetches some of the lines ahead.
 template <class S, int P, int Block, bool BConstant, bool CConstant>
-__attribute__((noinline)) void scan_block(int64_t count, const S* dt, const S* rate, const S* dtu, const S* a, const S* b,
-                                          int64_t b_row, const S* c, int64_t c_row, S* h_memory, S* y,
+__attribute__((noinline)) void scan_block(int64_t count, const S* dt, const S* rate, const S* dtu, const S* a,
+                                          const S* b, int64_t b_row, const S* c, int64_t c_row, S* h_memory, S* y,
                                           Ahead::Part ahead) {
   constexpr int lanes = kLanes<S>, step = P * lanes, sums = (Block + kQuad - 1) / kQuad;
   Number<S, P> h[Block];
@@ -50,8 +50,8 @@ __attribute__((noinline)) void scan_block(int64_t count, const S* dt, const S* r
 template <class S, int P, bool BConstant, bool CConstant>
 struct Forward {
   static constexpr int lanes = kLanes<S>, kWide = P == 1 ? kBlock : 4;
-  // Of a chunk, [t][lane]. The parts of a walk hand on dt and y; lines that another core has written are dear, so that each
-  // computes the others again.
+  // Of a chunk, [t][lane]. The parts of a walk hand on dt and y; lines that another core has written are dear, so that
+  // each computes the others again.
   struct Chunk {
     S *dt, *y, *u, *rate, *dtu, *z;
     static constexpr int64_t handed_on = 2 * kOfTokens<S>, own = 4 * kOfTokens<S>;

@@ -1,8 +1,9 @@
 // What the selective scan's forward and backward kernels share. See selective_scan.h for the maths and the layout.
 //
-// Lanes are channels: a tile is kLanes channels that read the same B and C, and its state h is one vector per n (two when
-// complex: real and imaginary parts). Tokens go one after another, in chunks staged in cache as rows [t][lane].
-// Scratch arrays of states are [n][part][lane]; B and C are staged as [t][n][part], to be broadcast, or as states when constant.
+// Lanes are channels: a tile is kLanes channels that read the same B and C, and its state h is one vector per n (two
+// when complex: real and imaginary parts). Tokens go one after another, in chunks staged in cache as rows [t][lane].
+// Scratch arrays of states are [n][part][lane]; B and C are staged as [t][n][part], to be broadcast, or as states when
+// constant.
 #pragma once
 
 #include <sched.h>
@@ -17,12 +18,13 @@ namespace pykernels::cpu::PYKERNELS_ISA {
 
 constexpr int64_t kChunk = kSelectiveScanChunk;
 
-// ---- functions of vectors ----------------------------------------------------------------------------------------------
+// ---- functions of vectors -------------------------------------------------------------------------------------------
 
 // log(1 + e) for e in [0, 1], as 2 atanh(e / (2 + e)), to a few ulp.
 template <class S>
 PYKERNELS_INLINE Vec<S> log1p_unit(Vec<S> e) {
-  const Vec<S> s = e * reciprocal<S>(e + static_cast<S>(2)), z = s * s;  // s <= 1/3, so each term is a ninth of the one before
+  // s <= 1/3, so each term is a ninth of the one before
+  const Vec<S> s = e * reciprocal<S>(e + static_cast<S>(2)), z = s * s;
   constexpr int terms = sizeof(S) == 4 ? 8 : 17;
   Vec<S> sum = splat(static_cast<S>(2.0 / (2 * terms - 1)));
 #pragma GCC unroll 17
@@ -49,7 +51,8 @@ PYKERNELS_INLINE void sin_cos(Vec<S> x, Vec<S>& sin, Vec<S>& cos) {
     const Vec<S> shifted = x * 0.636619772f + 0x1.8p23f, n = shifted - 0x1.8p23f;
     const Vec<S> r = ((x - n * 1.5703125f) - n * 4.837512969970703125e-4f) - n * 7.54978995489188216e-8f, z = r * r;
     const Vec<S> s = r + r * z * ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f);
-    const Vec<S> c = 1.0f - 0.5f * z + z * z * ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f);
+    const Vec<S> c =
+        1.0f - 0.5f * z + z * z * ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f);
     const Mask<S> quadrant = (Mask<S>)shifted & 3, odd = -(quadrant & 1), negative_sin = -(quadrant >> 1);
     const Mask<S> negative_cos = odd ^ negative_sin;
     sin = odd ? c : s;
@@ -62,7 +65,7 @@ PYKERNELS_INLINE void sin_cos(Vec<S> x, Vec<S>& sin, Vec<S>& cos) {
   }
 }
 
-// ---- real and complex numbers ------------------------------------------------------------------------------------------
+// ---- real and complex numbers ---------------------------------------------------------------------------------------
 
 // A vector of real (P = 1) or complex (P = 2) numbers.
 template <class S, int P>
@@ -164,20 +167,22 @@ PYKERNELS_INLINE Vec<S> real_multiply_conj_add(Number<S, P> a, Number<S, P> b, V
   else
     return (a.re * b.re + c) + a.im * b.im;
 }
-// exp2, rounded best where it is near 1: the errors of slow decays add up over the tokens that they last for. (On AVX-512 exp2
-// itself takes the remainder in [0, 1), where its last bits are lost for small negative x.)
+// exp2, rounded best where it is near 1: the errors of slow decays add up over the tokens that they last for. (On
+// AVX-512 exp2 itself takes the remainder in [0, 1), where its last bits are lost for small negative x.)
 template <class S>
 PYKERNELS_INLINE Vec<S> fine_exp2(Vec<S> x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(S) == 4) {
-    const Vec<S> f = (Vec<S>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 of an infinity
+    // 0 of an infinity
+    const Vec<S> f = (Vec<S>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return (Vec<S>)_mm512_scalef_ps((__m512)exp2_reduced(f), (__m512)(x - f));
   }
 #endif
   return exp2<S>(x);
 }
-// exp(dt A), where rate is decay_rate(dt): an exp2 in fp32; in fp64 exact_exp keeps to the few ulp that its error budget allows.
-// log2 e goes with dt, whose rounding differs from token to token; with A it would be the same for all of them and add up.
+// exp(dt A), where rate is decay_rate(dt): an exp2 in fp32; in fp64 exact_exp keeps to the few ulp that its error
+// budget allows. log2 e goes with dt, whose rounding differs from token to token; with A it would be the same for all
+// of them and add up.
 template <class S>
 PYKERNELS_INLINE Vec<S> decay_rate(Vec<S> dt) {
   if constexpr (sizeof(S) == 4)
@@ -201,7 +206,7 @@ PYKERNELS_INLINE Number<S, P> decay(Vec<S> dt, Vec<S> rate, Number<S, P> a) {
   }
 }
 
-// ---- tiles -------------------------------------------------------------------------------------------------------------
+// ---- tiles ----------------------------------------------------------------------------------------------------------
 
 // The channels of a tile: `count` from `channel` on, all of group `group`.
 struct Tile {
@@ -263,8 +268,8 @@ void store_chunk_state(const SelectiveScanParams& p, int64_t index, const Tile& 
              p.channels, 1, h + part.first * kLanes<S>, kLanes<S>, part.count(), tile.count);
 }
 
-// Elements of one token's row of B or C in scratch, and of a chunk's rows: a part of the states may start anywhere and is
-// loaded in whole vectors, whose ends fall on what other parts have of the next row.
+// Elements of one token's row of B or C in scratch, and of a chunk's rows: a part of the states may start anywhere and
+// is loaded in whole vectors, whose ends fall on what other parts have of the next row.
 template <class S>
 int64_t projection_row(int64_t rows) {
   return round_up(rows, kLanes<S>);
@@ -292,16 +297,16 @@ void load_projection(S* dst, const Projection& x, int64_t batch, int64_t group, 
 
 // [t][lane] of a [B, D, L] tensor.
 template <class S>
-void load_tokens(S* dst, DType dtype, const void* src, const ChannelStrides& stride, const Tile& tile, int64_t batch, int64_t start,
-                 int64_t count) {
-  load_tile(dst, kLanes<S>, dtype, src, batch * stride.batch + tile.channel * stride.channel + start * stride.token, stride.token,
-            stride.channel, count, tile.count);
+void load_tokens(S* dst, DType dtype, const void* src, const ChannelStrides& stride, const Tile& tile, int64_t batch,
+                 int64_t start, int64_t count) {
+  load_tile(dst, kLanes<S>, dtype, src, batch * stride.batch + tile.channel * stride.channel + start * stride.token,
+            stride.token, stride.channel, count, tile.count);
 }
 template <class S>
 void store_tokens(DType dtype, void* dst, const ChannelStrides& stride, const Tile& tile, int64_t batch, int64_t start,
                   int64_t count, const S* src) {
-  store_tile(dtype, dst, batch * stride.batch + tile.channel * stride.channel + start * stride.token, stride.token, stride.channel,
-             src, kLanes<S>, count, tile.count);
+  store_tile(dtype, dst, batch * stride.batch + tile.channel * stride.channel + start * stride.token, stride.token,
+             stride.channel, src, kLanes<S>, count, tile.count);
 }
 
 // Cache lines of such a tile, at most: rows are channels, or tokens.
@@ -309,9 +314,10 @@ template <class S>
 constexpr int64_t lines_of_tokens() {
   return most(Ahead::lines_of(kLanes<S>, kChunk * sizeof(S)), Ahead::lines_of(kChunk, kVectorBytes));
 }
-inline void add_tokens(Ahead& ahead, DType dtype, const void* src, const ChannelStrides& stride, const Tile& tile, int64_t batch,
-                       int64_t start, int64_t count) {
-  ahead.add(dtype, src, batch * stride.batch + tile.channel * stride.channel + start * stride.token, stride, tile.count, count);
+inline void add_tokens(Ahead& ahead, DType dtype, const void* src, const ChannelStrides& stride, const Tile& tile,
+                       int64_t batch, int64_t start, int64_t count) {
+  ahead.add(dtype, src, batch * stride.batch + tile.channel * stride.channel + start * stride.token, stride,
+            tile.count, count);
 }
 
 // Elements from one array [t][lane] of a chunk to the next: by an odd number of cache lines more, lest they share sets.
@@ -335,14 +341,14 @@ int64_t count_blocks(int64_t first, int64_t last) {
   return blocks;
 }
 
-// ---- who does what ----------------------------------------------------------------------------------------------------
+// ---- who does what --------------------------------------------------------------------------------------------------
 
 // A walk goes through the chunks of some channels one after another. Where there are fewer walks than threads, each is
-// done in parts: a part has some of the states, takes a chunk from the part before it and hands it on, with its own states'
-// share of y added. Where the number of walks would leave threads idle at the end, each is cut into rounds of so many
-// chunks. Threads take units, the parts of a round of a walk, round by round; a unit waits for none but those before it, so
-// that any number of threads gets through. How the work is divided depends on the number of threads, what is computed does
-// not: every sum goes over the states in their order.
+// done in parts: a part has some of the states, takes a chunk from the part before it and hands it on, with its own
+// states' share of y added. Where the number of walks would leave threads idle at the end, each is cut into rounds of
+// so many chunks. Threads take units, the parts of a round of a walk, round by round; a unit waits for none but those
+// before it, so that any number of threads gets through. How the work is divided depends on the number of threads, what
+// is computed does not: every sum goes over the states in their order.
 struct Schedule {
   int64_t walks, parts = 1, rounds = 1, round;  // round: chunks
 
@@ -358,7 +364,8 @@ struct Schedule {
   }
   int64_t units() const { return rounds * walks * parts; }
   bool divided() const { return rounds * parts > 1; }
-  // Chunks under way between the parts of a walk: a round's, so that a slot's last use is a unit before that of its next.
+  // Chunks under way between the parts of a walk: a round's, so that a slot's last use is a unit before that of its
+  // next.
   int64_t slots() const { return parts > 1 ? round : 1; }
   // Numbers of a unit.
   int64_t round_of(int64_t unit) const { return unit / (walks * parts); }
