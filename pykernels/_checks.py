@@ -10,10 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._C._dynamo.guards import TensorGuards
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import backends
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # not part of torch's interface: without it, looks are read every time
+    TensorGuards = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -22,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _remembered: dict[tuple, object] = {}
 _MOST_REMEMBERED = 4096
 # Of each function, the calls that came again last: (its arguments but tensors, those of its tensors, the result).
-_recent: dict[Callable, list[tuple[list, TensorGuards, object]]] = {}
+_recent: dict[Callable, list[tuple[list, 'TensorGuards', object]]] = {}
 _MOST_RECENT = 4
 
 
@@ -70,7 +74,7 @@ def by_metadata(function: Callable) -> Callable:
             if len(_remembered) >= _MOST_REMEMBERED:
                 forget()
             result = _remembered[look] = function(*args)
-        else:
+        elif TensorGuards:
             guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)  # all sizes and strides
             if guards.check(*tensors):  # they take no tensor twice
                 recent[:] = [(others, guards, result), *recent[:_MOST_RECENT - 1]]
