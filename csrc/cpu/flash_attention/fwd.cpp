@@ -405,8 +405,8 @@ class Worker {
 #if defined(PYKERNELS_HAS_AMX)
     if constexpr (kFastExp)
       if (fast && !dropout_.on())
-        done = terms_.on() || p_.softcap > 0 ? fused_terms_ && fuse<true>(row, key, begin, padded, first, last)
-                                             : fuse<false>(row, key, begin, padded, first, last);
+        done = terms_.on() || p_.softcap > 0 ? fused_terms_ && fuse_with_terms(row, key, begin, padded, first, last)
+                                             : fuse<Terms::kNone>(row, key, begin, padded, first, last);
 #endif
     if (!done) {
       scores(row, rows, begin, columns, padded);
@@ -655,17 +655,33 @@ class Worker {
   // The same in one pass for bf16 on AMX: while the tile unit multiplies the next 32 keys, the vector unit turns the
   // scores of the last 32 into weights. Returns false, with l and o unchanged, where rows have no maximum yet to go
   // by (the first keys are looked at for one), where their scores are too small for the table, or when one outgrows
-  // its maximum; with Terms, also where FastTerms does not serve.
-  template <bool Terms>
+  // its maximum; with terms, also where FastTerms does not serve.
+  enum class Terms { kNone, kLinear, kAny };  // kLinear: see FastTerms::is_linear
+  bool fuse_with_terms(int row, int64_t key, int begin, int columns, Range first, Range last) {
+    bool serves = true;
+    Cursor at = cursor(row);
+    for (int i = 0; i < 32; ++i, at.advance()) {
+      // Rows beyond the last are the last once more.
+      if (row + i < rows_)
+        serves &= terms_.set_row(fast_terms_, i, place(static_cast<int>(at.head)), at.token, key + begin);
+      else
+        fast_terms_.rows[i] = fast_terms_.rows[i - 1];
+    }
+    if (!serves) return false;
+    if (fast_terms_.alibi && !p_.bias && !exceptional_values_ && vanishes(row, columns)) return true;
+    return fast_terms_.is_linear(columns) ? fuse<Terms::kLinear>(row, key, begin, columns, first, last)
+                                          : fuse<Terms::kAny>(row, key, begin, columns, first, last);
+  }
+  template <Terms Kind>
   bool fuse(int row, int64_t key, int begin, int columns, Range first, Range last) {
     // Rows of weights per product: all 32 beside the products of a panel.
-    const auto fused = depth_ < 64    ? &Worker::fused_tile<8, Terms>
-                       : depth_ < 128 ? &Worker::fused_tile<4, Terms>
-                       : depth_ < 256 ? &Worker::fused_tile<2, Terms>
-                                      : &Worker::fused_tile<1, Terms>;
+    const auto fused = depth_ < 64    ? &Worker::fused_tile<8, Kind>
+                       : depth_ < 128 ? &Worker::fused_tile<4, Kind>
+                       : depth_ < 256 ? &Worker::fused_tile<2, Kind>
+                                      : &Worker::fused_tile<1, Kind>;
     return (this->*fused)(row, key, begin, columns, first, last);
   }
-  template <int Rows, bool Terms>
+  template <int Rows, Terms Kind>
   bool fused_tile(int row, int64_t key, int begin, int columns, Range first, Range last) {
     static_assert(kRows == 32 && 2 * 32 * 32 <= kRows * kStride);
     if (p_.scale == 0) return false;
@@ -678,23 +694,6 @@ class Worker {
 
     const __m512 slope = _mm512_set1_ps(factor * 128);
     const int64_t keys = s_q_->tk - first_key;
-    if constexpr (Terms) {
-      bool serves = true;
-      Cursor at = cursor(row);
-      for (int i = 0; i < 32; ++i, at.advance()) {
-        // Rows beyond the last are the last once more.
-        const bool there = row + i < rows_;
-        if (there)
-          serves &= terms_.set_row(fast_terms_, i, place(static_cast<int>(at.head)), at.token, first_key);
-        else
-          fast_terms_.rows[i] = fast_terms_.rows[i - 1];
-      }
-      if (!serves) return false;
-    }
-
-    if constexpr (Terms)
-      if (fast_terms_.alibi && !p_.bias && !exceptional_values_ && vanishes(row, columns)) return true;
-
     if (m[0] == -kInfinity) {
       multiply_panel(q, k);
       store_panel(buffers[0]);
@@ -702,7 +701,7 @@ class Worker {
       for (int i = 0; i < 32; ++i) {
         if (m[i] > -kInfinity) continue;
         const float* const s = buffers[0] + 32 * i;
-        if constexpr (Terms) {
+        if constexpr (Kind != Terms::kNone) {
           __m512 low, high;
           fast_terms_.exponents(i, s, 0, keys, slope, _mm512_set1_ps(fast_terms_.rows[i].constant), low, high);
           // What is clamped may be the NaN of a bias that is hidden.
@@ -719,15 +718,17 @@ class Worker {
     if (!(_mm512_cmp_ps_mask(_mm512_abs_ps(m0), least_max, _CMP_GE_OQ) |
           _mm512_cmp_ps_mask(_mm512_abs_ps(m1), least_max, _CMP_GE_OQ)))
       return false;
-    if (Terms && !maxima_below_bound(row, 32)) return false;
+    if (Kind != Terms::kNone && !maxima_below_bound(row, 32)) return false;
 
     alignas(64) float offsets[32];
     _mm512_store_ps(offsets, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m0), _mm512_set1_ps(128)));
     _mm512_store_ps(offsets + 16, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m1), _mm512_set1_ps(128)));
-    if constexpr (Terms)
+    if constexpr (Kind != Terms::kNone)
       // Rows beyond the last get no weights: whether a task's last tile has any must not decide what serves its others.
       for (int i = 0; i < 32; ++i)
         offsets[i] = row + i < rows_ ? offsets[i] + fast_terms_.rows[i].constant : -static_cast<float>(kInfinity);
+    if constexpr (Kind == Terms::kLinear)
+      for (int i = 0; i < 32; ++i) fast_terms_.begin_linear(i, offsets[i], steps_[i]);
     Exp2Table table;
     const char* o = reinterpret_cast<const char*>(o_ + row * width_);
     for (int j = 0;; j += 32) {
@@ -736,7 +737,7 @@ class Worker {
         multiply_panel(q, k);
       } else if (j < columns) {
         // The accumulators, needed at the end, come into the L1 cache meanwhile.
-        multiply_and_weigh<Rows, Terms>(q, k, buffers[(j / 32 - 1) % 2], weights_ + j - 32, offsets, slope, table, j - 32,
+        multiply_and_weigh<Rows, Kind>(q, k, buffers[(j / 32 - 1) % 2], weights_ + j - 32, offsets, slope, table, j - 32,
                                         keys, o);
         o += 128 * 32 / Rows;
       } else {
@@ -744,7 +745,7 @@ class Worker {
         BFloat16* const w = weights_ + j - 32;
 #pragma GCC unroll 4
         for (int i = 0; i < 32; ++i)
-          _mm512_store_si512(w + i * kStride, weights<Terms>(table, s + 32 * i, slope, offsets[i], i, j - 32, keys));
+          _mm512_store_si512(w + i * kStride, weights<Kind>(table, s + 32 * i, slope, offsets[i], i, j - 32, keys));
         break;
       }
       store_panel(next);
@@ -809,18 +810,25 @@ class Worker {
     for (const BFloat16* const end = q + depth_; q < end; q += 32, k += 1024) multiply_step(q, k, [](int) {});
   }
   // Weights of a row of a tile for the 32 keys from `column` on, of `keys` that there are.
-  template <bool Terms>
+  template <Terms Kind>
   PYKERNELS_INLINE __m512i weights(Exp2Table& table, const float* s, __m512 slope, float offset, int row, int column,
                                    int64_t keys) {
-    if constexpr (!Terms) return table.weights(s, slope, _mm512_set1_ps(offset));
+    if constexpr (Kind == Terms::kNone) return table.weights(s, slope, _mm512_set1_ps(offset));
     __m512 low, high;
+    if constexpr (Kind == Terms::kLinear) {
+      const Vec<float> keys_on = iota<float>() + static_cast<float>(column);
+      const Vec<float> step = splat(steps_[row]), start = splat(offset);
+      low = _mm512_fmadd_ps(_mm512_loadu_ps(s), slope, (__m512)(keys_on * step + start));
+      high = _mm512_fmadd_ps(_mm512_loadu_ps(s + 16), slope, (__m512)((keys_on + 16.0f) * step + start));
+      return table.weights(low, high);
+    }
     fast_terms_.exponents(row, s, column, keys - column, slope, _mm512_set1_ps(offset), low, high);
     return table.weights(low, high);
   }
   // While the tile unit multiplies, the vector unit turns the scores before these into weights: Rows rows after a product, as
   // the processor does not look far enough ahead to find work that comes later; two cache lines per product are fetched on the
   // side, from `fetched` on.
-  template <int Rows, bool Terms>
+  template <int Rows, Terms Kind>
   PYKERNELS_INLINE void multiply_and_weigh(const BFloat16* q, const BFloat16* k, const float* s, BFloat16* w, const float* offsets,
                                            __m512 slope, Exp2Table& table, int column, int64_t keys, const char* fetched) {
     zero_panel();
@@ -830,7 +838,7 @@ class Worker {
         const int first = product * Rows;
 #pragma GCC unroll 8
         for (int r = first; r < first + Rows; ++r)
-          _mm512_store_si512(w + r * kStride, weights<Terms>(table, s + 32 * r, slope, offsets[r], row + r, column, keys));
+          _mm512_store_si512(w + r * kStride, weights<Kind>(table, s + 32 * r, slope, offsets[r], row + r, column, keys));
         __builtin_prefetch(fetched + 128 * product, 1, 3);
         __builtin_prefetch(fetched + 128 * product + 64, 1, 3);
       });
@@ -941,6 +949,7 @@ class Worker {
   int phase_ = 0;                           // which half of s_ the former has
   FastTerms fast_terms_{};                  // of the current tile
   bool fused_terms_ = false;                // whether it serves this call
+  float steps_[32];                         // of its rows, where it is linear
 #endif
   // For what is rare, taken when first needed.
   T* cleaned_ = nullptr;

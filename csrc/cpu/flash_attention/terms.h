@@ -227,6 +227,17 @@ class FastTerms {
     const void* bias;                 // of the first key
   } rows[32];
 
+  // Whether ALiBi is the only term of a tile of `columns` keys, and linear in the key: all of them on one side of every query.
+  bool is_linear(int columns) const {
+    return alibi && out == 0 && !by_key && (rows[0].position >= static_cast<float>(columns - 1) || rows[31].position <= 0);
+  }
+  // Then `offset`, of a row's exponents, becomes that of its first key; a key further they are `step` more.
+  PYKERNELS_INLINE void begin_linear(int row, float& offset, float& step) const {
+    const Row& r = rows[row];
+    step = r.position > 0 ? r.slope : -r.slope;
+    offset -= step * r.position;
+  }
+
   // Keys [key, key + 32), of which `valid` exist.
   PYKERNELS_INLINE void exponents(int row, const float* s, int key, int64_t valid, __m512 slope, __m512 offset, __m512& low,
                                   __m512& high) const {
