@@ -33,8 +33,9 @@ struct FmaCompute {
   using Elem = S;  // of packed A and B
   using Acc = S;   // of C
   static constexpr int kPair = 1, kDepthAlign = 1, kRowAlign = 1;
-  // Rows and vectors of C held in registers at a time. With 32 registers 6 x 4 accumulators take 10 loads per 24 products,
-  // 12 x 2 would take 14 (an eighth slower on a processor with two of each per cycle); 16 registers hold 6 x 2.
+  // Rows and vectors of C held in registers at a time. With 32 registers 6 x 4 accumulators take 10 loads per 24
+  // products, 12 x 2 would take 14 (an eighth slower on a processor with two of each per cycle); 16 registers hold 6 x
+  // 2.
   static constexpr int kTileRows = 6;
 #if defined(__AVX512F__) || defined(__aarch64__)
   static constexpr int kTileVectors = 4;
@@ -60,15 +61,16 @@ struct BF16 {
 #endif
 
 #if defined(PYKERNELS_HAS_AMX)
-// fp32 on the bf16 tiles, at twice the rate of fused multiply-adds or more. A number of 24 bits is the sum of three bf16
-// numbers, x = x0 + x1 + x2, each the rest rounded; of the nine products of parts, x0 y0, x0 y1, x1 y0, x1 y1, x0 y2 and
-// x2 y0 are summed in fp32, and those left out are within 2^-24 |x y| (2^-27 on average, of either sign): less than the
-// rounding of a product. The tiles take denormals as zero, and an infinity has no parts, so operands must be below
-// kSplitLargest in magnitude, and what is below kSplitLeast may lose digits: by 2^-126 per product, times the other
-// factor.
+// fp32 on the bf16 tiles, at twice the rate of fused multiply-adds or more. A number of 24 bits is the sum of three
+// bf16 numbers, x = x0 + x1 + x2, each the rest rounded; of the nine products of parts, x0 y0, x0 y1, x1 y0, x1 y1, x0
+// y2 and x2 y0 are summed in fp32, and those left out are within 2^-24 |x y| (2^-27 on average, of either sign): less
+// than the rounding of a product. The tiles take denormals as zero, and an infinity has no parts, so operands must be
+// below kSplitLargest in magnitude, and what is below kSplitLeast may lose digits: by 2^-126 per product, times the
+// other factor.
 //
-// Depth comes in blocks of 32; k and k + 16 of a block are neighbours in A and B alike. Each block has its three parts one after
-// the other, so that strides and offsets in elements of six bytes hold: in A 32 numbers each, in B 32 x kPanel.
+// Depth comes in blocks of 32; k and k + 16 of a block are neighbours in A and B alike. Each block has its three parts
+// one after the other, so that strides and offsets in elements of six bytes hold: in A 32 numbers each, in B 32 x
+// kPanel.
 struct SplitF32 {
   struct Elem {
     uint16_t bits[3];
@@ -316,8 +318,8 @@ PYKERNELS_INLINE void amx_tile(int depth, const BFloat16* a, int64_t lda, const 
   amx_store_c<RowTiles, Vectors>(c, ldc);
 }
 
-// Adds a block of 32 in depth to tiles 0-3: the products of parts from small to large, in an order that changes the parts
-// of one side at a time.
+// Adds a block of 32 in depth to tiles 0-3: the products of parts from small to large, in an order that changes the
+// parts of one side at a time.
 template <int RowTiles, int Vectors, class Beside>
 PYKERNELS_INLINE void split_block(const SplitF32::Elem* a, int64_t lda, const SplitF32::Elem* b, Beside& beside) {
   constexpr int b_bytes = 2 * 64;
@@ -372,8 +374,8 @@ template <class C, int Vectors>
 struct TilePanel {
   using Elem = typename C::Elem;
   template <class Beside>
-  static __attribute__((noinline)) void multiply(int rows, int depth, const Elem* a, int64_t lda, const Elem* b, float* c,
-                                                 int64_t ldc, bool accumulate, Beside& beside) {
+  static __attribute__((noinline)) void multiply(int rows, int depth, const Elem* a, int64_t lda, const Elem* b,
+                                                 float* c, int64_t ldc, bool accumulate, Beside& beside) {
     int i = 0;
     for (; i + 16 < rows; i += 32)
       amx_tile<2, Vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate, beside);
@@ -402,8 +404,8 @@ struct Nothing {
 
 // C = A B, or C += A B. `depth` is rounded up to kDepthAlign (the padding of A and B is read).
 //
-// With AMX, `beside()` is called tile_products<C>(...) times while the tiles are multiplied: with work for the vector units,
-// that has nothing to do with this product.
+// With AMX, `beside()` is called tile_products<C>(...) times while the tiles are multiplied: with work for the vector
+// units, that has nothing to do with this product.
 template <class C, class Beside = const Nothing>
 void matmul(int rows, int columns, int depth, MatrixA<C> a, PackedB<C> b, MatrixC<C> c, bool accumulate,
             Beside& beside = Nothing{}) {
@@ -417,7 +419,8 @@ void matmul(int rows, int columns, int depth, MatrixA<C> a, PackedB<C> b, Matrix
 
 template <class C>
 PYKERNELS_INLINE constexpr int tile_products(int rows, int columns, int depth) {
-  const int blocks = (rows + 31) / 32 * ((columns + C::kPanel - 1) / C::kPanel) * (round_up(depth, C::kDepthAlign) / C::kDepthAlign);
+  const int blocks =
+      (rows + 31) / 32 * ((columns + C::kPanel - 1) / C::kPanel) * (round_up(depth, C::kDepthAlign) / C::kDepthAlign);
   return C::kRowAlign == 1 ? 0 : kIsSplit<C> ? 6 * blocks : blocks;
 }
 
@@ -480,7 +483,8 @@ class Largest {
   void add(int tensor, float largest) {
     const uint32_t value = bit_cast<uint32_t>(largest);
     uint32_t seen = __atomic_load_n(&bits_[tensor], __ATOMIC_RELAXED);
-    while (seen < value && !__atomic_compare_exchange_n(&bits_[tensor], &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    while (seen < value &&
+           !__atomic_compare_exchange_n(&bits_[tensor], &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
   }
   float operator[](int tensor) const { return bit_cast<float>(bits_[tensor]); }
@@ -534,7 +538,8 @@ PYKERNELS_INLINE SplitParts split(Vec<float> low, Vec<float> high) {
     // Rounded to nearest; what is left for the last has no more bits than it holds.
     if (i < 2) a += 0x8000u, b += 0x8000u;
     // (a >> 16) | (b & 0xffff0000)
-    result.part[i] = (VecU32)_mm512_ternarylogic_epi32((__m512i)(a >> 16), (__m512i)b, _mm512_set1_epi32(~0xffff), 0xf8);
+    result.part[i] =
+        (VecU32)_mm512_ternarylogic_epi32((__m512i)(a >> 16), (__m512i)b, _mm512_set1_epi32(~0xffff), 0xf8);
     if (i < 2) low -= (Vec<float>)(a & 0xffff0000u), high -= (Vec<float>)(b & 0xffff0000u);
   }
   return result;
@@ -576,8 +581,8 @@ struct NaturalOrder {
   static constexpr int source(int k) { return k; }
 };
 
-// What happens to numbers on their way into an operand: map(x, row, column) -> what becomes of the elements x of that row
-// of the source from `column` on. Only copy_columns takes another one for BF16.
+// What happens to numbers on their way into an operand: map(x, row, column) -> what becomes of the elements x of that
+// row of the source from `column` on. Only copy_columns takes another one for BF16.
 struct AsTheyAre {
   template <class V>
   PYKERNELS_INLINE V operator()(V x, int, int) const {
@@ -652,8 +657,9 @@ void pack_columns(typename C::Elem* b, int64_t panel_stride, const T* source, in
           for (int h = 0; h < 2; ++h) {
             const int first_k = k + h * lanes;
             for (int i = 0; i < lanes; ++i)
-              square[h][i] = i < rows ? map(load_upto(from + i * stride + first_k, depth - first_k), first + n + i, first_k)
-                                      : Vec<Acc>{};
+              square[h][i] = i < rows
+                                 ? map(load_upto(from + i * stride + first_k, depth - first_k), first + n + i, first_k)
+                                 : Vec<Acc>{};
             transpose(square[h]);
           }
           for (int i = 0; i < lanes; ++i) store_pair(b + k * C::kPanel, i, n, split(square[0][i], square[1][i]));
@@ -710,7 +716,8 @@ void copy_rows(typename C::Elem* a, int64_t lda, const T* source, int64_t stride
 
 // A[m][k] = source[k * stride + m], zeros from depth to lda.
 template <class C, class T, class Map = AsTheyAre>
-void copy_columns(typename C::Elem* a, int64_t lda, const T* source, int64_t stride, int rows, int depth, Map map = {}) {
+void copy_columns(typename C::Elem* a, int64_t lda, const T* source, int64_t stride, int rows, int depth,
+                  Map map = {}) {
   using Acc = typename C::Acc;
   constexpr int lanes = kLanes<Acc>;
   for (int m = 0; m < rows; m += lanes)
@@ -723,7 +730,8 @@ void copy_columns(typename C::Elem* a, int64_t lda, const T* source, int64_t str
             square[h][i] = row < depth ? map(load_upto(source + row * stride + m, rows - m), row, m) : Vec<Acc>{};
           transpose(square[h]);
         }
-        for (int i = 0; i < least(lanes, rows - m); ++i) store_row(a + (m + i) * lda + k, split(square[0][i], square[1][i]));
+        for (int i = 0; i < least(lanes, rows - m); ++i)
+          store_row(a + (m + i) * lda + k, split(square[0][i], square[1][i]));
 #endif
       } else if constexpr (C::kPair == 1) {
         Vec<Acc> square[lanes];

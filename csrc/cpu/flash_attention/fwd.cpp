@@ -8,8 +8,8 @@
 //   S = Q K^T,  P = 2^(c S - m),  l = l 2^(m' - m) + row sums of P,  O = O 2^(m' - m) + P V      (c = scale * log2 e)
 // and at the end out = O / l, lse = (m + log2 l) ln 2. Tiles are cut down to the keys that any of their rows sees;
 // only tiles at an edge of the mask look at single keys. The tiles of rows and blocks of keys depend on the shape
-// alone, so results are the same whatever the number of threads. Few rows against many keys are cut along the keys too: a task
-// then leaves O, m and l of its piece of keys, and a second pass puts the pieces of a chunk together.
+// alone, so results are the same whatever the number of threads. Few rows against many keys are cut along the keys too:
+// a task then leaves O, m and l of its piece of keys, and a second pass puts the pieces of a chunk together.
 #include "../../include/pykernels/flash_attention.h"
 
 #include "../common/matmul.h"
@@ -40,7 +40,8 @@ Sequence sequence(const FlashAttentionParams& p, int64_t s) {
   if (!p.cu_seqlens_q) return {0, p.seqlen_q, 0, p.seqlen_k, 0};
   const auto clamp = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
   const int64_t q0 = clamp(p.cu_seqlens_q[s], 0, p.seqlen_q), k0 = clamp(p.cu_seqlens_k[s], 0, p.seqlen_k);
-  return {q0, clamp(p.cu_seqlens_q[s + 1], q0, p.seqlen_q) - q0, k0, clamp(p.cu_seqlens_k[s + 1], k0, p.seqlen_k) - k0, s};
+  return {q0, clamp(p.cu_seqlens_q[s + 1], q0, p.seqlen_q) - q0,
+          k0, clamp(p.cu_seqlens_k[s + 1], k0, p.seqlen_k) - k0, s};
 }
 
 // The keys [begin, end) that query i of a sequence sees.
@@ -59,8 +60,8 @@ struct Chunk {
   int64_t partial;  // where its pieces are left, in rows per key head
 };
 
-// Into how many pieces the keys of a sequence are cut: by shapes alone. Where there are many heads and sequences they are work
-// enough, and pieces would take memory.
+// Into how many pieces the keys of a sequence are cut: by shapes alone. Where there are many heads and sequences they
+// are work enough, and pieces would take memory.
 constexpr int64_t kPieceKeys = 1024, kMaxPieces = 8, kFewRows = 256, kFewTasks = 16;
 int64_t keys_of_piece(const Sequence& s) {
   return kPieceKeys * ((s.tk + kMaxPieces * kPieceKeys - 1) / (kMaxPieces * kPieceKeys));
@@ -126,8 +127,8 @@ class Worker {
   static constexpr int kStride = kKeys + (Shape<C>::kTiles ? 32 : 64 / static_cast<int>(sizeof(Elem)));
   static constexpr int kAhead = 16;  // rows of q fetched in advance
   static constexpr bool kFastExp = kHasFastExp2<C>;
-  // What the products take: other values are packed as zeros, and what they bring is put in place afterwards, so that rows
-  // that do not see them come out the same in every bit.
+  // What the products take: other values are packed as zeros, and what they bring is put in place afterwards, so that
+  // rows that do not see them come out the same in every bit.
 #if defined(PYKERNELS_HAS_AMX)
   static constexpr Acc kLimit = kIsSplit<C> ? static_cast<Acc>(kSplitLargest) : static_cast<Acc>(kInfinity);
 #else
@@ -155,7 +156,8 @@ class Worker {
 #if defined(PYKERNELS_HAS_AMX)
     if constexpr (kFastExp) fused_terms_ = terms_.start(fast_terms_);
 #endif
-    weights_ = sizeof(Elem) == sizeof(Acc) ? reinterpret_cast<Elem*>(s_) : scratch.take<Elem>(buffers * kRows * kStride);
+    weights_ = sizeof(Elem) == sizeof(Acc) ? reinterpret_cast<Elem*>(s_)
+                                                   : scratch.take<Elem>(buffers * kRows * kStride);
   }
 
   // `partial`: the results of the chunk's pieces, [pieces][rows][partial_size(p)], where there are several.
@@ -272,7 +274,8 @@ class Worker {
     if (!buffer) buffer = scratch_.take<T>(kKeys * dim);
     for (int i = 0; i < n; ++i) {
       const int64_t page = page_of(p_, batch_, (key + i) / p_.page_size);
-      const T* const from = static_cast<const T*>(pages) + page * stride.batch + (key + i) % p_.page_size * stride.token +
+      const T* const from =
+          static_cast<const T*>(pages) + page * stride.batch + (key + i) % p_.page_size * stride.token +
                             head_k_ * stride.head;
       __builtin_memcpy(buffer + i * dim, from, sizeof(T) * dim);
     }
@@ -335,8 +338,10 @@ class Worker {
   void load_keys(int64_t key, int n) {
     const int head_dim = static_cast<int>(p_.head_dim), value_dim = static_cast<int>(p_.value_dim);
     const bool paged = p_.block_table != nullptr;
-    const T* const k = paged ? from_pages(k_pages_, p_.k, p_.k_stride, key, n, head_dim) : keys() + key * p_.k_stride.token;
-    const T* const v = paged ? from_pages(v_pages_, p_.v, p_.v_stride, key, n, value_dim) : values() + key * p_.v_stride.token;
+    const T* const k = paged ? from_pages(k_pages_, p_.k, p_.k_stride, key, n, head_dim)
+                             : keys() + key * p_.k_stride.token;
+    const T* const v = paged ? from_pages(v_pages_, p_.v, p_.v_stride, key, n, value_dim)
+                             : values() + key * p_.v_stride.token;
     const int64_t k_stride = paged ? head_dim : p_.k_stride.token, v_stride = paged ? value_dim : p_.v_stride.token;
     keys_ = n;
     k_source_ = k, v_source_ = v;
@@ -393,7 +398,8 @@ class Worker {
     const bool edge = last.begin > first_key || first.end < first_key + padded;
 #if defined(PYKERNELS_HAS_AMX)
     if constexpr (kIsSplit<C>) {
-      if (p_.softcap <= 0 && p_.scale != 0 && !dropout_.on() && !tiny_values_ && !exceptional_keys_ && !tiles_[row / kRows].exceptional)
+      if (p_.softcap <= 0 && p_.scale != 0 && !dropout_.on() && !tiny_values_ && !exceptional_keys_ &&
+          !tiles_[row / kRows].exceptional)
         return overlap({row, rows, begin, padded, key, edge});
       finish();
     }
@@ -405,15 +411,15 @@ class Worker {
 #if defined(PYKERNELS_HAS_AMX)
     if constexpr (kFastExp)
       if (fast && !dropout_.on())
-        done = terms_.on() || p_.softcap > 0 ? fused_terms_ && fuse<true>(row, key, begin, padded, first, last)
-                                             : fuse<false>(row, key, begin, padded, first, last);
+        done = terms_.on() || p_.softcap > 0 ? fused_terms_ && fuse_with_terms(row, key, begin, padded, first, last)
+                                             : fuse<Terms::kNone>(row, key, begin, padded, first, last);
 #endif
     if (!done) {
       scores(row, rows, begin, columns, padded);
       if (terms_.on()) fast &= add_terms(s_, row, rows, first_key, columns, padded) && maxima_below_bound(row, rows);
       if (edge) hide(s_, row, rows, first_key, padded);
-      Softmax<C> softmax{rows,    padded,   s_, weights_, kStride, factor_, m_ + row, l_ + row * kLane, o_ + row * width_,
-                         width_};
+      Softmax<C> softmax{rows,    padded,   s_, weights_, kStride, factor_, m_ + row, l_ + row * kLane,
+                         o_ + row * width_, width_};
       if constexpr (kFastExp)
         fast ? softmax.fast() : softmax.exact();
       else
@@ -425,8 +431,8 @@ class Worker {
   }
 
 #if defined(PYKERNELS_HAS_AMX)
-  // The tiles of a block of keys for SplitF32, three at a time: while the tile unit multiplies the scores of one and the values
-  // of another, the vector unit turns the scores of the one between into weights.
+  // The tiles of a block of keys for SplitF32, three at a time: while the tile unit multiplies the scores of one and
+  // the values of another, the vector unit turns the scores of the one between into weights.
   struct Stage {
     int row, rows, begin, columns;  // columns: 0 if there is none
     int64_t key;
@@ -437,19 +443,22 @@ class Worker {
     float *const s_now = s_ + phase_ * kRows * kStride, *const s_next = s_ + (1 - phase_) * kRows * kStride;
     Elem *const w_now = weights_ + phase_ * kRows * kStride, *const w_last = weights_ + (1 - phase_) * kRows * kStride;
     const Acc factor = terms_.on() ? 1 : static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
-    Softmax<C> softmax{now.columns ? kRows : 0, now.columns, s_now, w_now, kStride, factor, m_ + now.row, l_ + now.row * kLane,
-                       o_ + now.row * width_, width_};
+    Softmax<C> softmax{now.columns ? kRows : 0, now.columns, s_now, w_now, kStride, factor, m_ + now.row,
+                       l_ + now.row * kLane, o_ + now.row * width_, width_};
     const auto piece = [&](int n) { softmax.piece(n); };
     Spread<decltype(piece)> beside(
         piece, softmax.pieces(),
-        tile_products<C>(kRows, next.columns, depth_) + tile_products<C>(kRows, last.columns ? width_ : 0, last.columns));
+        tile_products<C>(kRows, next.columns, depth_) +
+            tile_products<C>(kRows, last.columns ? width_ : 0, last.columns));
     matmul<C>(kRows, next.columns, depth_, {q_ + next.row * depth_, depth_},
-              {k_ + next.begin / C::kPanel * packed_panel<C>(depth_), packed_panel<C>(depth_)}, {s_next, kStride}, false, beside);
+              {k_ + next.begin / C::kPanel * packed_panel<C>(depth_), packed_panel<C>(depth_)}, {s_next, kStride},
+              false, beside);
     if (last.columns)
       matmul<C>(kRows, width_, last.columns, {w_last, kStride}, {v_, packed_panel<C>(kKeys), last.begin},
                 {o_ + last.row * width_, width_}, true, beside);
     beside.finish();
-    if (last.columns && exceptional_values_) add_exceptional_values(last.row, last.rows, last.key, last.begin, last.columns, w_last);
+    if (last.columns && exceptional_values_)
+      add_exceptional_values(last.row, last.rows, last.key, last.begin, last.columns, w_last);
     if (next.columns && terms_.on()) {
       factor_ = static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
       add_terms(s_next, next.row, next.rows, next.key + next.begin, next.columns, next.columns);
@@ -493,11 +502,11 @@ class Worker {
   }
 
   Place place(int head) const {
-    return {batch_, p_.cu_seqlens_q ? s_q_->index : batch_, head_k_ * problem_.group + head, s_q_->q0, s_q_->tq, s_q_->k0,
-            s_q_->tk};
+    return {batch_, p_.cu_seqlens_q ? s_q_->index : batch_, head_k_ * problem_.group + head, s_q_->q0, s_q_->tq,
+            s_q_->k0, s_q_->tk};
   }
-  // Scales the scores of a tile to units of log 2 and adds what the options say. Whether the table of exponentials may have them.
-  // Columns from `valid` on, which will be hidden and hold anything yet, have no say in that.
+  // Scales the scores of a tile to units of log 2 and adds what the options say. Whether the table of exponentials may
+  // have them. Columns from `valid` on, which will be hidden and hold anything yet, have no say in that.
   bool add_terms(Acc* s, int row, int rows, int64_t first_key, int valid, int columns) {
     Bounded<Acc> bounded{static_cast<Acc>(kFastExp2Bound)};
     Cursor at = cursor(row);
@@ -520,7 +529,8 @@ class Worker {
       alignas(64) uint32_t buffer[Dropout::buffer_size(kKeys)];
       Cursor at = cursor(row);
       for (int i = 0; i < rows; ++i, at.advance()) {
-        const uint32_t* const words = dropout_.row(place(static_cast<int>(at.head)), at.token, first_key, columns, buffer);
+        const uint32_t* const words =
+            dropout_.row(place(static_cast<int>(at.head)), at.token, first_key, columns, buffer);
         Elem* const w = weights_ + i * kStride;
         if constexpr (kFastExp) {
 #if defined(PYKERNELS_HAS_BF16_DOT)
@@ -632,7 +642,8 @@ class Worker {
     for (int i = 0; i < rows; ++i) {
       const bool whole = tiles_[row / kRows].exceptional >> i & 1;
       for (int j = 0; j < columns; ++j)
-        if (whole || (exceptional_keys_ && exceptional_key_[begin + j])) s_[i * kStride + j] = s[i * kStride + begin + j];
+        if (whole || (exceptional_keys_ && exceptional_key_[begin + j]))
+          s_[i * kStride + j] = s[i * kStride + begin + j];
     }
   }
   // O += P V where the values are so small that parts of them would be lost.
@@ -641,8 +652,10 @@ class Worker {
     float* const v = exact(exact_v_, packed_size<F32>(kKeys, width_));
     float* const weights = exact(exact_s_, kRows * kStride);
     if (!exact_v_ready_) {
-      const T* const from = exceptional_values_ ? without_exceptional(v_source_, v_source_stride_, keys_, p_.value_dim) : v_source_;
-      pack_rows<F32>(v, panel, from, exceptional_values_ ? p_.value_dim : v_source_stride_, keys_, static_cast<int>(p_.value_dim));
+      const T* const from = exceptional_values_ ? without_exceptional(v_source_, v_source_stride_, keys_, p_.value_dim)
+                                                : v_source_;
+      pack_rows<F32>(v, panel, from, exceptional_values_ ? p_.value_dim : v_source_stride_, keys_,
+                     static_cast<int>(p_.value_dim));
       exact_v_ready_ = true;
     }
     for (int i = 0; i < rows; ++i)
@@ -655,17 +668,33 @@ class Worker {
   // The same in one pass for bf16 on AMX: while the tile unit multiplies the next 32 keys, the vector unit turns the
   // scores of the last 32 into weights. Returns false, with l and o unchanged, where rows have no maximum yet to go
   // by (the first keys are looked at for one), where their scores are too small for the table, or when one outgrows
-  // its maximum; with Terms, also where FastTerms does not serve.
-  template <bool Terms>
+  // its maximum; with terms, also where FastTerms does not serve.
+  enum class Terms { kNone, kLinear, kAny };  // kLinear: see FastTerms::is_linear
+  bool fuse_with_terms(int row, int64_t key, int begin, int columns, Range first, Range last) {
+    bool serves = true;
+    Cursor at = cursor(row);
+    for (int i = 0; i < 32; ++i, at.advance()) {
+      // Rows beyond the last are the last once more.
+      if (row + i < rows_)
+        serves &= terms_.set_row(fast_terms_, i, place(static_cast<int>(at.head)), at.token, key + begin);
+      else
+        fast_terms_.rows[i] = fast_terms_.rows[i - 1];
+    }
+    if (!serves) return false;
+    if (fast_terms_.alibi && !p_.bias && !exceptional_values_ && vanishes(row, columns)) return true;
+    return fast_terms_.is_linear(columns) ? fuse<Terms::kLinear>(row, key, begin, columns, first, last)
+                                          : fuse<Terms::kAny>(row, key, begin, columns, first, last);
+  }
+  template <Terms Kind>
   bool fuse(int row, int64_t key, int begin, int columns, Range first, Range last) {
     // Rows of weights per product: all 32 beside the products of a panel.
-    const auto fused = depth_ < 64    ? &Worker::fused_tile<8, Terms>
-                       : depth_ < 128 ? &Worker::fused_tile<4, Terms>
-                       : depth_ < 256 ? &Worker::fused_tile<2, Terms>
-                                      : &Worker::fused_tile<1, Terms>;
+    const auto fused = depth_ < 64    ? &Worker::fused_tile<8, Kind>
+                       : depth_ < 128 ? &Worker::fused_tile<4, Kind>
+                       : depth_ < 256 ? &Worker::fused_tile<2, Kind>
+                                      : &Worker::fused_tile<1, Kind>;
     return (this->*fused)(row, key, begin, columns, first, last);
   }
-  template <int Rows, bool Terms>
+  template <int Rows, Terms Kind>
   bool fused_tile(int row, int64_t key, int begin, int columns, Range first, Range last) {
     static_assert(kRows == 32 && 2 * 32 * 32 <= kRows * kStride);
     if (p_.scale == 0) return false;
@@ -678,23 +707,6 @@ class Worker {
 
     const __m512 slope = _mm512_set1_ps(factor * 128);
     const int64_t keys = s_q_->tk - first_key;
-    if constexpr (Terms) {
-      bool serves = true;
-      Cursor at = cursor(row);
-      for (int i = 0; i < 32; ++i, at.advance()) {
-        // Rows beyond the last are the last once more.
-        const bool there = row + i < rows_;
-        if (there)
-          serves &= terms_.set_row(fast_terms_, i, place(static_cast<int>(at.head)), at.token, first_key);
-        else
-          fast_terms_.rows[i] = fast_terms_.rows[i - 1];
-      }
-      if (!serves) return false;
-    }
-
-    if constexpr (Terms)
-      if (fast_terms_.alibi && !p_.bias && !exceptional_values_ && vanishes(row, columns)) return true;
-
     if (m[0] == -kInfinity) {
       multiply_panel(q, k);
       store_panel(buffers[0]);
@@ -702,7 +714,7 @@ class Worker {
       for (int i = 0; i < 32; ++i) {
         if (m[i] > -kInfinity) continue;
         const float* const s = buffers[0] + 32 * i;
-        if constexpr (Terms) {
+        if constexpr (Kind != Terms::kNone) {
           __m512 low, high;
           fast_terms_.exponents(i, s, 0, keys, slope, _mm512_set1_ps(fast_terms_.rows[i].constant), low, high);
           // What is clamped may be the NaN of a bias that is hidden.
@@ -719,15 +731,17 @@ class Worker {
     if (!(_mm512_cmp_ps_mask(_mm512_abs_ps(m0), least_max, _CMP_GE_OQ) |
           _mm512_cmp_ps_mask(_mm512_abs_ps(m1), least_max, _CMP_GE_OQ)))
       return false;
-    if (Terms && !maxima_below_bound(row, 32)) return false;
+    if (Kind != Terms::kNone && !maxima_below_bound(row, 32)) return false;
 
     alignas(64) float offsets[32];
     _mm512_store_ps(offsets, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m0), _mm512_set1_ps(128)));
     _mm512_store_ps(offsets + 16, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m1), _mm512_set1_ps(128)));
-    if constexpr (Terms)
+    if constexpr (Kind != Terms::kNone)
       // Rows beyond the last get no weights: whether a task's last tile has any must not decide what serves its others.
       for (int i = 0; i < 32; ++i)
         offsets[i] = row + i < rows_ ? offsets[i] + fast_terms_.rows[i].constant : -static_cast<float>(kInfinity);
+    if constexpr (Kind == Terms::kLinear)
+      for (int i = 0; i < 32; ++i) fast_terms_.begin_linear(i, offsets[i], steps_[i]);
     Exp2Table table;
     const char* o = reinterpret_cast<const char*>(o_ + row * width_);
     for (int j = 0;; j += 32) {
@@ -736,15 +750,15 @@ class Worker {
         multiply_panel(q, k);
       } else if (j < columns) {
         // The accumulators, needed at the end, come into the L1 cache meanwhile.
-        multiply_and_weigh<Rows, Terms>(q, k, buffers[(j / 32 - 1) % 2], weights_ + j - 32, offsets, slope, table, j - 32,
-                                        keys, o);
+        multiply_and_weigh<Rows, Kind>(q, k, buffers[(j / 32 - 1) % 2], weights_ + j - 32, offsets, slope, table,
+                                       j - 32, keys, o);
         o += 128 * 32 / Rows;
       } else {
         const float* const s = buffers[(j / 32 - 1) % 2];
         BFloat16* const w = weights_ + j - 32;
 #pragma GCC unroll 4
         for (int i = 0; i < 32; ++i)
-          _mm512_store_si512(w + i * kStride, weights<Terms>(table, s + 32 * i, slope, offsets[i], i, j - 32, keys));
+          _mm512_store_si512(w + i * kStride, weights<Kind>(table, s + 32 * i, slope, offsets[i], i, j - 32, keys));
         break;
       }
       store_panel(next);
@@ -771,7 +785,8 @@ class Worker {
     return true;
   }
 
-  // ALiBi: the score of a row's own key is no smaller than its maximum by much, which therefore starts a little above it.
+  // ALiBi: the score of a row's own key is no smaller than its maximum by much, which therefore starts a little above
+  // it.
   void look_at_own_keys() {
     if (p_.block_table) return;
     Cursor at = cursor(0);
@@ -780,7 +795,8 @@ class Worker {
       if (key < 0 || !terms_.serves_slope(place(static_cast<int>(at.head)))) continue;
       const T* const k = keys() + key * p_.k_stride.token;
       Vec<float> sum{};
-      for (int64_t j = 0; j < p_.head_dim; j += kLane) sum += load(q_ + row * depth_ + j) * load_upto(k + j, p_.head_dim - j);
+      for (int64_t j = 0; j < p_.head_dim; j += kLane)
+        sum += load(q_ + row * depth_ + j) * load_upto(k + j, p_.head_dim - j);
       const double scale = p_.scale < 0 ? -p_.scale : p_.scale;
       float s = reduce_add<float>(sum) * static_cast<float>(scale * kLog2e);
       if (p_.softcap > 0) {
@@ -809,20 +825,28 @@ class Worker {
     for (const BFloat16* const end = q + depth_; q < end; q += 32, k += 1024) multiply_step(q, k, [](int) {});
   }
   // Weights of a row of a tile for the 32 keys from `column` on, of `keys` that there are.
-  template <bool Terms>
+  template <Terms Kind>
   PYKERNELS_INLINE __m512i weights(Exp2Table& table, const float* s, __m512 slope, float offset, int row, int column,
                                    int64_t keys) {
-    if constexpr (!Terms) return table.weights(s, slope, _mm512_set1_ps(offset));
+    if constexpr (Kind == Terms::kNone) return table.weights(s, slope, _mm512_set1_ps(offset));
     __m512 low, high;
+    if constexpr (Kind == Terms::kLinear) {
+      const Vec<float> keys_on = iota<float>() + static_cast<float>(column);
+      const Vec<float> step = splat(steps_[row]), start = splat(offset);
+      low = _mm512_fmadd_ps(_mm512_loadu_ps(s), slope, (__m512)(keys_on * step + start));
+      high = _mm512_fmadd_ps(_mm512_loadu_ps(s + 16), slope, (__m512)((keys_on + 16.0f) * step + start));
+      return table.weights(low, high);
+    }
     fast_terms_.exponents(row, s, column, keys - column, slope, _mm512_set1_ps(offset), low, high);
     return table.weights(low, high);
   }
-  // While the tile unit multiplies, the vector unit turns the scores before these into weights: Rows rows after a product, as
-  // the processor does not look far enough ahead to find work that comes later; two cache lines per product are fetched on the
-  // side, from `fetched` on.
-  template <int Rows, bool Terms>
-  PYKERNELS_INLINE void multiply_and_weigh(const BFloat16* q, const BFloat16* k, const float* s, BFloat16* w, const float* offsets,
-                                           __m512 slope, Exp2Table& table, int column, int64_t keys, const char* fetched) {
+  // While the tile unit multiplies, the vector unit turns the scores before these into weights: Rows rows after a
+  // product, as the processor does not look far enough ahead to find work that comes later; two cache lines per product
+  // are fetched on the side, from `fetched` on.
+  template <int Rows, Terms Kind>
+  PYKERNELS_INLINE void multiply_and_weigh(const BFloat16* q, const BFloat16* k, const float* s, BFloat16* w,
+                                           const float* offsets, __m512 slope, Exp2Table& table, int column,
+                                           int64_t keys, const char* fetched) {
     zero_panel();
     const BFloat16* const end = q + depth_;
     for (int row = 0; row < 32; row += 4 * Rows, q += 32, k += 1024) {
@@ -830,7 +854,8 @@ class Worker {
         const int first = product * Rows;
 #pragma GCC unroll 8
         for (int r = first; r < first + Rows; ++r)
-          _mm512_store_si512(w + r * kStride, weights<Terms>(table, s + 32 * r, slope, offsets[r], row + r, column, keys));
+          _mm512_store_si512(w + r * kStride,
+                             weights<Kind>(table, s + 32 * r, slope, offsets[r], row + r, column, keys));
         __builtin_prefetch(fetched + 128 * product, 1, 3);
         __builtin_prefetch(fetched + 128 * product + 64, 1, 3);
       });
@@ -913,8 +938,8 @@ class Worker {
   const Sequence* s_q_ = nullptr;
   int64_t batch_ = 0, head_k_ = 0, first_row_ = 0;
   int rows_ = 0;
-  // The current block of keys: where it comes from, what is exceptional (has elements not below kLimit), whether its values are
-  // too small for SplitF32, and what times the largest magnitude of queries bounds its scores.
+  // The current block of keys: where it comes from, what is exceptional (has elements not below kLimit), whether its
+  // values are too small for SplitF32, and what times the largest magnitude of queries bounds its scores.
   const T *k_source_ = nullptr, *v_source_ = nullptr;
   int64_t k_source_stride_ = 0, v_source_stride_ = 0;
   T *k_pages_ = nullptr, *v_pages_ = nullptr;  // copies of them
@@ -941,6 +966,7 @@ class Worker {
   int phase_ = 0;                           // which half of s_ the former has
   FastTerms fast_terms_{};                  // of the current tile
   bool fused_terms_ = false;                // whether it serves this call
+  float steps_[32];                         // of its rows, where it is linear
 #endif
   // For what is rare, taken when first needed.
   T* cleaned_ = nullptr;
@@ -975,8 +1001,8 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
     }
   }
 
-  // Rows per chunk: queries and accumulators take half a megabyte of L2, with AMX more (such processors have two), so that
-  // keys and values are packed few times; more chunks than threads where there are rows enough.
+  // Rows per chunk: queries and accumulators take half a megabyte of L2, with AMX more (such processors have two), so
+  // that keys and values are packed few times; more chunks than threads where there are rows enough.
   const int64_t row_bytes = round_up(p.head_dim, C::kDepthAlign) * sizeof(typename C::Elem) +
                             (round_up(p.value_dim, C::kColumnAlign) + kLanes<typename C::Acc>) *
                                 sizeof(typename C::Acc);
@@ -1045,9 +1071,9 @@ void forward(const FlashAttentionParams& p, const Parallel& parallel) {
   });
 }
 
-// fp32 and fp16 go through the tiles of AMX where there are, but for shapes that would fill them with zeros or have too few
-// queries to make up for packing. That choice is by shape and scale alone; what single blocks hold is looked at when they are
-// packed.
+// fp32 and fp16 go through the tiles of AMX where there are, but for shapes that would fill them with zeros or have too
+// few queries to make up for packing. That choice is by shape and scale alone; what single blocks hold is looked at
+// when they are packed.
 template <class T>
 void forward_fp32(const FlashAttentionParams& p, const Parallel& parallel) {
 #if defined(PYKERNELS_HAS_AMX)

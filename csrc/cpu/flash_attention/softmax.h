@@ -173,8 +173,8 @@ struct Softmax {
     if (here > m[i]) rescale(i, here);
   }
 
-  // The exponent of a score. m is the rounded product of the largest one: as long as a rounding is small the fused form is the
-  // more exact one, but its zero would be off by half a unit of a large m.
+  // The exponent of a score. m is the rounded product of the largest one: as long as a rounding is small the fused form
+  // is the more exact one, but its zero would be off by half a unit of a large m.
   template <bool Far>
   PYKERNELS_INLINE Vec<Acc> exponents(const Acc* s, Vec<Acc> base) const {
     if constexpr (Far) return rounded_product<Acc>(load(s), factor) + base;
@@ -216,8 +216,8 @@ struct Softmax {
   }
 
 #if defined(PYKERNELS_HAS_AMX)
-  // The work on a row for SplitF32 comes in three pieces, to go beside products of other tiles: the maximum, then the weights
-  // of either half.
+  // The work on a row for SplitF32 comes in three pieces, to go beside products of other tiles: the maximum, then the
+  // weights of either half.
   int pieces() const { return 3 * rows; }
   __attribute__((noinline)) void piece(int n) {
     if (n % 3 == 0) return move_on(n / 3);

@@ -1,7 +1,7 @@
 // What flash attention's options add to the scores (ALiBi, bias), and which weights its dropout keeps.
 //
-// All of it goes through tiles in the L1 cache, beside products that take longer: the kernels know one term per score and one
-// factor per weight, whatever they are made of.
+// All of it goes through tiles in the L1 cache, beside products that take longer: the kernels know one term per score
+// and one factor per weight, whatever they are made of.
 #pragma once
 
 #include "../../include/pykernels/flash_attention.h"
@@ -20,7 +20,8 @@ struct Place {
 template <class S>
 constexpr S kFar = sizeof(S) == 4 ? static_cast<S>(0x1p23) : static_cast<S>(0x1p52);
 
-// What becomes of a row's maximum m (in units of log 2) and its sum l of weights relative to that, with its head's sink.
+// What becomes of a row's maximum m (in units of log 2) and its sum l of weights relative to that, with its head's
+// sink.
 template <class S>
 struct RowSum {
   S inverse, lse;  // what the accumulators are multiplied by; 0 where no key was seen
@@ -40,7 +41,8 @@ struct RowSum {
     }
     const double in_log2 = static_cast<double>(sink) * kLog2e, wide_m = static_cast<double>(m);
     const double top = in_log2 > wide_m ? in_log2 : wide_m;
-    const double alpha = __builtin_exp2(wide_m - top), sum = static_cast<double>(l) * alpha + __builtin_exp2(in_log2 - top);
+    const double alpha = __builtin_exp2(wide_m - top),
+                 sum = static_cast<double>(l) * alpha + __builtin_exp2(in_log2 - top);
     inverse = static_cast<S>(alpha / sum);
     lse = static_cast<S>(top * kLn2 + __builtin_log(sum));
   }
@@ -51,7 +53,7 @@ PYKERNELS_INLINE int64_t page_of(const FlashAttentionParams& f, int64_t b, int64
   return page < 0 ? 0 : page < f.pages ? page : f.pages - 1;
 }
 
-// ---- random numbers ----------------------------------------------------------------------------------------------------
+// ---- random numbers -------------------------------------------------------------------------------------------------
 
 namespace detail {
 // The products of the even lanes.
@@ -135,7 +137,8 @@ class Dropout {
     return buffer + first % 4;
   }
 
-  // What the weights of `rows` keys from `key` on (rows of `to`) and `columns` queries from `query` on are multiplied by.
+  // What the weights of `rows` keys from `key` on (rows of `to`) and `columns` queries from `query` on are multiplied
+  // by.
   template <class S>
   void tile(const Place& place, int64_t query, int columns, int64_t key, int rows, S* to) const {
     const auto all = [](uint32_t x) { return x - VecU32{}; };
@@ -163,7 +166,7 @@ class Dropout {
   uint32_t k0_ = 0, k1_ = 0, threshold_ = 0;
 };
 
-// ---- terms of the scores -----------------------------------------------------------------------------------------------
+// ---- terms of the scores --------------------------------------------------------------------------------------------
 
 // Whether scores with their terms, in units of log 2, are all below a bound in magnitude, or -infinity.
 template <class S>
@@ -210,13 +213,15 @@ struct TanhTable {
 };
 alignas(64) constexpr TanhTable kTanhTable;
 
-// The options' share in the scores of 32 queries, while these become weights: exponents in units of log 2 / 128, 16 keys
-// at a time. For caps and slopes of limited size, see ScoreTerms::start and set_row.
+// The options' share in the scores of 32 queries, while these become weights: exponents in units of log 2 / 128, 16
+// keys at a time. For caps and slopes of limited size, see ScoreTerms::start and set_row.
 class FastTerms {
  public:
   static constexpr float kLargest = 128;     // of a cap, in units of log 2, and of a bias of all keys
-  static constexpr float kLargestSlope = 1.25;  // beyond, hardly a key but one counts, and its weight's error is the sum's
-  static constexpr float kClamp = 0x1p16f;  // exponents with a bias that are larger, or NaN, come out as this: an overflow
+  // Beyond, hardly a key but one counts, and its weight's error is the sum's.
+  static constexpr float kLargestSlope = 1.25;
+  // Exponents with a bias that are larger, or NaN, come out as this: an overflow.
+  static constexpr float kClamp = 0x1p16f;
   float in = 0, out = 0;                  // softcap: out tanh(in score); 0: none
   bool alibi = false;
   BiasType type{};
@@ -227,15 +232,29 @@ class FastTerms {
     const void* bias;                 // of the first key
   } rows[32];
 
+  // Whether ALiBi is the only term of a tile of `columns` keys, and linear in the key: all of them on one side of every
+  // query.
+  bool is_linear(int columns) const {
+    return alibi && out == 0 && !by_key &&
+           (rows[0].position >= static_cast<float>(columns - 1) || rows[31].position <= 0);
+  }
+  // Then `offset`, of a row's exponents, becomes that of its first key; a key further they are `step` more.
+  PYKERNELS_INLINE void begin_linear(int row, float& offset, float& step) const {
+    const Row& r = rows[row];
+    step = r.position > 0 ? r.slope : -r.slope;
+    offset -= step * r.position;
+  }
+
   // Keys [key, key + 32), of which `valid` exist.
-  PYKERNELS_INLINE void exponents(int row, const float* s, int key, int64_t valid, __m512 slope, __m512 offset, __m512& low,
-                                  __m512& high) const {
+  PYKERNELS_INLINE void exponents(int row, const float* s, int key, int64_t valid, __m512 slope, __m512 offset,
+                                  __m512& low, __m512& high) const {
     const Row& r = rows[row];
     low = _mm512_loadu_ps(s), high = _mm512_loadu_ps(s + 16);
     low = out != 0 ? softcapped(low, offset) : _mm512_fmadd_ps(low, slope, offset);
     high = out != 0 ? softcapped(high, offset) : _mm512_fmadd_ps(high, slope, offset);
     if (alibi) {
-      const __m512 distance = _mm512_add_ps((__m512)iota<float>(), _mm512_set1_ps(static_cast<float>(key) - r.position));
+      const __m512 distance =
+          _mm512_add_ps((__m512)iota<float>(), _mm512_set1_ps(static_cast<float>(key) - r.position));
       const __m512 minus = _mm512_set1_ps(-r.slope);
       low = _mm512_fmadd_ps(_mm512_abs_ps(distance), minus, low);
       high = _mm512_fmadd_ps(_mm512_abs_ps(_mm512_add_ps(distance, _mm512_set1_ps(16))), minus, high);
@@ -245,7 +264,8 @@ class FastTerms {
     const __mmask16 first = static_cast<__mmask16>(there), second = static_cast<__mmask16>(there >> 16);
     if (type == BiasType::kBoolean) {
       const uint8_t* const bias = static_cast<const uint8_t*>(r.bias) + key;
-      const uint32_t seen = _mm256_mask_test_epi8_mask(there, _mm256_maskz_loadu_epi8(there, bias), _mm256_set1_epi8(-1));
+      const uint32_t seen =
+          _mm256_mask_test_epi8_mask(there, _mm256_maskz_loadu_epi8(there, bias), _mm256_set1_epi8(-1));
       const __m512 hidden = _mm512_set1_ps(-kInfinity);
       low = _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(seen), low);
       high = _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(seen >> 16), high);
@@ -272,7 +292,8 @@ class FastTerms {
  private:
   PYKERNELS_INLINE __m512 softcapped(__m512 s, __m512 offset) const {
     constexpr int lesser_magnitude = 0xa;
-    const __m512 a = _mm512_add_ps(_mm512_range_ps(_mm512_mul_ps(s, _mm512_set1_ps(in)), _mm512_set1_ps(8), lesser_magnitude),
+    const __m512 a =
+        _mm512_add_ps(_mm512_range_ps(_mm512_mul_ps(s, _mm512_set1_ps(in)), _mm512_set1_ps(8), lesser_magnitude),
                                    _mm512_set1_ps(1));
     const __m512i which = _mm512_srli_epi32((__m512i)a, 20);
     const auto look_up = [&](const float* table) __attribute__((always_inline)) {
@@ -298,8 +319,8 @@ class ScoreTerms {
   explicit ScoreTerms(const FlashAttentionParams& f) : f_(f) {}
   bool on() const { return f_.alibi_slopes || f_.bias; }
 
-  // s[j] = factor * s[j] + terms, in units of log 2, of query `query` and n keys (a multiple of the vector length) from `key` on;
-  // those beyond the sequence get any terms.
+  // s[j] = factor * s[j] + terms, in units of log 2, of query `query` and n keys (a multiple of the vector length) from
+  // `key` on; those beyond the sequence get any terms.
   void add(S* s, int n, S factor, const Place& place, int64_t query, int64_t key, Bounded<S>& bounded) const {
     if (!f_.bias) return add_typed<None>(s, n, factor, place, query, key, bounded);
     if (f_.bias_type == BiasType::kBoolean) return add_typed<uint8_t>(s, n, factor, place, query, key, bounded);
@@ -346,7 +367,9 @@ class ScoreTerms {
         r.bias = bias;
         if (!fast.by_key) r.constant = static_cast<float>(bias_at(bias) * 128);
       };
-      f_.bias_type == BiasType::kBoolean ? set(uint8_t{}) : f_.bias_type == BiasType::kFloat32 ? set(float{}) : set(T{});
+      f_.bias_type == BiasType::kBoolean   ? set(uint8_t{})
+      : f_.bias_type == BiasType::kFloat32 ? set(float{})
+                                           : set(T{});
     }
     return serves_slope(place) && r.constant < 128 * FastTerms::kLargest;
   }
@@ -435,7 +458,8 @@ class ScoreTerms {
       for (int c = 0; c < columns; c += kLane) {
         Vec<S> of_query{};
         if (f_.bias_stride.row)
-          for (int i = 0; i < least<int64_t>(kLane, queries - c); ++i) of_query[i] = bias_at(bias + (c + i) * f_.bias_stride.row);
+          for (int i = 0; i < least<int64_t>(kLane, queries - c); ++i)
+            of_query[i] = bias_at(bias + (c + i) * f_.bias_stride.row);
         const bool constant = !f_.bias_stride.row && !f_.bias_stride.key;
         if (constant) of_query = splat(bias_at(bias));
         for (int j = 0; j < least<int64_t>(rows, keys); ++j) {
