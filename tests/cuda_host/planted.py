@@ -147,9 +147,12 @@ FAULTS = (
     # Long convolution.
     Fault("transform-points-read-early", _TRANSFORM, "sync();", after="\n      forward<", group="fft"),
     Fault("inverse-points-read-early", _TRANSFORM, "sync();", after="\n    } else {\n      inverse<", group="fft"),
-    Fault("backward-points-refilled-early", _FFT_BACKWARD, "Block::sync();", after="  // everyone has read", group="fft"),
-    Fault("backward-sums-cleared-late", _FFT_BACKWARD, "__syncthreads();", after="\n\n  const int64_t rows_batch", group="fft-parts"),
-    Fault("backward-sums-read-early", _FFT_BACKWARD, "__syncthreads();", after="\n  float2* const sums", group="fft-parts"),
+    Fault("backward-points-refilled-early", _FFT_BACKWARD, "Block::sync();", after="  // everyone has read",
+          group="fft"),
+    Fault("backward-sums-cleared-late", _FFT_BACKWARD, "__syncthreads();", after="\n\n  const int64_t rows_batch",
+          group="fft-parts"),
+    Fault("backward-sums-read-early", _FFT_BACKWARD, "__syncthreads();", after="\n  float2* const sums",
+          group="fft-parts"),
 )
 
 # The units that the cases of the tests run.

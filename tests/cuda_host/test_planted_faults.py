@@ -119,7 +119,8 @@ def _fft(host, seed: int, batch: int = 1, length: int = 1000) -> None:
 
     host.set_seed(seed)
     with fft_conv_ops.on_the_host():
-        errors = check(FFT_CONV, conv_case("planted-fft", batch=batch, channels=1, length=length), BF16, Target("cuda", "cpu"))
+        case = conv_case("planted-fft", batch=batch, channels=1, length=length)
+        errors = check(FFT_CONV, case, BF16, Target("cuda", "cpu"))
     assert all(error.ok for error in errors), "\n".join(map(str, errors))
 
 

@@ -87,7 +87,8 @@ def test_bad_inputs_are_named(name):
             mixer(None)
         kind = type(state).__name__
         for call_with in (lambda: mixer(x, [state]), lambda: mixer.step(x[:, 0], [state])):
-            with pytest.raises(TypeError, match=f"state must be the {kind} that the layer's init_state makes, got list"):
+            expected = f"state must be the {kind} that the layer's init_state makes, got list"
+            with pytest.raises(TypeError, match=expected):
                 call_with()
         with pytest.raises(TypeError, match="state must be .*, got NoneType"):
             mixer.step(x[:, 0], None)

@@ -8,8 +8,9 @@ namespace pykernels::cpu::PYKERNELS_ISA {
 
 constexpr int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// Cache lines to be asked for a few at a time while something else is computed: rows of a tile are short and lie far apart, so
-// that neither hardware prefetchers nor out-of-order execution hide where they come from. Into the second-level cache.
+// Cache lines to be asked for a few at a time while something else is computed: rows of a tile are short and lie far
+// apart, so that neither hardware prefetchers nor out-of-order execution hide where they come from. Into the
+// second-level cache.
 class Ahead {
  public:
   // What one loop fetches: `each` of the lines per step.
@@ -29,7 +30,8 @@ class Ahead {
 
   void clear() { count_ = 0; }
   // The tile [channels, tokens] at `src` + `offset` elements; nothing where neither axis is contiguous.
-  void add(DType dtype, const void* src, int64_t offset, const ChannelStrides& stride, int64_t channels, int64_t tokens) {
+  void add(DType dtype, const void* src, int64_t offset, const ChannelStrides& stride, int64_t channels,
+           int64_t tokens) {
     const int64_t bytes = bytes_of(dtype);
     const char* const start = static_cast<const char*>(src) + offset * bytes;
     if (stride.token == 1)
