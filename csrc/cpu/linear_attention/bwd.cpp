@@ -112,7 +112,12 @@ class Backward {
               ahead.add(head[i].dk.from(t), n, key_dim);
             }
           }
-          coming(head[(i + 1) % heads], i + 1 < heads ? t : t - kChunk, i + 1 < heads ? n : kChunk, first);
+          if constexpr (kIsSplit<C>) {
+            coming(head[i], t, n, first);
+            ahead.fetch();
+          } else {
+            coming(head[(i + 1) % heads], i + 1 < heads ? t : t - kChunk, i + 1 < heads ? n : kChunk, first);
+          }
         }
         chunk(head[i], t, n, before[i] || c > 0 ? head[i].states + c * kp * vp : nullptr, after[i],
               after[i] || t + n < last, dbonus[i], outputs);
@@ -187,11 +192,16 @@ class Backward {
         const A* const s = h.states + (t - first) / kChunk * kp * vp;
         A* const next = h.states + ((t - first) / kChunk + 1) * kp * vp;
         ahead_of_states.clear();
-        const int64_t next_t = i + 1 < heads ? t : t + kChunk;
-        if (next_t + kChunk < last) {
-          const Head& coming_head = head[(i + 1) % heads];
-          ahead_of_states.add(coming_head.k.from(next_t), kChunk, key_dim);
-          ahead_of_states.add(coming_head.v.from(next_t), kChunk, static_cast<int>(p.value_dim));
+        const auto add = [&](const Head& of, int64_t from) {
+          ahead_of_states.add(of.k.from(from), kChunk, key_dim);
+          ahead_of_states.add(of.v.from(from), kChunk, static_cast<int>(p.value_dim));
+        };
+        if constexpr (kIsSplit<C>) {
+          add(h, t);
+          ahead_of_states.fetch();
+        } else {
+          const int64_t next_t = i + 1 < heads ? t : t + kChunk;
+          if (next_t + kChunk < last) add(head[(i + 1) % heads], next_t);
         }
         h.prepare(t, key_dim, kChunk, row_scale);
         Peak<A> peak;

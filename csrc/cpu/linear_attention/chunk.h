@@ -47,7 +47,8 @@ struct Rows {
 };
 
 // Brings the rows of the chunk that comes next nearer: a few lines at each product of tiles, so that memory is not
-// waited for.
+// waited for. Products of SplitF32 read more operands per result, and lines from memory keep them from the buffers that
+// all loads go through: with that type the rows of the chunk at hand are asked for at once, before it is packed.
 class Ahead {
  public:
   explicit Ahead(int products) : products_(products) {}
@@ -59,6 +60,14 @@ class Ahead {
     parts[parts_++] = {reinterpret_cast<const char*>(rows.data), rows.stride * static_cast<int64_t>(sizeof(T)), count,
                        lines};
     total_ += count * lines;
+  }
+  // All of them, now and into the first-level cache.
+  void fetch() {
+    for (; part_ < parts_; ++part_) {
+      const Part& part = parts[part_];
+      for (int row = 0; row < part.rows; ++row)
+        for (int line = 0; line < part.lines; ++line) __builtin_prefetch(part.row + row * part.stride + 64 * line);
+    }
   }
   PYKERNELS_INLINE void operator()() {
     for (int due = 0; part_ < parts_ && due < total_; due += products_) {

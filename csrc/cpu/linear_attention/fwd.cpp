@@ -59,7 +59,12 @@ class Forward {
         ahead.clear();
         if (outputs && !results.past_caches)
           ahead.add(head[i].o.from(t), n, static_cast<int>(p.value_dim));
-        coming(head[(i + 1) % heads], i + 1 < heads ? t : t + kChunk, last, outputs);
+        if constexpr (kIsSplit<C>) {
+          coming(head[i], t, last, outputs);
+          ahead.fetch();
+        } else {
+          coming(head[(i + 1) % heads], i + 1 < heads ? t : t + kChunk, last, outputs);
+        }
         chunk(head[i], t, n, before[i], before[i] || t > first, outputs);
       }
     }
