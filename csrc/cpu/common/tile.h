@@ -1,13 +1,13 @@
-// Moving tiles of channels x tokens between tensors of any dtype and layout and compute-type scratch, and the segments that
-// the tokens of a batch or of packed sequences are worked through in.
+// Moving tiles of channels x tokens between tensors of any dtype and layout and compute-type scratch, and the segments
+// that the tokens of a batch or of packed sequences are worked through in.
 #pragma once
 
 #include "simd.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
 
-// dst[r * ld + c] = src[r * row + c * column] for r < rows, c < columns. Writes each row to the next multiple of the vector
-// (zeros), so ld must leave that room. Fast where row or column is 1; transposes in registers where it is row.
+// dst[r * ld + c] = src[r * row + c * column] for r < rows, c < columns. Writes each row to the next multiple of the
+// vector (zeros), so ld must leave that room. Fast where row or column is 1; transposes in registers where it is row.
 template <class T>
 void load_tile(Wide<T>* dst, int64_t ld, const T* src, int64_t row, int64_t column, int64_t rows, int64_t columns) {
   using S = Wide<T>;
@@ -52,15 +52,16 @@ PYKERNELS_INLINE void store_exact_upto<BFloat16>(BFloat16* p, Vec<float> v, int6
 }
 #endif
 
-// dst[r * row + c * column] = src[r * ld + c] for r < rows, c < columns, rounded to T; nothing else is written. src is read
-// in whole vectors, and when row is 1 in whole squares of them where ld leaves room for the columns.
+// dst[r * row + c * column] = src[r * ld + c] for r < rows, c < columns, rounded to T; nothing else is written. src is
+// read in whole vectors, and when row is 1 in whole squares of them where ld leaves room for the columns.
 template <class T>
 void store_tile(T* dst, int64_t row, int64_t column, const Wide<T>* src, int64_t ld, int64_t rows, int64_t columns) {
   using S = Wide<T>;
   constexpr int lanes = kLanes<S>;
   if (column == 1 || columns == 1) {
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; c += lanes) store_exact_upto(dst + r * row + c, load(src + r * ld + c), columns - c);
+      for (int64_t c = 0; c < columns; c += lanes)
+        store_exact_upto(dst + r * row + c, load(src + r * ld + c), columns - c);
   } else if (row == 1 || rows == 1) {
     for (int64_t c = 0; c < columns; c += lanes)
       for (int64_t r = 0; r < rows; r += lanes) {
@@ -97,19 +98,23 @@ PYKERNELS_INLINE auto for_dtype(DType dtype, F&& f) {
 
 // The same for a dtype known at run time; `offset`, in elements, is added to the pointer.
 template <class S>
-void load_tile(S* dst, int64_t ld, DType dtype, const void* src, int64_t offset, int64_t row, int64_t column, int64_t rows,
-               int64_t columns) {
-  for_dtype<S>(dtype, [&]<class T>(T*) { load_tile(dst, ld, static_cast<const T*>(src) + offset, row, column, rows, columns); });
+void load_tile(S* dst, int64_t ld, DType dtype, const void* src, int64_t offset, int64_t row, int64_t column,
+               int64_t rows, int64_t columns) {
+  for_dtype<S>(dtype, [&]<class T>(T*) {
+    load_tile(dst, ld, static_cast<const T*>(src) + offset, row, column, rows, columns);
+  });
 }
 template <class S>
-void store_tile(DType dtype, void* dst, int64_t offset, int64_t row, int64_t column, const S* src, int64_t ld, int64_t rows,
-                int64_t columns) {
-  for_dtype<S>(dtype, [&]<class T>(T*) { store_tile(static_cast<T*>(dst) + offset, row, column, src, ld, rows, columns); });
+void store_tile(DType dtype, void* dst, int64_t offset, int64_t row, int64_t column, const S* src, int64_t ld,
+                int64_t rows, int64_t columns) {
+  for_dtype<S>(dtype, [&]<class T>(T*) {
+    store_tile(static_cast<T*>(dst) + offset, row, column, src, ld, rows, columns);
+  });
 }
 
 namespace detail {
-// Lane i of `row`, or of `next` where it is next's, vector number Number: lane i of the result is entry source(i) of all vectors in a
-// row. `row` holds what the vectors before `next` have.
+// Lane i of `row`, or of `next` where it is next's, vector number Number: lane i of the result is entry source(i) of
+// all vectors in a row. `row` holds what the vectors before `next` have.
 template <int Number, class Source, class V, size_t... I>
 PYKERNELS_INLINE V collect(V row, V next, std::index_sequence<I...>) {
   constexpr int lanes = sizeof...(I);
@@ -122,10 +127,12 @@ PYKERNELS_INLINE V collect(V row, V next, std::index_sequence<I...>) {
 template <class Source, int Number = 1, class V, int N>
 PYKERNELS_INLINE V collect_from(V row, const V (&rows)[N]) {
   constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-  if constexpr (Number < N)
-    return collect_from<Source, Number + 1>(collect<Number, Source>(row, rows[Number], std::make_index_sequence<lanes>{}), rows);
-  else
+  if constexpr (Number < N) {
+    const V next = collect<Number, Source>(row, rows[Number], std::make_index_sequence<lanes>{});
+    return collect_from<Source, Number + 1>(next, rows);
+  } else {
     return row;
+  }
 }
 template <int N, int Column>
 struct OfColumn {
@@ -137,7 +144,8 @@ struct OfPart {
 };
 }  // namespace detail
 
-// Lane i of columns[j] becomes entry i * N + j of the vectors in a row: the columns of a matrix of N columns, given its memory.
+// Lane i of columns[j] becomes entry i * N + j of the vectors in a row: the columns of a matrix of N columns, given its
+// memory.
 template <class V, int N, size_t... J>
 PYKERNELS_INLINE void deinterleave(V (&columns)[N], std::index_sequence<J...>) {
   const V result[N] = {detail::collect_from<detail::OfColumn<N, J>>(columns[0], columns)...};
@@ -170,8 +178,8 @@ PYKERNELS_INLINE Vec<S> reciprocal(Vec<S> x) {
   return static_cast<S>(1) / x;
 }
 
-// e^x to a few ulp however large x is: exp2(x log2 e) alone loses as many bits as its exponent takes. x is clamped to where the
-// result is a normal number.
+// e^x to a few ulp however large x is: exp2(x log2 e) alone loses as many bits as its exponent takes. x is clamped to
+// where the result is a normal number.
 template <class S>
 PYKERNELS_INLINE Vec<S> exact_exp(Vec<S> x) {
   constexpr bool single = sizeof(S) == 4;
@@ -208,15 +216,17 @@ PYKERNELS_INLINE Vec<S> silu_slope(Vec<S> x, Vec<S> s) {
   return s * (x * rest + static_cast<S>(1));
 }
 
-// A run of tokens of one sequence: [first, last) of its `length` tokens, which start at token `start` of batch entry `batch`.
+// A run of tokens of one sequence: [first, last) of its `length` tokens, which start at token `start` of batch entry
+// `batch`.
 struct Segment {
   int64_t sequence, batch, start, length, first, last;
   bool empty() const { return first >= last; }
 };
 
-// The segments of at most `block` tokens that a batch of equally long sequences, or one batch entry of packed ones, falls
-// into. Each sequence has at least one, its first, which may be empty; others may be empty too. What comes after the packed
-// sequences is a sequence of its own, number `sequences`. Count and order depend on shapes and cu_seqlens alone.
+// The segments of at most `block` tokens that a batch of equally long sequences, or one batch entry of packed ones,
+// falls into. Each sequence has at least one, its first, which may be empty; others may be empty too. What comes after
+// the packed sequences is a sequence of its own, number `sequences`. Count and order depend on shapes and cu_seqlens
+// alone.
 class Segments {
  public:
   Segments(int64_t batch, int64_t length, const int32_t* cu_seqlens, int64_t sequences, int64_t block)

@@ -1,10 +1,10 @@
-// Chunked backward pass; README.md of the op derives it. Per segment, the states before its chunks are recomputed from the
-// checkpoint, then the chunks are visited from the last to the first with the gradient dS of the state after each:
+// Chunked backward pass; README.md of the op derives it. Per segment, the states before its chunks are recomputed from
+// the checkpoint, then the chunks are visited from the last to the first with the gradient dS of the state after each:
 //     dQ = scaled dO S^T + dP K          dK = scaled V dS^T + dP^T Q          dV = scaled K dS + P^T dO
 //     dS <- total dS + (scaled Q)^T dO
 // with dP = (dO V^T) * weights. As in the forward pass, a segment computes its own part of dS from zero.
-// The gradient of a log factor sums over what crosses its token; each sum has terms of that size alone (no differences of
-// larger ones), so that it is exact for strong decay too.
+// The gradient of a log factor sums over what crosses its token; each sum has terms of that size alone (no differences
+// of larger ones), so that it is exact for strong decay too.
 #include "chunk.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
@@ -21,11 +21,12 @@ class Backward {
   static constexpr bool kBackward = true;
 
   Backward(const LinearAttentionBackwardParams& params, Scratch& scratch, int group)
-      : heads(group), b(params), p(params.forward), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim_state())),
+      : heads(group), b(params), p(params.forward), key_dim(static_cast<int>(p.key_dim)),
+        value_dim(static_cast<int>(p.value_dim_state())),
         results(p.batch * p.tokens * p.heads * least(p.key_dim, p.value_dim) * static_cast<int64_t>(sizeof(T))),
         // Most products of a chunk with outputs: memory is slower than they are, so its lines are asked for all along.
-        ahead(tile_products<C>(kChunk, value_dim, key_dim + kChunk) + 2 * tile_products<C>(kChunk, key_dim, value_dim + kChunk) +
-              tile_products<C>(key_dim, value_dim, kChunk)),
+        ahead(tile_products<C>(kChunk, value_dim, key_dim + kChunk) +
+              2 * tile_products<C>(kChunk, key_dim, value_dim + kChunk) + tile_products<C>(key_dim, value_dim, kChunk)),
         ahead_of_states(tile_products<C>(key_dim, value_dim, kChunk)) {
     kp = padded(key_dim), vp = round_up(padded(value_dim), C::kPanel);
     const int widest = most(kp, vp);
@@ -87,11 +88,12 @@ class Backward {
     if (b.ddecay) h.ddecay = rows_of<A>(p, b.ddecay, contiguous_strides(p, Channel ? key_dim : 1), s, of);
   }
 
-  // Tokens [first, last) of all heads of the group, chunk by chunk, with the state before them (null: zero) and the gradient of
-  // the state after them (null: zero), both [K, value_dim]. Leaves the part of the gradient of the state before them that comes
-  // from them in local, and in since what they leave of the later one. Without `outputs` nothing else. dbonus [K] is written if
-  // there is a bonus.
-  void segment(int64_t first, int64_t last, const A* const* before, const A* const* after, A* const* dbonus, bool outputs) {
+  // Tokens [first, last) of all heads of the group, chunk by chunk, with the state before them (null: zero) and the
+  // gradient of the state after them (null: zero), both [K, value_dim]. Leaves the part of the gradient of the state
+  // before them that comes from them in local, and in since what they leave of the later one. Without `outputs` nothing
+  // else. dbonus [K] is written if there is a bonus.
+  void segment(int64_t first, int64_t last, const A* const* before, const A* const* after, A* const* dbonus,
+               bool outputs) {
     for (int i = 0; i < heads; ++i) {
       head[i].clear(kp, vp);
       if (dbonus[i]) fill<A>(dbonus[i], key_dim, 0);
@@ -110,10 +112,15 @@ class Backward {
               ahead.add(head[i].dk.from(t), n, key_dim);
             }
           }
-          coming(head[(i + 1) % heads], i + 1 < heads ? t : t - kChunk, i + 1 < heads ? n : kChunk, first);
+          if constexpr (kIsSplit<C>) {
+            coming(head[i], t, n, first);
+            ahead.fetch();
+          } else {
+            coming(head[(i + 1) % heads], i + 1 < heads ? t : t - kChunk, i + 1 < heads ? n : kChunk, first);
+          }
         }
-        chunk(head[i], t, n, before[i] || c > 0 ? head[i].states + c * kp * vp : nullptr, after[i], after[i] || t + n < last,
-              dbonus[i], outputs);
+        chunk(head[i], t, n, before[i] || c > 0 ? head[i].states + c * kp * vp : nullptr, after[i],
+              after[i] || t + n < last, dbonus[i], outputs);
       }
     }
   }
@@ -150,7 +157,8 @@ class Backward {
     ahead.add(h.k.from(t), n, key_dim);
   }
 
-  // Gradients of out before its division, without the factor 1 / denominator, which joins row_scale: dout and -dout . out.
+  // Gradients of out before its division, without the factor 1 / denominator, which joins row_scale: dout and
+  // -dout . out.
   Rows<const T> gradients(const Head& h, int64_t t, int n) {
     const Rows<const T> ds = h.dout.from(t);
     if (!p.normalize) {
@@ -175,7 +183,8 @@ class Backward {
     for (int i = 0; i < heads; ++i)
       for (int row = 0; row < key_dim; ++row)
         for (int c = 0; c < vp; c += lanes)
-          store(head[i].states + row * vp + c, before[i] ? load_upto(before[i] + row * value_dim + c, value_dim - c) : Vec<A>{});
+          store(head[i].states + row * vp + c,
+                before[i] ? load_upto(before[i] + row * value_dim + c, value_dim - c) : Vec<A>{});
     fill<A>(row_scale, kChunk, 1);
     for (int64_t t = first; t + kChunk < last; t += kChunk)
       for (int i = 0; i < heads; ++i) {
@@ -183,11 +192,16 @@ class Backward {
         const A* const s = h.states + (t - first) / kChunk * kp * vp;
         A* const next = h.states + ((t - first) / kChunk + 1) * kp * vp;
         ahead_of_states.clear();
-        const int64_t next_t = i + 1 < heads ? t : t + kChunk;
-        if (next_t + kChunk < last) {
-          const Head& coming_head = head[(i + 1) % heads];
-          ahead_of_states.add(coming_head.k.from(next_t), kChunk, key_dim);
-          ahead_of_states.add(coming_head.v.from(next_t), kChunk, static_cast<int>(p.value_dim));
+        const auto add = [&](const Head& of, int64_t from) {
+          ahead_of_states.add(of.k.from(from), kChunk, key_dim);
+          ahead_of_states.add(of.v.from(from), kChunk, static_cast<int>(p.value_dim));
+        };
+        if constexpr (kIsSplit<C>) {
+          add(h, t);
+          ahead_of_states.fetch();
+        } else {
+          const int64_t next_t = i + 1 < heads ? t : t + kChunk;
+          if (next_t + kChunk < last) add(head[(i + 1) % heads], next_t);
         }
         h.prepare(t, key_dim, kChunk, row_scale);
         Peak<A> peak;
@@ -334,7 +348,8 @@ class Backward {
     for (int i = 0; i < n; ++i) {
       Vec<A> of_query{}, of_key{};
       for (int c = 0; c < key_dim; c += lanes) {
-        const Vec<A> x = load(dq + i * kp + c) * factors.query_at(i, c), y = load(dk + i * kp + c) * factors.key_at(i, c);
+        const Vec<A> x = load(dq + i * kp + c) * factors.query_at(i, c);
+        const Vec<A> y = load(dk + i * kp + c) * factors.key_at(i, c);
         store(dq + i * kp + c, x);
         store(dk + i * kp + c, y);
         if (!Channel && b.ddecay) {
@@ -350,7 +365,8 @@ class Backward {
         Vec<A> sum{};
         if (before && later && row < key_dim)
           for (int c = 0; c < value_dim; c += lanes)
-            sum = sum + load_upto(before + row * vp + c, value_dim - c) * load_upto(later + row * vp + c, value_dim - c);
+            sum = sum + load_upto(before + row * vp + c, value_dim - c) *
+                            load_upto(later + row * vp + c, value_dim - c);
         cross[row] = reduce_add<A>(sum) * factors.total[row];
       }
     }
@@ -363,8 +379,8 @@ class Backward {
         const int count = least(kRows, n - r), columns = least(r + kRows, n);
         const MatrixA<C> left = left_operand<C>(operand, dweighted + r * kChunk, kChunk, count, columns);
         matmul<C>(count, key_dim, columns, left, {key_rows, packed_panel<C>(kChunk)}, {dq + r * kp, kp}, true, ahead);
-        matmul<C>(count, key_dim, n - r, {dweighted_t + r * kChunk + r, kChunk}, {query_rows, packed_panel<C>(kChunk), r},
-                  {dk + r * kp, kp}, true, ahead);
+        matmul<C>(count, key_dim, n - r, {dweighted_t + r * kChunk + r, kChunk},
+                  {query_rows, packed_panel<C>(kChunk), r}, {dk + r * kp, kp}, true, ahead);
       }
       if (b.ddecay) scalar_decay_gradient(h, t, n);
     }
@@ -383,7 +399,9 @@ class Backward {
       }
     }
     const bool shared = p.heads != p.heads_k;
-    const auto write = [&](auto* to, const A* from) { results.row(to, key_dim, [&](int c) { return load(from + c); }); };
+    const auto write = [&](auto* to, const A* from) {
+      results.row(to, key_dim, [&](int c) { return load(from + c); });
+    };
     for (int i = 0; i < n; ++i) {
       if (shared) {
         write(h.dq_wide[t + i], dq + i * kp);
@@ -396,8 +414,8 @@ class Backward {
     }
   }
 
-  // d log factor_t: pairs (i, j) with j < t <= i (t < i when exclusive), queries i >= t (i > t) of the state before the chunk,
-  // keys j < t of the one after it, and what crosses.
+  // d log factor_t: pairs (i, j) with j < t <= i (t < i when exclusive), queries i >= t (i > t) of the state before the
+  // chunk, keys j < t of the one after it, and what crosses.
   void scalar_decay_gradient(const Head& h, int64_t t, int n) {
     const Factors<A, Channel>& factors = h.factors;
     A crossing = 0;
@@ -448,10 +466,11 @@ class Backward {
           const int middle = first + size, end = least(middle + size, n), count = end - middle;
           pack_rows<C>(key_rows, packed_panel<C>(kChunk), rows + first * kp, kp, size, key_dim);
           const MatrixA<C> left = left_operand<C>(operand, dweighted + middle * kChunk + first, kChunk, count, size);
-          matmul<C>(count, key_dim, size, left, {key_rows, packed_panel<C>(kChunk)}, {product + middle * kp, kp}, false);
+          matmul<C>(count, key_dim, size, left, {key_rows, packed_panel<C>(kChunk)}, {product + middle * kp, kp},
+                    false);
           pack_rows<C>(query_rows, packed_panel<C>(kChunk), rows + middle * kp, kp, count, key_dim);
-          matmul<C>(size, key_dim, count, transposed_block(first, middle, size, count), {query_rows, packed_panel<C>(kChunk)},
-                    {product + first * kp, kp}, false);
+          matmul<C>(size, key_dim, count, transposed_block(first, middle, size, count),
+                    {query_rows, packed_panel<C>(kChunk)}, {product + first * kp, kp}, false);
           for (int c = 0; c < key_dim; c += lanes) {
             Vec<A> sum{};
             for (int i = end - 1; i >= middle; --i) {
@@ -471,7 +490,8 @@ class Backward {
           }
         }
       }
-      for (int first = 0; first < n; first += kLeaf) leaf_gradients(h, qs.from(first), ks.from(first), first, least(kLeaf, n - first));
+      for (int first = 0; first < n; first += kLeaf)
+        leaf_gradients(h, qs.from(first), ks.from(first), first, least(kLeaf, n - first));
     }
   }
 
@@ -485,12 +505,13 @@ class Backward {
     }
   }
 
-  // Pairs inside a block of kLeaf tokens. For key j, carried(i) is k_j times the factors up to query i, and back(i) the sum over
-  // queries from i on of dP q times the factors from i to them; what crosses token i is their product.
+  // Pairs inside a block of kLeaf tokens. For key j, carried(i) is k_j times the factors up to query i, and back(i) the
+  // sum over queries from i on of dP q times the factors from i to them; what crosses token i is their product.
   void leaf_gradients(const Head& h, Rows<const T> qs, Rows<const T> ks, int first, int count) {
     const Factors<A, Channel>& factors = h.factors;
     const A* const token = factors.token + first * kp;
-    // P_ij above was zeroed on and above what is not visible; dweighted may be rounded, so the exact gradients are used.
+    // P_ij above was zeroed on and above what is not visible; dweighted may be rounded, so the exact gradients are
+    // used.
     const A* const dp = dscores + first * kChunk + first;
     for (int c = 0; c < key_dim; c += lanes) {
       Vec<A> query[kLeaf], factor[kLeaf], dquery[kLeaf], dfactor[kLeaf], carried[kLeaf];
@@ -582,7 +603,8 @@ void clear_rest(const LinearAttentionBackwardParams& b) {
   const int64_t end = p.sequences > 0 ? clamped(p.cu_seqlens[p.sequences], p.tokens) : 0;
   const auto clear = [&](void* x, int64_t bytes_per_head) {
     if (x)
-      __builtin_memset(static_cast<char*>(x) + end * p.heads * bytes_per_head, 0, (p.tokens - end) * p.heads * bytes_per_head);
+      __builtin_memset(static_cast<char*>(x) + end * p.heads * bytes_per_head, 0,
+                       (p.tokens - end) * p.heads * bytes_per_head);
   };
   const int64_t of_k = (p.heads == p.heads_k ? sizeof(T) : sizeof(A)) * p.key_dim;
   clear(b.dq, of_k);
@@ -629,7 +651,8 @@ void run(const LinearAttentionBackwardParams& b, const Parallel& parallel) {
   for (void* const gradient : {b.dq, b.dk})
     want_huge_pages(gradient, static_cast<size_t>(rows * p.key_dim) * (p.heads == p.heads_k ? sizeof(T) : sizeof(A)));
   want_huge_pages(b.dv, static_cast<size_t>(rows * p.value_dim) * sizeof(T));
-  if (b.dbonus) __builtin_memset(b.dbonus, 0, sizeof(A) * p.tiles() * p.heads * p.key_dim);  // tiles may have no segment
+  // Tiles may have no segment.
+  if (b.dbonus) __builtin_memset(b.dbonus, 0, sizeof(A) * p.tiles() * p.heads * p.key_dim);
   with_compute<T>(p, [&](auto compute, const Chains& chains, ChainRange* ranges) {
     using C = decltype(compute);
     if (p.decay_kind == DecayKind::kChannel)

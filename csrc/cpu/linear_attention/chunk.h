@@ -1,11 +1,12 @@
 // What the chunked kernels share: sequences and their segments, decay factors, products inside a chunk.
 //
-// Weights are products of per-token factors e^{decay} <= 1, never quotients of cumulative products: a factor of 0 and factors
-// below e^-50 keep their exact meaning, and nothing overflows. Between query i and key j <= i of a chunk the weight is
+// Weights are products of per-token factors e^{decay} <= 1, never quotients of cumulative products: a factor of 0 and
+// factors below e^-50 keep their exact meaning, and nothing overflows. Between query i and key j <= i of a chunk the
+// weight is
 //     w(i, j) = product of factor_t over  j < t <= i,   with a bonus over  j < t < i,
-// one number per pair (Kind::scalar), or one per key channel (channel decay), for which a chunk is split in half again and
-// again: of the pairs across the middle m, queries carry the product from m on and keys the product up to m, so that their
-// scores are a matrix product. Blocks of kLeaf tokens are left; those are summed pair by pair.
+// one number per pair (Kind::scalar), or one per key channel (channel decay), for which a chunk is split in half again
+// and again: of the pairs across the middle m, queries carry the product from m on and keys the product up to m, so
+// that their scores are a matrix product. Blocks of kLeaf tokens are left; those are summed pair by pair.
 #pragma once
 
 #include "../../include/pykernels/linear_attention.h"
@@ -15,13 +16,13 @@
 
 namespace pykernels::cpu::PYKERNELS_ISA::linear {
 
-constexpr int kChunk = 64;      // tokens
-constexpr int kRows = 32;       // of a chunk's score matrix at a time; what lies above the diagonal block is not computed
-constexpr int kLeaf = 16;       // a power of two, as is kChunk / kLeaf
+constexpr int kChunk = 64;  // tokens
+constexpr int kRows = 32;   // of a chunk's score matrix at a time; what lies above the diagonal block is not computed
+constexpr int kLeaf = 16;   // a power of two, as is kChunk / kLeaf
 constexpr int64_t kSegment = LinearAttentionParams::kSegment;
 static_assert(kSegment % kChunk == 0 && kRows % 32 == 0);
 
-// ---- sequences ---------------------------------------------------------------------------------------------------------
+// ---- sequences -----------------------------------------------------------------------------------------------------
 
 struct Sequence {
   int64_t batch, first, length, tile;  // batch entry, first token, tokens, first tile
@@ -45,7 +46,9 @@ struct Rows {
   T* operator[](int64_t row) const { return data + row * stride; }
 };
 
-// Brings the rows of the chunk that comes next nearer: a few lines at each product of tiles, so that memory is not waited for.
+// Brings the rows of the chunk that comes next nearer: a few lines at each product of tiles, so that memory is not
+// waited for. Products of SplitF32 read more operands per result, and lines from memory keep them from the buffers that
+// all loads go through: with that type the rows of the chunk at hand are asked for at once, before it is packed.
 class Ahead {
  public:
   explicit Ahead(int products) : products_(products) {}
@@ -54,8 +57,17 @@ class Ahead {
   template <class T>
   void add(Rows<T> rows, int count, int columns) {
     const int lines = static_cast<int>((columns * sizeof(T) + 63) / 64);
-    parts[parts_++] = {reinterpret_cast<const char*>(rows.data), rows.stride * static_cast<int64_t>(sizeof(T)), count, lines};
+    parts[parts_++] = {reinterpret_cast<const char*>(rows.data), rows.stride * static_cast<int64_t>(sizeof(T)), count,
+                       lines};
     total_ += count * lines;
+  }
+  // All of them, now and into the first-level cache.
+  void fetch() {
+    for (; part_ < parts_; ++part_) {
+      const Part& part = parts[part_];
+      for (int row = 0; row < part.rows; ++row)
+        for (int line = 0; line < part.lines; ++line) __builtin_prefetch(part.row + row * part.stride + 64 * line);
+    }
   }
   PYKERNELS_INLINE void operator()() {
     for (int due = 0; part_ < parts_ && due < total_; due += products_) {
@@ -79,7 +91,8 @@ class Ahead {
 };
 
 template <class T>
-Rows<T> rows_of(const LinearAttentionParams& p, const void* x, const Strides3& stride, const Sequence& s, int64_t head) {
+Rows<T> rows_of(const LinearAttentionParams& p, const void* x, const Strides3& stride, const Sequence& s,
+                int64_t head) {
   T* const base = static_cast<T*>(const_cast<void*>(x)) + s.batch * stride.batch + head * stride.head;
   if (p.reverse) return {base + (s.first + s.length - 1) * stride.token, -stride.token};
   return {base + s.first * stride.token, stride.token};
@@ -122,14 +135,17 @@ class ResultWriter {
   const bool past_caches;
 };
 
-// Heads that one task takes side by side, at most. The rows of a head lie a whole token apart; with those of its neighbours
-// they make the runs that hardware prefetches and pages like. The states of all must fit the second-level cache.
+// Heads that one task takes side by side, at most. The rows of a head lie a whole token apart; with those of its
+// neighbours they make the runs that hardware prefetches and pages like. The states of all must fit the second-level
+// cache.
 constexpr int kHeads = 4;
 inline int heads_together(const LinearAttentionParams& p, int threads) {
   constexpr int64_t kMostBytes = 512 << 10;
   const int64_t state = p.key_dim * p.value_dim_state() * (p.dtype == DType::kFloat64 ? 8 : 4);
   int group = kHeads;
-  while (group > 1 && (p.heads % group != 0 || p.state_count() * p.heads / group < threads || group * state > kMostBytes)) group /= 2;
+  while (group > 1 &&
+         (p.heads % group != 0 || p.state_count() * p.heads / group < threads || group * state > kMostBytes))
+    group /= 2;
   return group;
 }
 
@@ -137,7 +153,7 @@ PYKERNELS_INLINE Strides3 contiguous_strides(const LinearAttentionParams& p, int
   return {p.tokens * p.heads * columns, p.heads * columns, columns};
 }
 
-// ---- small loops -------------------------------------------------------------------------------------------------------
+// ---- small loops ---------------------------------------------------------------------------------------------------
 
 // Rows of scratch matrices are padded to whole vectors of every type.
 PYKERNELS_INLINE int padded(int64_t n) { return static_cast<int>(round_up(n, 32)); }
@@ -151,7 +167,7 @@ PYKERNELS_INLINE void fill(A* x, int64_t n, A value) {
 template <class A>
 PYKERNELS_INLINE Vec<A> exp_decay(Vec<A> x) {
   constexpr A high = static_cast<A>(kLog2e);
-  constexpr A low = sizeof(A) == 4 ? static_cast<A>(kLog2e - static_cast<double>(high)) : static_cast<A>(2.0355273740931033e-17);
+  constexpr A low = static_cast<A>(sizeof(A) == 4 ? kLog2e - static_cast<double>(high) : 2.0355273740931033e-17);
   // Below -800 the result is 0 in every type; an infinite x would make NaN of the correction.
   const Vec<A> bounded = x < static_cast<A>(-800) ? splat<A>(-800) : x;
   const Vec<A> y = bounded * high;
@@ -196,12 +212,13 @@ PYKERNELS_INLINE void store_element(A* p, Vec<A> x) {
 }
 PYKERNELS_INLINE void store_element(BFloat16* p, Vec<float> x) { store(p, x); }
 
-// Rows that are transposed, packed, or multiplied from the left later on: what the operands of C are made of. SplitF32 takes
-// its operands apart only then.
+// Rows that are transposed, packed, or multiplied from the left later on: what the operands of C are made of. SplitF32
+// takes its operands apart only then.
 template <class C>
 using Row = std::conditional_t<kIsSplit<C>, typename C::Acc, typename C::Elem>;
 
-// Calls store(c, vector) with the elements of a row of a left operand, vector by vector up to a whole number of kDepthAlign.
+// Calls store(c, vector) with the elements of a row of a left operand, vector by vector up to a whole number of
+// kDepthAlign.
 template <class C, class F>
 PYKERNELS_INLINE void write_row(typename C::Elem* row, int columns, F&& element) {
   constexpr int lanes = kLanes<typename C::Acc>;
@@ -214,7 +231,8 @@ PYKERNELS_INLINE void write_row(typename C::Elem* row, int columns, F&& element)
   }
 }
 
-// to[i][c] = source[i][c] * factor(i, c), zeros from `columns` up to a whole number of kDepthAlign. To: Row<C> or C::Elem.
+// to[i][c] = source[i][c] * factor(i, c), zeros from `columns` up to a whole number of kDepthAlign. To: Row<C> or
+// C::Elem.
 template <class C, class To, class T, class F>
 PYKERNELS_INLINE void scale_rows(To* to, int64_t ld, Rows<T> source, int rows, int columns, F&& factor) {
   constexpr int lanes = kLanes<typename C::Acc>;
@@ -229,9 +247,11 @@ PYKERNELS_INLINE void scale_rows(To* to, int64_t ld, Rows<T> source, int rows, i
   }
 }
 
-// Rows as the left operand of a product: in place where their type and padding allow, else copied to `buffer` [rows, padded].
+// Rows as the left operand of a product: in place where their type and padding allow, else copied to `buffer` [rows,
+// padded].
 template <class C, class T, class Map = AsTheyAre>
-PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, Rows<T> source, int rows, int columns, Map map = {}) {
+PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, Rows<T> source, int rows, int columns,
+                                         Map map = {}) {
   if constexpr (sizeof(T) == sizeof(typename C::Elem) && C::kPair == (sizeof(T) == 2 ? 2 : 1)) {
     if (columns % C::kDepthAlign == 0 && rows % C::kRowAlign == 0)
       return {reinterpret_cast<const typename C::Elem*>(source.data), source.stride};
@@ -241,7 +261,8 @@ PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, Rows<T> sourc
 }
 // The same of our own rows, which are padded already.
 template <class C>
-PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, const Row<C>* rows, int64_t ld, int count, int columns) {
+PYKERNELS_INLINE MatrixA<C> left_operand(typename C::Elem* buffer, const Row<C>* rows, int64_t ld, int count,
+                                         int columns) {
   if constexpr (kIsSplit<C>) {
     copy_rows<C>(buffer, padded(columns), rows, ld, count, columns);
     return {buffer, padded(columns)};
@@ -279,12 +300,13 @@ PYKERNELS_INLINE auto seen_by(Peak<typename C::Acc>& peak) {
     return AsTheyAre{};
 }
 
-// ---- decay -------------------------------------------------------------------------------------------------------------
+// ---- decay ---------------------------------------------------------------------------------------------------------
 
 // The factors of one chunk.
-//   query(i, c): from the chunk's start to query i, scaled.   key(j, c): from key j to the chunk's end.   total: of the chunk.
-// Scalar decay keeps them in vectors [kChunk] and the weights in weight [kChunk, kChunk], zero above the diagonal (on it too
-// with a bonus); channel decay in matrices [kChunk, Kp].
+//   query(i, c): from the chunk's start to query i, scaled.   key(j, c): from key j to the chunk's end.
+//   total: of the chunk.
+// Scalar decay keeps them in vectors [kChunk] and the weights in weight [kChunk, kChunk], zero above the diagonal (on
+// it too with a bonus); channel decay in matrices [kChunk, Kp].
 template <class A, bool Channel>
 struct Factors {
   A* query;
@@ -381,7 +403,8 @@ struct Factors {
 
   // The largest of n queries' factors.
   A largest_query_factor(int n) const {
-    return static_cast<A>(magnitudes(query, Channel ? width : 1, n, Channel ? width : 1, static_cast<A>(kInfinity)).seen());
+    const int columns = Channel ? width : 1;
+    return magnitudes(query, columns, n, columns, static_cast<A>(kInfinity)).seen();
   }
 
   PYKERNELS_INLINE Vec<A> query_at(int i, int c) const {
@@ -401,8 +424,8 @@ PYKERNELS_INLINE void decay_state(A* state, int64_t ld, const A* total, int key_
 
 // to = factor * from + local, row by row; from may be null (zero).
 template <class A>
-PYKERNELS_INLINE void combine_state(A* to, int64_t ld_to, const A* factor, const A* from, int64_t ld_from, const A* local,
-                                    int64_t ld_local, int key_dim, int columns) {
+PYKERNELS_INLINE void combine_state(A* to, int64_t ld_to, const A* factor, const A* from, int64_t ld_from,
+                                    const A* local, int64_t ld_local, int key_dim, int columns) {
   for (int k = 0; k < key_dim; ++k)
     for (int c = 0; c < columns; c += kLanes<A>) {
       const int left = columns - c;
@@ -412,13 +435,13 @@ PYKERNELS_INLINE void combine_state(A* to, int64_t ld_to, const A* factor, const
     }
 }
 
-// In one pass over a panel of a state [key_dim, kPanel], `columns` of it: packs factor * from + local (from may be null: zero)
-// as an operand and, unless null, writes it to `whole` [key_dim, ld_whole] too, and multiplies local by total. For SplitF32 ->
-// the largest magnitude.
+// In one pass over a panel of a state [key_dim, kPanel], `columns` of it: packs factor * from + local (from may be
+// null: zero) as an operand and, unless null, writes it to `whole` [key_dim, ld_whole] too, and multiplies local by
+// total. For SplitF32 -> the largest magnitude.
 template <class C>
-typename C::Acc pack_panel(typename C::Elem* b, const typename C::Acc* factor, const typename C::Acc* from, int64_t ld_from,
-                           typename C::Acc* local, const typename C::Acc* total, int key_dim, int columns,
-                           typename C::Acc* whole, int64_t ld_whole) {
+typename C::Acc pack_panel(typename C::Elem* b, const typename C::Acc* factor, const typename C::Acc* from,
+                           int64_t ld_from, typename C::Acc* local, const typename C::Acc* total, int key_dim,
+                           int columns, typename C::Acc* whole, int64_t ld_whole) {
   using A = typename C::Acc;
   constexpr int lanes = kLanes<A>;
   [[maybe_unused]] Peak<A> peak;
@@ -471,11 +494,11 @@ typename C::Acc pack_panel(typename C::Elem* b, const typename C::Acc* factor, c
   return kIsSplit<C> ? peak.value() : A(0);
 }
 
-// ---- channel decay inside a chunk --------------------------------------------------------------------------------------
+// ---- channel decay inside a chunk ----------------------------------------------------------------------------------
 
-// One way of pairing up blocks of `size` tokens: keys [first, first + size), queries [first + size, ...), first a multiple of
-// 2 size. Every token belongs to one block, as a query or as a key: row t of `side` [kChunk, Kp] is its factor, and row t of
-// `scaled` [kChunk, Kd] the query or key times it.
+// One way of pairing up blocks of `size` tokens: keys [first, first + size), queries [first + size, ...), first a
+// multiple of 2 size. Every token belongs to one block, as a query or as a key: row t of `side` [kChunk, Kp] is its
+// factor, and row t of `scaled` [kChunk, Kd] the query or key times it.
 template <class A>
 PYKERNELS_INLINE void level_factors(const Factors<A, true>& f, int size, int n, A* side) {
   constexpr int lanes = kLanes<A>;
@@ -512,7 +535,8 @@ PYKERNELS_INLINE void level_rows(Row<C>* scaled, int64_t ld, const typename C::A
   }
 }
 
-// Scores of the pairs inside blocks of kLeaf tokens, weights included; zero above the diagonal (and on it when exclusive).
+// Scores of the pairs inside blocks of kLeaf tokens, weights included; zero above the diagonal (and on it when
+// exclusive).
 template <class A, class T>
 void leaf_scores(const Factors<A, true>& f, Rows<T> q, Rows<T> k, int key_dim, int n, A* scores) {
   constexpr int lanes = kLanes<A>;
@@ -556,8 +580,8 @@ void leaf_scores(const Factors<A, true>& f, Rows<T> q, Rows<T> k, int key_dim, i
   }
 }
 
-// Scores of a chunk with channel decay, weights included. Room: `rows` and `operand` [kChunk, kp], `keys`, packed [kp, kChunk],
-// `side` [kChunk, kp].
+// Scores of a chunk with channel decay, weights included. Room: `rows` and `operand` [kChunk, kp], `keys`, packed [kp,
+// kChunk], `side` [kChunk, kp].
 template <class C, class T>
 void channel_scores(const Factors<typename C::Acc, true>& f, Rows<T> q, Rows<T> k, int key_dim, int n, Row<C>* rows,
                     typename C::Elem* operand, typename C::Elem* keys, typename C::Acc* side, typename C::Acc* scores) {
@@ -571,7 +595,8 @@ void channel_scores(const Factors<typename C::Acc, true>& f, Rows<T> q, Rows<T> 
       pack_columns<C>(keys, packed_panel<C>(key_dim), rows + first * kp, kp, key_dim, size);
       const int count = least(size, n - middle);
       const MatrixA<C> left = left_operand<C>(operand, rows + middle * kp, kp, count, key_dim);
-      matmul<C>(count, size, key_dim, left, {keys, packed_panel<C>(key_dim)}, {scores + middle * kChunk + first, kChunk}, false);
+      matmul<C>(count, size, key_dim, left, {keys, packed_panel<C>(key_dim)},
+                {scores + middle * kChunk + first, kChunk}, false);
     }
   }
 }
@@ -587,22 +612,22 @@ PYKERNELS_INLINE A bonus_score(const T* q, const T* k, const A* bonus, int key_d
   return reduce_add<A>(sum) * scale;
 }
 
-// ---- what values a chain has -------------------------------------------------------------------------------------------
+// ---- what values a chain has ---------------------------------------------------------------------------------------
 
-// The largest magnitudes of a chain (a head of a sequence). They decide afterwards whether SplitF32 served: for the whole chain or
-// not at all, so that nothing depends on the threads or on other chains.
+// The largest magnitudes of a chain (a head of a sequence). They decide afterwards whether SplitF32 served: for the
+// whole chain or not at all, so that nothing depends on the threads or on other chains.
 struct ChainRange : Largest<8> {
   enum Tensor { kQuery, kKey, kValue, kScale, kState, kOutGradient, kStateGradient, kFading };
 
-  // Of a chunk's queries, the largest of which is `query`, after their decay since its start. Where all fade, what they make of
-  // the state, or leave of its gradient, is as small, and may be all that there is.
+  // Of a chunk's queries, the largest of which is `query`, after their decay since its start. Where all fade, what they
+  // make of the state, or leave of its gradient, is as small, and may be all that there is.
   void add_scaled_queries(float query, float factor) {
     add(kQuery, query);
     if (query * factor > 0) add(kFading, 1 / (query * factor));
   }
 #if defined(PYKERNELS_HAS_AMX)
-  // No operand made of these reaches kSplitLargest, and what falls below the normal numbers is small beside the largest of
-  // each result (zeros give zeros, exactly).
+  // No operand made of these reaches kSplitLargest, and what falls below the normal numbers is small beside the largest
+  // of each result (zeros give zeros, exactly).
   bool split_serves() const {
     const ChainRange& x = *this;
     for (const int i : {kQuery, kKey, kValue, kScale, kOutGradient})
@@ -610,7 +635,8 @@ struct ChainRange : Largest<8> {
     const auto fits = [](float y) { return y == 0 || y > 0x1p-75f; };
     for (const int i : {kKey, kValue, kState, kOutGradient, kStateGradient})
       if (!(x[i] < kSplitLargest && fits(x[i]))) return false;
-    const float query = x[kQuery] * x[kScale], score = query * x[kKey], dscore = x[kOutGradient] * x[kValue] * x[kScale];
+    const float query = x[kQuery] * x[kScale], score = query * x[kKey];
+    const float dscore = x[kOutGradient] * x[kValue] * x[kScale];
     for (const float y : {query, score, dscore})
       if (!(y < 0x1p48f && fits(y))) return false;
     return x[kFading] < 0x1p75f && fits(dscore * x[kQuery]) && fits(dscore * x[kKey]);
@@ -622,7 +648,8 @@ PYKERNELS_INLINE float absolute(double x) { return static_cast<float>(x < 0 ? -x
 // The largest magnitude in some rows.
 template <class T>
 float largest(Rows<T> rows, int count, int columns) {
-  return static_cast<float>(magnitudes(rows.data, rows.stride, count, columns, static_cast<Wide<std::remove_const_t<T>>>(kInfinity)).seen());
+  using S = Wide<std::remove_const_t<T>>;
+  return static_cast<float>(magnitudes(rows.data, rows.stride, count, columns, static_cast<S>(kInfinity)).seen());
 }
 
 // The chains that a pass is about: those listed, or the first `count`.
@@ -632,8 +659,8 @@ struct Chains {
   int64_t operator[](int64_t i) const { return list ? list[i] : i; }
 };
 
-// Calls run(compute type, chains, ranges): fp32 and fp16 on AMX tiles, where that pays, and again without them for the chains
-// whose values do not allow it; everything else at once, without ranges.
+// Calls run(compute type, chains, ranges): fp32 and fp16 on AMX tiles, where that pays, and again without them for the
+// chains whose values do not allow it; everything else at once, without ranges.
 template <class T, class Run>
 void with_compute(const LinearAttentionParams& p, Run&& run) {
   const Chains all{nullptr, p.state_count() * p.heads};
@@ -696,11 +723,12 @@ struct Chain {
       decay = rows_of<const A>(p, p.decay, p.decay_stride, s, of);
   }
 
-  // Columns [c, c + kPanel) of local. Panels are contiguous [kp, kPanel], so that they take turns in the first-level cache.
+  // Columns [c, c + kPanel) of local. Panels are contiguous [kp, kPanel], so that they take turns in the first-level
+  // cache.
   A* panel(int c, int kp) const { return local + int64_t{kp} * c; }
 
-  // The state's columns [c, c + kPanel) on the way over a chunk: packed into `to` as an operand (and written to `whole`), with
-  // what comes from outside the segment, and noted as `kind`; or, where `to` is null, decayed alone.
+  // The state's columns [c, c + kPanel) on the way over a chunk: packed into `to` as an operand (and written to
+  // `whole`), with what comes from outside the segment, and noted as `kind`; or, where `to` is null, decayed alone.
   template <class C>
   void advance_panel(typename C::Elem* to, int c, int kp, int key_dim, int value_dim, const A* outside,
                      ChainRange::Tensor kind, A* whole = nullptr, int64_t ld_whole = 0) const {
@@ -769,7 +797,8 @@ struct Plan {
   }
 
   // One segment of a chain after the other. `edge`: the states that walks begin with (null: zero), `end`: where they
-  // end up. outputs(engine, slots, first, last, states) runs tokens [first, last) of a group's heads, given their states.
+  // end up. outputs(engine, slots, first, last, states) runs tokens [first, last) of a group's heads, given their
+  // states.
   template <class Engine, class Params, class A, class Outputs>
   void in_turn(const Params& params, const A* edge, A* end, Outputs&& outputs) const {
     const int group = chains.list ? 1 : heads_together(p, parallel.threads);

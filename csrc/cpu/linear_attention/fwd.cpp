@@ -1,8 +1,9 @@
 // Chunked forward pass. Per chunk of n tokens with the state S before it (rows of Q S scaled by the decay since the
 // chunk's start, those of Q where it differs between their channels):
 //     out = scaled (Q S) + P V,  P = Q K^T * weights        S <- total S + (scaled K)^T V
-// A segment computes its own part L of the state from zero and adds the decayed state S0 from before it where that is needed
-// (S = D S0 + L), so that its results are the same bits whether segments run one after the other or side by side.
+// A segment computes its own part L of the state from zero and adds the decayed state S0 from before it where that is
+// needed (S = D S0 + L), so that its results are the same bits whether segments run one after the other or side by
+// side.
 #include "chunk.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
@@ -47,19 +48,26 @@ class Forward {
     if (p.normalize) h.denominator = rows_of<A>(p, p.denominator, contiguous_strides(p, 1), s, of);
   }
 
-  // Tokens [first, last) of all heads of the group, chunk by chunk: their rows are neighbours in memory. Leaves the part of the
-  // state that comes from them in local, and in since what they leave of before [K, value_dim] (null: zero), the state before
-  // them. Without `outputs` nothing else.
+  // Tokens [first, last) of all heads of the group, chunk by chunk: their rows are neighbours in memory. Leaves the
+  // part of the state that comes from them in local, and in since what they leave of before [K, value_dim] (null:
+  // zero), the state before them. Without `outputs` nothing else.
   void segment(int64_t first, int64_t last, const A* const* before, bool outputs) {
     for (int i = 0; i < heads; ++i) head[i].clear(kp, vp);
-    for (int64_t t = first; t < last; t += kChunk)
+    for (int64_t t = first; t < last; t += kChunk) {
+      const int n = static_cast<int>(least<int64_t>(kChunk, last - t));
       for (int i = 0; i < heads; ++i) {
         ahead.clear();
         if (outputs && !results.past_caches)
-          ahead.add(head[i].o.from(t), static_cast<int>(least<int64_t>(kChunk, last - t)), static_cast<int>(p.value_dim));
-        coming(head[(i + 1) % heads], i + 1 < heads ? t : t + kChunk, last, outputs);
-        chunk(head[i], t, static_cast<int>(least<int64_t>(kChunk, last - t)), before[i], before[i] || t > first, outputs);
+          ahead.add(head[i].o.from(t), n, static_cast<int>(p.value_dim));
+        if constexpr (kIsSplit<C>) {
+          coming(head[i], t, last, outputs);
+          ahead.fetch();
+        } else {
+          coming(head[(i + 1) % heads], i + 1 < heads ? t : t + kChunk, last, outputs);
+        }
+        chunk(head[i], t, n, before[i], before[i] || t > first, outputs);
       }
+    }
   }
 
   void own_part(int64_t first, int64_t last) {
@@ -138,7 +146,8 @@ class Forward {
     if constexpr (kIsSplit<C>) {
       h.range->add(ChainRange::kKey, key.value());
       h.range->add(ChainRange::kValue, value.value());
-      if (outputs) h.range->add_scaled_queries(Channel ? largest(qs, n, key_dim) : query.value(), factors.largest_query_factor(n));
+      if (outputs)
+        h.range->add_scaled_queries(Channel ? largest(qs, n, key_dim) : query.value(), factors.largest_query_factor(n));
     }
   }
 
@@ -170,7 +179,8 @@ class Forward {
       };
       T* const to = h.o[t + i];
       if (p.normalize) {
-        const A denominator = sum(columns / kLanes<A> * kLanes<A>)[columns % kLanes<A>] + static_cast<A>(kNormalizeEpsilon);
+        const A denominator =
+            sum(columns / kLanes<A> * kLanes<A>)[columns % kLanes<A>] + static_cast<A>(kNormalizeEpsilon);
         *h.denominator[t + i] = denominator;
         const A inverse = A(1) / denominator;
         results.row(to, columns, [&](int c) { return Vec<A>(sum(c) * inverse); });
@@ -208,7 +218,8 @@ void clear_rest(const LinearAttentionParams& p) {
   const int64_t end = p.sequences > 0 ? clamped(p.cu_seqlens[p.sequences], p.tokens) : 0;
   for (int64_t t = end; t < p.tokens; ++t)
     for (int64_t h = 0; h < p.heads; ++h) {
-      __builtin_memset(static_cast<T*>(p.out) + t * p.out_stride.token + h * p.out_stride.head, 0, sizeof(T) * p.value_dim);
+      __builtin_memset(static_cast<T*>(p.out) + t * p.out_stride.token + h * p.out_stride.head, 0,
+                       sizeof(T) * p.value_dim);
       if (p.normalize) static_cast<A*>(p.denominator)[t * p.heads + h] = 1;
     }
 }

@@ -58,12 +58,14 @@ void run(const LinearAttentionStepParams& s, const Parallel& parallel) {
       const T* const from_k = at(p.k, p.k_stride, head_k);
       const T* const from_v = at(p.v, p.v_stride, head);
       const A* const decay =
-          p.decay ? static_cast<const A*>(p.decay) + entry * p.decay_stride.batch + head * p.decay_stride.head : nullptr;
+          p.decay ? static_cast<const A*>(p.decay) + entry * p.decay_stride.batch + head * p.decay_stride.head
+                  : nullptr;
       for (int c = 0; c < key_dim; c += lanes) {
         store(q + c, load_upto(from_q + c, key_dim - c) * static_cast<A>(p.scale));
         store(k + c, load_upto(from_k + c, key_dim - c));
         Vec<A> log_factor{};
-        if (decay) log_factor = p.decay_kind == DecayKind::kChannel ? load_upto(decay + c, key_dim - c) : splat<A>(*decay);
+        if (decay)
+          log_factor = p.decay_kind == DecayKind::kChannel ? load_upto(decay + c, key_dim - c) : splat<A>(*decay);
         store(factor + c, exp_decay<A>(log_factor));
       }
       for (int64_t c = 0; c < value_dim; c += lanes) store(v + c, load_upto(from_v + c, value_dim - c));
