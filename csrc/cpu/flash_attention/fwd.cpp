@@ -247,8 +247,9 @@ class Worker {
   }
 
   // Brings part `part` of `parts` of the block of keys and values from `key` on into the L2 cache. Their rows are far
-  // apart in memory, often in pages of their own: more than the hardware foresees.
-  void prefetch_keys(int64_t key, int64_t end, int part, int parts) const {
+  // apart in memory, often in pages of their own: more than the hardware foresees. Inline, since GCC takes a function
+  // that does nothing but prefetch for one without effect, and drops calls of it.
+  PYKERNELS_INLINE void prefetch_keys(int64_t key, int64_t end, int part, int parts) const {
     if (p_.block_table) return;
     const int64_t n = least<int64_t>(kKeys, end - key);
     for (int64_t i = key + n * part / parts; i < key + n * (part + 1) / parts; ++i) {
