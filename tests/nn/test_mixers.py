@@ -87,8 +87,8 @@ def test_bad_inputs_are_named(name):
             mixer(None)
         kind = type(state).__name__
         for call_with in (lambda: mixer(x, [state]), lambda: mixer.step(x[:, 0], [state])):
-            expected = f"state must be the {kind} that the layer's init_state makes, got list"
-            with pytest.raises(TypeError, match=expected):
+            wanted = f"state must be the {kind} that the layer's init_state makes, got list"
+            with pytest.raises(TypeError, match=wanted):
                 call_with()
         with pytest.raises(TypeError, match="state must be .*, got NoneType"):
             mixer.step(x[:, 0], None)

@@ -372,7 +372,7 @@ def test_checks_are_remembered_for_calls_that_look_alike():
     assert len({float(call(k_rev=k, k_rev_lag=lag).norm()) for lag in (0, 1)}) == 2
     for changes, error, message in (
         ({"k_rev": k, "k_rev_lag": True}, ValueError, "k_rev_lag"), ({"mode": "Causal"}, ValueError, "mode"),
-        ({"k": k.double()}, TypeError, "k must have"), ({"D": D[:2]}, ValueError, "D must have shape"),
+        ({"k": k.double()}, TypeError, "k must be"), ({"D": D[:2]}, ValueError, "D must have shape"),
         ({"u": u[:1]}, ValueError, "pre_gate must have shape"), ({"backend": "cpus"}, ValueError, "backend"),
         ({"u": u.to_mkldnn()}, TypeError, "u must be a strided tensor"),
         ({"k": k.to_sparse()}, TypeError, "k must be a strided tensor"),

@@ -428,8 +428,8 @@ def flash_attention_bwd_delta_kernel(out, dout, dlse, delta, stride_ob, stride_o
 
 @triton.jit
 def _of_blind(b_lse):
-    """lse, infinite for rows that see nothing: e^{s - lse} is then 0 rather than NaN."""
-    return tl.where(b_lse == -float("inf"), float("inf"), b_lse)
+    """lse, finite for rows that see nothing, all of whose scores are -inf: e^{s - lse} is then 0 rather than NaN."""
+    return tl.maximum(b_lse, -1e38, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
