@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _remembered: dict[tuple, object] = {}
 _MOST_REMEMBERED = 4096
 # Of each function, the calls that came again last: (its arguments but tensors, those of its tensors, the result).
-_recent: dict[Callable, list[tuple[list, 'TensorGuards', object]]] = {}
+_recent: dict[Callable, list[tuple[list, TensorGuards, object]]] = {}
 _MOST_RECENT = 4
 
 
