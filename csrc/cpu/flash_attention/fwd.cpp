@@ -170,6 +170,7 @@ class Worker {
       begin = most(begin, chunk.piece * keys_of_piece(s));
       end = least(end, (chunk.piece + 1) * keys_of_piece(s));
     }
+    end_ = end;
     load_queries(begin, end);
     const int tiles = (rows_ + kRows - 1) / kRows;
     for (int64_t key = begin; key < end; key += kKeys) {
@@ -223,6 +224,9 @@ class Worker {
     head_k_ = head_k;
     first_row_ = chunk.index * problem_.chunk_rows;
     rows_ = static_cast<int>(least(problem_.chunk_rows, s.tq * problem_.group - first_row_));
+#if defined(PYKERNELS_HAS_AMX)
+    next_bias_.row = -1;
+#endif
   }
   int64_t token(int row) const { return (first_row_ + row) / problem_.group; }
 
@@ -385,14 +389,24 @@ class Worker {
     }
   }
 
-  // Rows [row, row + kRows) against the packed block of keys from `key` on.
-  void tile(int row, int64_t key) {
+  // What rows [row, row + kRows) see of the block of keys from `key` on: columns [begin, begin + columns), whole panels
+  // at the front and no key past the last seen; the ranges are those of the first and the last of the `rows` there are.
+  struct Cut {
+    int rows;
+    Range first, last;
+    int begin, columns;
+  };
+  PYKERNELS_INLINE Cut cut(int row, int64_t key) const {
     const int rows = least(kRows, rows_ - row);
     const Range first = visible(problem_, *s_q_, token(row)), last = visible(problem_, *s_q_, token(row + rows - 1));
-    if (last.end <= key || first.begin >= key + kKeys) return;
-    // Columns [begin, begin + columns) of the block: whole panels at the front, and no key past the last seen.
+    if (last.end <= key || first.begin >= key + kKeys) return {rows, first, last, 0, 0};
     const int begin = static_cast<int>(most<int64_t>(0, first.begin - key)) / C::kPanel * C::kPanel;
-    const int columns = static_cast<int>(least<int64_t>(kKeys, last.end - key)) - begin;
+    return {rows, first, last, begin, static_cast<int>(least<int64_t>(kKeys, last.end - key)) - begin};
+  }
+
+  // Rows [row, row + kRows) against the packed block of keys from `key` on.
+  void tile(int row, int64_t key) {
+    const auto [rows, first, last, begin, columns] = cut(row, key);
     if (columns <= 0) return;
     const int padded = round_up(columns, kSoftmaxColumns<C>);
     const int64_t first_key = key + begin;
@@ -446,9 +460,13 @@ class Worker {
     const Acc factor = terms_.on() ? 1 : static_cast<Acc>((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e);
     Softmax<C> softmax{now.columns ? kRows : 0, now.columns, s_now, w_now, kStride, factor, m_ + now.row,
                        l_ + now.row * kLane, o_ + now.row * width_, width_};
-    const auto piece = [&](int n) { softmax.piece(n); };
+    const int pieces = softmax.pieces(), fetched = next.columns ? look_at_next(next.row, next.key) : 0;
+    const auto piece = [&](int n) {
+      if (n < fetched) fetch_bias(n);
+      if (n < pieces) softmax.piece(n);
+    };
     Spread<decltype(piece)> beside(
-        piece, softmax.pieces(),
+        piece, most(pieces, fetched),
         tile_products<C>(kRows, next.columns, depth_) +
             tile_products<C>(kRows, last.columns ? width_ : 0, last.columns));
     matmul<C>(kRows, next.columns, depth_, {q_ + next.row * depth_, depth_},
@@ -509,14 +527,14 @@ class Worker {
   // Scales the scores of a tile to units of log 2 and adds what the options say. Whether the table of exponentials may
   // have them. Columns from `valid` on, which will be hidden and hold anything yet, have no say in that.
   bool add_terms(Acc* s, int row, int rows, int64_t first_key, int valid, int columns) {
-    Bounded<Acc> bounded{static_cast<Acc>(kFastExp2Bound)};
+    Bounded<Acc, kFastExp> bounded{static_cast<Acc>(kFastExp2Bound)};
     Cursor at = cursor(row);
     for (int i = 0; i < rows; ++i, at.advance()) {
       for (int j = valid; j < columns; ++j) s[i * kStride + j] = 0;
       terms_.add(s + i * kStride, columns, factor_, place(static_cast<int>(at.head)), at.token, first_key, bounded);
     }
     factor_ = 1;
-    return kFastExp && bounded.holds();
+    return bounded.holds();
   }
   bool maxima_below_bound(int row, int rows) const {
     for (int i = row; i < row + rows; ++i)
@@ -670,21 +688,31 @@ class Worker {
   // scores of the last 32 into weights. Returns false, with l and o unchanged, where rows have no maximum yet to go
   // by (the first keys are looked at for one), where their scores are too small for the table, or when one outgrows
   // its maximum; with terms, also where FastTerms does not serve.
-  enum class Terms { kNone, kLinear, kAny };  // kLinear: see FastTerms::is_linear
+  enum class Terms { kNone, kLinear, kBias, kAny };  // see FastTerms::is_linear and is_bias
   bool fuse_with_terms(int row, int64_t key, int begin, int columns, Range first, Range last) {
     bool serves = true;
-    Cursor at = cursor(row);
-    for (int i = 0; i < 32; ++i, at.advance()) {
-      // Rows beyond the last are the last once more.
-      if (row + i < rows_)
-        serves &= terms_.set_row(fast_terms_, i, place(static_cast<int>(at.head)), at.token, key + begin);
-      else
-        fast_terms_.rows[i] = fast_terms_.rows[i - 1];
+    if (fast_terms_.by_row) {
+      Cursor at = cursor(row);
+      for (int i = 0; i < 32; ++i, at.advance()) {
+        // Rows beyond the last are the last once more.
+        if (row + i < rows_)
+          serves &= terms_.set_row(fast_terms_, i, place(static_cast<int>(at.head)), at.token, key + begin);
+        else
+          fast_terms_.rows[i] = fast_terms_.rows[i - 1];
+      }
     }
     if (!serves) return false;
     if (fast_terms_.alibi && !p_.bias && !exceptional_values_ && vanishes(row, columns)) return true;
+    if (fast_terms_.by_key) {
+      if (next_bias_.row == row && next_bias_.key == key + begin)
+        __builtin_memcpy(fast_terms_.bias, next_bias_.rows, sizeof(next_bias_.rows));
+      else
+        bias_rows(row, key + begin, fast_terms_.bias);
+    }
     return fast_terms_.is_linear(columns) ? fuse<Terms::kLinear>(row, key, begin, columns, first, last)
-                                          : fuse<Terms::kAny>(row, key, begin, columns, first, last);
+           : fast_terms_.is_bias(columns, s_q_->tk - key - begin)
+               ? fuse<Terms::kBias>(row, key, begin, columns, first, last)
+               : fuse<Terms::kAny>(row, key, begin, columns, first, last);
   }
   template <Terms Kind>
   bool fuse(int row, int64_t key, int begin, int columns, Range first, Range last) {
@@ -732,18 +760,35 @@ class Worker {
     if (!(_mm512_cmp_ps_mask(_mm512_abs_ps(m0), least_max, _CMP_GE_OQ) |
           _mm512_cmp_ps_mask(_mm512_abs_ps(m1), least_max, _CMP_GE_OQ)))
       return false;
-    if (Kind != Terms::kNone && !maxima_below_bound(row, 32)) return false;
+    if constexpr (Kind != Terms::kNone) {
+      const __m512 bound = _mm512_set1_ps(kFastExp2Bound);
+      if (_mm512_cmp_ps_mask(_mm512_abs_ps(m0), bound, _CMP_NLT_UQ) |
+          _mm512_cmp_ps_mask(_mm512_abs_ps(m1), bound, _CMP_NLT_UQ))
+        return false;
+    }
 
     alignas(64) float offsets[32];
     _mm512_store_ps(offsets, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m0), _mm512_set1_ps(128)));
     _mm512_store_ps(offsets + 16, _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(127), m1), _mm512_set1_ps(128)));
+    if constexpr (Kind == Terms::kLinear || Kind == Terms::kAny)
+      for (int i = 0; i < 32; ++i) offsets[i] += fast_terms_.rows[i].constant;
+    // Rows beyond the last get no weights: whether a task's last tile has any must not decide what serves its others.
     if constexpr (Kind != Terms::kNone)
-      // Rows beyond the last get no weights: whether a task's last tile has any must not decide what serves its others.
-      for (int i = 0; i < 32; ++i)
-        offsets[i] = row + i < rows_ ? offsets[i] + fast_terms_.rows[i].constant : -static_cast<float>(kInfinity);
+      for (int i = rows_ - row; i < 32; ++i) offsets[i] = -static_cast<float>(kInfinity);
     if constexpr (Kind == Terms::kLinear)
       for (int i = 0; i < 32; ++i) fast_terms_.begin_linear(i, offsets[i], steps_[i]);
     Exp2Table table;
+    // Beside the products: those of scores that have weights to compute beside them, and those of the values.
+    [[maybe_unused]] Spread<FetchBias> fetching(
+        FetchBias{next_bias_}, Kind == Terms::kBias || Kind == Terms::kAny ? look_at_next(row, key) : 0,
+        (columns / 32 - 1) * (32 / Rows) + tile_products<C>(kRows, width_, columns));
+    static constexpr Nothing nothing{};
+    const auto beside = [&]() -> auto& {
+      if constexpr (Kind == Terms::kBias || Kind == Terms::kAny)
+        return fetching;
+      else
+        return nothing;
+    };
     const char* o = reinterpret_cast<const char*>(o_ + row * width_);
     for (int j = 0;; j += 32) {
       float* const next = buffers[j / 32 % 2];
@@ -752,7 +797,7 @@ class Worker {
       } else if (j < columns) {
         // The accumulators, needed at the end, come into the L1 cache meanwhile.
         multiply_and_weigh<Rows, Kind>(q, k, buffers[(j / 32 - 1) % 2], weights_ + j - 32, offsets, slope, table,
-                                       j - 32, keys, o);
+                                       j - 32, keys, o, beside());
         o += 128 * 32 / Rows;
       } else {
         const float* const s = buffers[(j / 32 - 1) % 2];
@@ -782,8 +827,41 @@ class Worker {
     amx::store<0>(l, 64);
     amx::store<1>(l + 256, 64);
     matmul<C>(kRows, width_, columns, {weights_, kStride}, {v_, packed_panel<C>(kKeys), begin},
-              {o_ + row * width_, width_}, true);
+              {o_ + row * width_, width_}, true, beside());
     return true;
+  }
+
+  // Where the rows of a tile have their bias for the keys from `key` on; rows beyond the last have the last one's.
+  void bias_rows(int row, int64_t key, const char** rows) const {
+    const int64_t size = terms_.bias_bytes(), by_head = p_.bias_stride.head * size,
+                  by_token = p_.bias_stride.row * size - problem_.group * by_head;
+    Cursor at = cursor(row);
+    const char* from = terms_.bias_address(place(static_cast<int>(at.head)), at.token, key);
+    for (int i = 0; i < 32; ++i) {
+      rows[i] = from;
+      if (row + i + 1 >= rows_) continue;
+      at.advance();
+      from += by_head + (at.head == 0 ? by_token : 0);
+    }
+  }
+  __attribute__((noinline)) void fetch_bias(int part) { next_bias_.fetch(part); }
+  // Sets what is fetched beside a tile, the bias of the next one; in how many parts.
+  int look_at_next(int row, int64_t key) {
+    if (!terms_.biased_by_key() || p_.bias_stride.row == 0) return 0;
+    Cut next;
+    do {
+      row += kRows;
+      if (row >= rows_) {
+        row = 0;
+        key += kKeys;
+        if (key >= end_) return 0;
+      }
+      next = cut(row, key);
+    } while (next.columns <= 0);
+    next_bias_.row = row, next_bias_.key = key + next.begin;
+    next_bias_.bytes = static_cast<int>(next.columns * terms_.bias_bytes());
+    bias_rows(row, next_bias_.key, next_bias_.rows);
+    return next_bias_.parts();
   }
 
   // ALiBi: the score of a row's own key is no smaller than its maximum by much, which therefore starts a little above
@@ -838,16 +916,19 @@ class Worker {
       high = _mm512_fmadd_ps(_mm512_loadu_ps(s + 16), slope, (__m512)((keys_on + 16.0f) * step + start));
       return table.weights(low, high);
     }
-    fast_terms_.exponents(row, s, column, keys - column, slope, _mm512_set1_ps(offset), low, high);
+    if constexpr (Kind == Terms::kBias)
+      fast_terms_.exponents_by_bias(row, s, column, slope, _mm512_set1_ps(offset), low, high);
+    else
+      fast_terms_.exponents(row, s, column, keys - column, slope, _mm512_set1_ps(offset), low, high);
     return table.weights(low, high);
   }
   // While the tile unit multiplies, the vector unit turns the scores before these into weights: Rows rows after a
   // product, as the processor does not look far enough ahead to find work that comes later; two cache lines per product
   // are fetched on the side, from `fetched` on.
-  template <int Rows, Terms Kind>
+  template <int Rows, Terms Kind, class Beside>
   PYKERNELS_INLINE void multiply_and_weigh(const BFloat16* q, const BFloat16* k, const float* s, BFloat16* w,
                                            const float* offsets, __m512 slope, Exp2Table& table, int column,
-                                           int64_t keys, const char* fetched) {
+                                           int64_t keys, const char* fetched, Beside& beside) {
     zero_panel();
     const BFloat16* const end = q + depth_;
     for (int row = 0; row < 32; row += 4 * Rows, q += 32, k += 1024) {
@@ -859,6 +940,7 @@ class Worker {
                              weights<Kind>(table, s + 32 * r, slope, offsets[r], row + r, column, keys));
         __builtin_prefetch(fetched + 128 * product, 1, 3);
         __builtin_prefetch(fetched + 128 * product + 64, 1, 3);
+        beside();
       });
       w += 4 * Rows * kStride;
       s += 4 * Rows * 32;
@@ -939,6 +1021,7 @@ class Worker {
   const Sequence* s_q_ = nullptr;
   int64_t batch_ = 0, head_k_ = 0, first_row_ = 0;
   int rows_ = 0;
+  int64_t end_ = 0;  // of the keys
   // The current block of keys: where it comes from, what is exceptional (has elements not below kLimit), whether its
   // values are too small for SplitF32, and what times the largest magnitude of queries bounds its scores.
   const T *k_source_ = nullptr, *v_source_ = nullptr;
@@ -965,6 +1048,26 @@ class Worker {
 #if defined(PYKERNELS_HAS_AMX)
   Stage softmax_stage_{}, values_stage_{};  // what `overlap` has begun
   int phase_ = 0;                           // which half of s_ the former has
+  // The bias of the next tile: where its rows are, and how many bytes of each.
+  struct NextBias {
+    static constexpr int kPart = 256;
+    const char* rows[32];
+    int row = -1, bytes = 0;
+    int64_t key = 0;
+
+    // Fetched by so many parts, at most kPart bytes of a row each.
+    int parts() const { return (bytes + kPart - 1) / kPart * 32; }
+    // In assembly, as GCC drops what does nothing but prefetch.
+    PYKERNELS_INLINE void fetch(int part) const {
+      const char* const from = rows[part % 32];
+      for (int i = part / 32 * kPart, end = least(i + kPart, bytes); i < end; i += 64)
+        asm volatile("prefetcht1 (%0)" ::"r"(from + i));
+    }
+  } next_bias_;
+  struct FetchBias {
+    const NextBias& next;
+    PYKERNELS_INLINE void operator()(int part) const { next.fetch(part); }
+  };
   FastTerms fast_terms_{};                  // of the current tile
   bool fused_terms_ = false;                // whether it serves this call
   float steps_[32];                         // of its rows, where it is linear

@@ -168,18 +168,20 @@ class Dropout {
 
 // ---- terms of the scores --------------------------------------------------------------------------------------------
 
-// Whether scores with their terms, in units of log 2, are all below a bound in magnitude, or -infinity.
-template <class S>
+// Whether scores with their terms, in units of log 2, are all below a bound in magnitude, or -infinity: where that is
+// wanted.
+template <class S, bool Wanted>
 struct Bounded {
   S bound;
   Mask<S> beyond{};
 
   PYKERNELS_INLINE void look(Vec<S> x) {
     // Not below, rather than above: NaN is neither.
-    beyond |= ~(x < splat(bound)) | ((x <= splat(-bound)) & (x > splat(-static_cast<S>(kInfinity))));
+    if constexpr (Wanted)
+      beyond |= ~(x < splat(bound)) | ((x <= splat(-bound)) & (x > splat(-static_cast<S>(kInfinity))));
   }
   bool holds() const {
-    bool any = false;
+    bool any = !Wanted;
     for (int i = 0; i < kLanes<S>; ++i) any |= beyond[i] != 0;
     return !any;
   }
@@ -226,11 +228,11 @@ class FastTerms {
   bool alibi = false;
   BiasType type{};
   bool by_key = false;  // there is a bias to read
-  int64_t ahead = 0;    // bytes from a row of bias to that of the next tile
+  bool by_row = false;  // there is something in `rows`
   struct Row {
     float slope, position, constant;  // position: of the query, counted from the first key; constant: bias of all keys
-    const void* bias;                 // of the first key
-  } rows[32];
+  } rows[32] = {};
+  const char* bias[32];  // of every row's first key
 
   // Whether ALiBi is the only term of a tile of `columns` keys, and linear in the key: all of them on one side of every
   // query.
@@ -243,6 +245,31 @@ class FastTerms {
     const Row& r = rows[row];
     step = r.position > 0 ? r.slope : -r.slope;
     offset -= step * r.position;
+  }
+
+  // Whether a bias as wide as the scores' tensors is the only term, and there is one for all keys of a tile, of `keys`
+  // that there are.
+  bool is_bias(int columns, int64_t keys) const {
+    return by_key && !alibi && out == 0 && type == BiasType::kSameAsQ && columns <= keys;
+  }
+  PYKERNELS_INLINE void add_bias(__m512 a, __m512 b, __m512& low, __m512& high) const {
+    const __m512 unit = _mm512_set1_ps(static_cast<float>(kLog2e * 128)), clamp = _mm512_set1_ps(kClamp);
+    low = _mm512_min_ps(_mm512_fmadd_ps(a, unit, low), clamp);
+    high = _mm512_min_ps(_mm512_fmadd_ps(b, unit, high), clamp);
+  }
+  // `exponents` where that holds.
+  PYKERNELS_INLINE void exponents_by_bias(int row, const float* s, int key, __m512 slope, __m512 offset, __m512& low,
+                                          __m512& high) const {
+    // A bf16 number is the upper half of an fp32 one.
+    constexpr uint32_t upper = 0xaaaaaaaau;
+    VecU32 first{};
+    for (int i = 0; i < 16; ++i) first[i] = static_cast<uint32_t>(i) << 16;
+    const VecU32 second = first + (16u << 16);
+    const __m512i both = _mm512_loadu_si512(bias[row] + 2 * key);
+    low = _mm512_fmadd_ps(_mm512_loadu_ps(s), slope, offset);
+    high = _mm512_fmadd_ps(_mm512_loadu_ps(s + 16), slope, offset);
+    add_bias((__m512)_mm512_maskz_permutexvar_epi16(upper, (__m512i)first, both),
+             (__m512)_mm512_maskz_permutexvar_epi16(upper, (__m512i)second, both), low, high);
   }
 
   // Keys [key, key + 32), of which `valid` exist.
@@ -263,30 +290,24 @@ class FastTerms {
     const uint32_t there = valid >= 32 ? ~0u : valid <= 0 ? 0 : (1u << valid) - 1;
     const __mmask16 first = static_cast<__mmask16>(there), second = static_cast<__mmask16>(there >> 16);
     if (type == BiasType::kBoolean) {
-      const uint8_t* const bias = static_cast<const uint8_t*>(r.bias) + key;
+      const char* const from = bias[row] + key;
       const uint32_t seen =
-          _mm256_mask_test_epi8_mask(there, _mm256_maskz_loadu_epi8(there, bias), _mm256_set1_epi8(-1));
+          _mm256_mask_test_epi8_mask(there, _mm256_maskz_loadu_epi8(there, from), _mm256_set1_epi8(-1));
       const __m512 hidden = _mm512_set1_ps(-kInfinity);
       low = _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(seen), low);
       high = _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(seen >> 16), high);
-      __builtin_prefetch(reinterpret_cast<const char*>(bias) + ahead, 0, 2);
       return;
     }
     __m512 a, b;
     if (type == BiasType::kFloat32) {
-      const float* const bias = static_cast<const float*>(r.bias) + key;
-      a = _mm512_maskz_loadu_ps(first, bias), b = _mm512_maskz_loadu_ps(second, bias + 16);
-      __builtin_prefetch(reinterpret_cast<const char*>(bias) + ahead, 0, 2);
-      __builtin_prefetch(reinterpret_cast<const char*>(bias + 16) + ahead, 0, 2);
+      const char* const from = bias[row] + 4 * key;
+      a = _mm512_maskz_loadu_ps(first, from), b = _mm512_maskz_loadu_ps(second, from + 64);
     } else {
-      const BFloat16* const bias = static_cast<const BFloat16*>(r.bias) + key;
-      a = (__m512)widen((HalfU16)_mm256_maskz_loadu_epi16(first, bias), BFloat16{});
-      b = (__m512)widen((HalfU16)_mm256_maskz_loadu_epi16(second, bias + 16), BFloat16{});
-      __builtin_prefetch(reinterpret_cast<const char*>(bias) + ahead, 0, 2);
+      const char* const from = bias[row] + 2 * key;
+      a = (__m512)widen((HalfU16)_mm256_maskz_loadu_epi16(first, from), BFloat16{});
+      b = (__m512)widen((HalfU16)_mm256_maskz_loadu_epi16(second, from + 32), BFloat16{});
     }
-    const __m512 unit = _mm512_set1_ps(static_cast<float>(kLog2e * 128)), clamp = _mm512_set1_ps(kClamp);
-    low = _mm512_min_ps(_mm512_fmadd_ps(a, unit, low), clamp);
-    high = _mm512_min_ps(_mm512_fmadd_ps(b, unit, high), clamp);
+    add_bias(a, b, low, high);
   }
 
  private:
@@ -321,7 +342,8 @@ class ScoreTerms {
 
   // s[j] = factor * s[j] + terms, in units of log 2, of query `query` and n keys (a multiple of the vector length) from
   // `key` on; those beyond the sequence get any terms.
-  void add(S* s, int n, S factor, const Place& place, int64_t query, int64_t key, Bounded<S>& bounded) const {
+  template <class Bound>
+  void add(S* s, int n, S factor, const Place& place, int64_t query, int64_t key, Bound& bounded) const {
     if (!f_.bias) return add_typed<None>(s, n, factor, place, query, key, bounded);
     if (f_.bias_type == BiasType::kBoolean) return add_typed<uint8_t>(s, n, factor, place, query, key, bounded);
     if constexpr (!std::is_same_v<T, double>)
@@ -330,6 +352,16 @@ class ScoreTerms {
   }
 
   bool alibi() const { return f_.alibi_slopes != nullptr; }
+  const char* bias_address(const Place& place, int64_t query, int64_t key) const {
+    if (f_.bias_type == BiasType::kBoolean) return reinterpret_cast<const char*>(address<uint8_t>(place, query, key));
+    if (f_.bias_type == BiasType::kFloat32) return reinterpret_cast<const char*>(address<float>(place, query, key));
+    return reinterpret_cast<const char*>(address<T>(place, query, key));
+  }
+  // Whether there is a bias with numbers of its own for every key, and the bytes of one.
+  bool biased_by_key() const { return f_.bias && f_.bias_stride.key != 0; }
+  int64_t bias_bytes() const {
+    return f_.bias_type == BiasType::kBoolean ? 1 : f_.bias_type == BiasType::kFloat32 ? 4 : sizeof(T);
+  }
   // -infinity: hidden.
   S bias_of(const Place& place, int64_t query, int64_t key) const {
     if (!f_.bias) return 0;
@@ -347,9 +379,8 @@ class ScoreTerms {
     }
     fast.alibi = alibi();
     fast.type = f_.bias_type;
-    fast.by_key = f_.bias && f_.bias_stride.key != 0;
-    const int64_t size = f_.bias_type == BiasType::kBoolean ? 1 : f_.bias_type == BiasType::kFloat32 ? 4 : 2;
-    fast.ahead = 32 * size * f_.bias_stride.row * f_.heads_k / f_.heads_q;
+    fast.by_key = biased_by_key();
+    fast.by_row = fast.alibi || (f_.bias && !fast.by_key);
     return !(fast.out > 128 * FastTerms::kLargest);
   }
   bool serves_slope(const Place& place) const {
@@ -360,17 +391,8 @@ class ScoreTerms {
   bool set_row(FastTerms& fast, int row, const Place& place, int64_t query, int64_t key) const {
     const S slope = slope_of(place);
     FastTerms::Row& r = fast.rows[row];
-    r = {static_cast<float>(slope * 128), static_cast<float>(query + place.tk - place.tq - key), 0, nullptr};
-    if (f_.bias) {
-      const auto set = [&](auto type) {
-        const auto* const bias = address<decltype(type)>(place, query, key);
-        r.bias = bias;
-        if (!fast.by_key) r.constant = static_cast<float>(bias_at(bias) * 128);
-      };
-      f_.bias_type == BiasType::kBoolean   ? set(uint8_t{})
-      : f_.bias_type == BiasType::kFloat32 ? set(float{})
-                                           : set(T{});
-    }
+    r = {static_cast<float>(slope * 128), static_cast<float>(query + place.tk - place.tq - key), 0};
+    if (f_.bias && !fast.by_key) r.constant = static_cast<float>(bias_of(place, query, key) * 128);
     return serves_slope(place) && r.constant < 128 * FastTerms::kLargest;
   }
 #endif
@@ -423,8 +445,8 @@ class ScoreTerms {
     return load_bias(p, 1)[0];
   }
 
-  template <class B>
-  void add_typed(S* s, int n, S factor, const Place& place, int64_t query, int64_t key, Bounded<S>& bounded) const {
+  template <class B, class Bound>
+  void add_typed(S* s, int n, S factor, const Place& place, int64_t query, int64_t key, Bound& bounded) const {
     constexpr bool biased = !std::is_same_v<B, None>;
     const S slope = slope_of(place);
     const S distance = static_cast<S>(query + place.tk - place.tq - key);
@@ -438,16 +460,20 @@ class ScoreTerms {
     }
     const int64_t keys = place.tk - key;
     const Vec<S> hidden = splat(-static_cast<S>(kInfinity));
-    for (int j = 0; j < n; j += kLane) {
-      Vec<S> x = load(s + j) * factor - slope * abs<S>(iota<S>() + (static_cast<S>(j) - distance));
-      if constexpr (biased) {
-        // A score that is hidden may be NaN.
-        const Vec<S> b = by_key ? load_bias(bias + j, keys - j) : splat(constant);
-        x = (b == hidden) ? hidden : x + b;
+    const auto pass = [=, &bounded](auto sloped) __attribute__((always_inline)) {
+      for (int j = 0; j < n; j += kLane) {
+        Vec<S> x = load(s + j) * factor;
+        if constexpr (decltype(sloped)::value) x -= slope * abs<S>(iota<S>() + (static_cast<S>(j) - distance));
+        if constexpr (biased) {
+          // A score that is hidden may be NaN.
+          const Vec<S> b = by_key ? load_bias(bias + j, keys - j) : splat(constant);
+          x = (b == hidden) ? hidden : x + b;
+        }
+        bounded.look(x);
+        store(s + j, x);
       }
-      bounded.look(x);
-      store(s + j, x);
-    }
+    };
+    !biased || alibi() ? pass(std::true_type{}) : pass(std::false_type{});
   }
 
   template <class B>
