@@ -249,6 +249,23 @@ def test_options_of_long_sequences(target, name):
 
 
 @on_native
+@pytest.mark.parametrize("options", ({}, {"causal": True}, {"window": (300, 90)}), ids=str)
+def test_a_bias_has_the_same_effect_in_either_type(target, options):
+    """Bit by bit: one of bf16 that is the only term has a path of its own, and the next tile's is looked up beside it.
+    The tiles here hold rows of three heads and end anywhere; the bias is a view with rows of odd length."""
+    q, k, v = _qkv(target, torch.bfloat16, tq=430, tk=700, heads_q=6)
+    bias = torch.randn(2, 6, 430, 721, generator=torch.Generator().manual_seed(3)).bfloat16()[..., 3:703]
+    bias[..., ::7] = -torch.inf
+    with target.active():
+        came, wanted = (flash_attention(q, k, v, bias=x, **options, return_lse=True, backend=target.backend)
+                        for x in (bias, bias.float()))
+        apart = flash_attention(q, *(x.repeat_interleave(3, 2) for x in (k, v)), bias=bias, **options,
+                                backend=target.backend)
+    assert all(torch.equal(x, y) for x, y in zip(came, wanted))
+    torch.testing.assert_close(came[0], apart, rtol=0, atol=0.02)
+
+
+@on_native
 @pytest.mark.parametrize("value", (torch.nan, torch.inf))
 def test_a_bias_that_is_not_finite_stays_in_its_row(target, value):
     q, k, v = _qkv(target, torch.bfloat16, tq=300, tk=300)
