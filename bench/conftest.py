@@ -14,6 +14,9 @@ import pytest
 
 from . import environment, kit, report
 
+# A case has at least this much: the quick ones are many rounds even where the time is up.
+LEAST_SECONDS = 0.3
+
 
 class _Replay:
     """The clock that pytest-benchmark sees: each call of `step` takes one of our samples."""
@@ -111,6 +114,7 @@ def measure(request: pytest.FixtureRequest, benchmark):
         seconds, min_rounds = budget.next(), config.getoption("--min-rounds")
         if seconds == 0.0:  # late: this machine is slower than the time given allows for
             min_rounds = min(min_rounds, 3)
+        seconds = max(seconds, LEAST_SECONDS)
         record = kit.measure(case, problem, peers, seconds=seconds, wanted=wanted.split(",") if wanted else None,
                              slow_peers=config.getoption("--slow-peers"), min_rounds=min_rounds)
         values = limits[environment.place(case.device, case.threads)]["values"]

@@ -108,18 +108,26 @@ double bf16_tile(int64_t iterations) {
   // gcc's intrinsic claims to read only the first 8 bytes; this makes all of them be stored.
   asm volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
-  alignas(64) static const char zeros[1024] = {};
+  // Numbers of either sign between 1/2 and 2, other ones for every product: zeros, or the same ones again, take less
+  // power, and so the clock is higher than beneath anything that is computed (3.0 instead of 2.3 GHz on a Xeon).
+  constexpr int kSteps = 4, kTile = 512;
+  alignas(64) static uint16_t numbers[kSteps][4][kTile];
+  uint32_t state = 1;
+  for (auto& step : numbers)
+    for (auto& tile : step)
+      for (uint16_t& x : tile) state = state * 1664525u + 1013904223u, x = 0x3f00 | (state >> 16 & 0x80ff);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  _tile_loadd(4, zeros, 64);
-  _tile_loadd(5, zeros, 64);
-  _tile_loadd(6, zeros, 64);
-  _tile_loadd(7, zeros, 64);
   for (int64_t n = 0; n < iterations; ++n) {  // the 2x2 block of tiles that a matrix kernel keeps
+    const auto& step = numbers[n % kSteps];
+    _tile_loadd(4, step[0], 64);
+    _tile_loadd(6, step[1], 64);
     _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, step[2], 64);
     _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, step[3], 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }

@@ -183,6 +183,8 @@ class Worker {
       if constexpr (kIsSplit<C>) finish();
 #endif
     }
+    for (int t = 0; t < tiles; ++t)  // that have seen nothing
+      if (!tiles_[t].started) __builtin_memset(o_ + t * kRows * width_, 0, sizeof(Acc) * kRows * width_);
     if (chunk.pieces == 1) return write();
     const int64_t size = partial_size(p_);
     partial += chunk.piece * rows_ * size;
@@ -198,7 +200,7 @@ class Worker {
     start(s, batch, head_k, chunk);
     const int64_t size = partial_size(p_), stride = rows_ * size;
     __builtin_memset(o_, 0, sizeof(Acc) * rows_ * width_);
-    __builtin_memset(l_, 0, sizeof(Acc) * rows_ * kLane);
+    __builtin_memset(l_, 0, sizeof(Acc) * round_up(rows_, kLane) * kLane);
     for (int row = 0; row < rows_; ++row, partial += size) {
       Acc m = -static_cast<Acc>(kInfinity);
       for (int i = 0; i < chunk.pieces; ++i) m = most(m, partial[i * stride + width_]);
@@ -291,6 +293,7 @@ class Worker {
   void load_queries(int64_t first_key, int64_t end_key) {
     const T* const q = static_cast<const T*>(p_.q);
     const int padded = round_up(rows_, kRows);
+    __builtin_memset(q_ + rows_ * depth_, 0, (padded - rows_) * depth_ * sizeof(Elem));
     Cursor at = cursor(0), ahead = cursor(kAhead);
     for (int row = 0; row < rows_; ++row, at.advance(), ahead.advance()) {
       if (row + kAhead < rows_) prefetch_row(address(q, p_.q_stride, ahead), p_.head_dim);
@@ -300,15 +303,14 @@ class Worker {
       copy_rows<C>(to, depth_, from, 0, 1, static_cast<int>(p_.head_dim));
       // A negative scale goes into the queries, so that the largest product is the largest score.
       if (p_.scale < 0) negate(to, depth_);
+      if (row + 1 < rows_ && (row + 1) % kRows != 0) continue;
+      const int t = row / kRows;
+      tiles_[t].started = false;
+      if constexpr (kFastExp) tiles_[t].largest = largest_magnitude(q_ + t * kRows * depth_, depth_, kRows, depth_);
     }
-    __builtin_memset(q_ + rows_ * depth_, 0, (padded - rows_) * depth_ * sizeof(Elem));
 #if defined(PYKERNELS_HAS_AMX)
     if constexpr (kIsSplit<C>) set_exceptional_queries();
 #endif
-    if constexpr (kFastExp)
-      for (int row = 0; row < padded; row += kRows)
-        tiles_[row / kRows].largest = largest_magnitude(q_ + row * depth_, depth_, kRows, depth_);
-    __builtin_memset(o_, 0, sizeof(Acc) * padded * width_);
     __builtin_memset(l_, 0, sizeof(Acc) * padded * kLane);
     // Rows beyond the last have a maximum at once: theirs, of zeros.
     for (int row = 0; row < padded; ++row) m_[row] = row < rows_ ? -static_cast<Acc>(kInfinity) : 0;
@@ -474,7 +476,7 @@ class Worker {
               false, beside);
     if (last.columns)
       matmul<C>(kRows, width_, last.columns, {w_last, kStride}, {v_, packed_panel<C>(kKeys), last.begin},
-                {o_ + last.row * width_, width_}, true, beside);
+                {o_ + last.row * width_, width_}, goes_on(last.row), beside);
     beside.finish();
     if (last.columns && exceptional_values_)
       add_exceptional_values(last.row, last.rows, last.key, last.begin, last.columns, w_last);
@@ -577,6 +579,13 @@ class Worker {
     }
   }
 
+  // Whether the tile's accumulators hold something already; from now on they do.
+  bool goes_on(int row) {
+    const bool started = tiles_[row / kRows].started;
+    tiles_[row / kRows].started = true;
+    return started;
+  }
+
   // O += P V.
   void add_values(int row, int rows, int begin, int columns, int padded) {
 #if defined(PYKERNELS_HAS_AMX)
@@ -584,7 +593,7 @@ class Worker {
       if (tiny_values_) return add_tiny_values(row, rows, begin, columns);
 #endif
     matmul<C>(rows, width_, WeightOrder<C>::kBlock > 1 ? padded : columns, {weights_, kStride},
-              {v_, packed_panel<C>(kKeys), begin}, {o_ + row * width_, width_}, true);
+              {v_, packed_panel<C>(kKeys), begin}, {o_ + row * width_, width_}, goes_on(row));
   }
 
   bool hidden_by_bias(int row, int64_t key) const {
@@ -679,7 +688,8 @@ class Worker {
     }
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < columns; ++j) weights[i * kStride + j] = weight_at(weights_ + i * kStride, j);
-    matmul<F32>(rows, width_, columns, {weights, kStride}, {v, panel, begin}, {o_ + row * width_, width_}, true);
+    matmul<F32>(rows, width_, columns, {weights, kStride}, {v, panel, begin}, {o_ + row * width_, width_},
+                goes_on(row));
   }
 #endif
 
@@ -827,7 +837,7 @@ class Worker {
     amx::store<0>(l, 64);
     amx::store<1>(l + 256, 64);
     matmul<C>(kRows, width_, columns, {weights_, kStride}, {v_, packed_panel<C>(kKeys), begin},
-              {o_ + row * width_, width_}, true, beside());
+              {o_ + row * width_, width_}, goes_on(row), beside());
     return true;
   }
 
@@ -999,15 +1009,21 @@ class Worker {
     T* const out = static_cast<T*>(p_.out);
     Acc* const lse = static_cast<Acc*>(p_.lse);
     Cursor at = cursor(0), ahead = cursor(kAhead);
-    for (int row = 0; row < rows_; ++row, at.advance(), ahead.advance()) {
-      if (row + kAhead < rows_) prefetch_row(address(out, p_.out_stride, ahead), p_.value_dim);
-      const int64_t head = head_k_ * problem_.group + at.head;
-      const RowSum<Acc> sum(p_, head, m_[row], reduce_add<Acc>(load(l_ + row * kLane)));
-      const Acc inverse = dropout_.on() ? sum.inverse * static_cast<Acc>(dropout_.scale()) : sum.inverse;
-      T* const to = address(out, p_.out_stride, at);
-      for (int64_t j = 0; j < p_.value_dim; j += kLane)
-        store_upto(to + j, load(o_ + row * width_ + j) * inverse, p_.value_dim - j);
-      lse[(batch_ * p_.heads_q + head) * p_.seqlen_q + s_q_->q0 + at.token] = sum.lse;
+    static_assert(kRows % kLane == 0);
+    for (int first = 0; first < rows_; first += kLane) {
+      Vec<Acc> l[kLane];
+      for (int i = 0; i < kLane; ++i) l[i] = load(l_ + (first + i) * kLane);
+      const RowSums<Acc> sums(load(m_ + first), reduce_add_each(l));
+      for (int row = first; row < least(first + kLane, rows_); ++row, at.advance(), ahead.advance()) {
+        if (row + kAhead < rows_) prefetch_row(address(out, p_.out_stride, ahead), p_.value_dim);
+        const int64_t head = head_k_ * problem_.group + at.head;
+        const RowSum<Acc> sum = sums.of(row - first, p_, head);
+        const Acc inverse = dropout_.on() ? sum.inverse * static_cast<Acc>(dropout_.scale()) : sum.inverse;
+        T* const to = address(out, p_.out_stride, at);
+        for (int64_t j = 0; j < p_.value_dim; j += kLane)
+          store_upto(to + j, load(o_ + row * width_ + j) * inverse, p_.value_dim - j);
+        lse[(batch_ * p_.heads_q + head) * p_.seqlen_q + s_q_->q0 + at.token] = sum.lse;
+      }
     }
   }
 
@@ -1035,6 +1051,7 @@ class Worker {
   struct QueryTile {
     Acc largest;           // magnitude, for bf16
     uint32_t exceptional;  // rows, as bits, for SplitF32
+    bool started;          // whether o_ holds its accumulators yet
   };
   QueryTile* tiles_;  // [chunk_rows / kRows]
   Elem* q_;        // [chunk_rows, depth]

@@ -26,6 +26,7 @@ template <class S>
 struct RowSum {
   S inverse, lse;  // what the accumulators are multiplied by; 0 where no key was seen
 
+  RowSum(S inverse, S lse) : inverse(inverse), lse(lse) {}
   RowSum(const FlashAttentionParams& f, int64_t head, S m, S l) {
     if (!f.sinks) {
       inverse = l == 0 ? 0 : 1 / l;
@@ -46,6 +47,53 @@ struct RowSum {
     inverse = static_cast<S>(alpha / sum);
     lse = static_cast<S>(top * kLn2 + __builtin_log(sum));
   }
+};
+
+// ln x within 1e-12, of normal numbers and what is beyond them.
+PYKERNELS_INLINE Vec<double> log(Vec<double> x) {
+  // x = 2^n y with y between the roots of 1/2 and 2, then ln y = 2 artanh((y - 1) / (y + 1)). Offsets make the shift a
+  // logical one, and n a double by its bits.
+  const Mask<double> root = (Mask<double>)splat(0.70710678118654752440);
+  const Mask<double> n = (Mask<double>)(((VecU64)((Mask<double>)x - root) + (uint64_t{2048} << 52)) >> 52) - 2048;
+  const Vec<double> y = (Vec<double>)((Mask<double>)x - (n << 52));
+  const Vec<double> power = (Vec<double>)((Mask<double>)splat(0x1.8p52) + n) - 0x1.8p52;
+  const Vec<double> z = (y - 1.0) / (y + 1.0), w = z * z;
+  Vec<double> p = w * (2.0 / 13) + 2.0 / 11;
+  p = p * w + 2.0 / 9;
+  p = p * w + 2.0 / 7;
+  p = p * w + 2.0 / 5;
+  p = p * w + 2.0 / 3;
+  p = p * w + 2.0;
+  return (x < splat(static_cast<double>(kInfinity))) ? power * kLn2 + p * z : x;
+}
+
+// The same of as many rows as a vector has lanes.
+template <class S>
+class RowSums {
+ public:
+  RowSums(Vec<S> m, Vec<S> l) {
+    store(m_, m);
+    store(l_, l);
+    if constexpr (sizeof(S) == 4) {
+      typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+      constexpr int half = kLanes<S> / 2;
+      for (int i = 0; i < kLanes<S>; i += half) {
+        const auto wide = [&](const float* p) { return __builtin_convertvector(load_bits<Half>(p + i), Vec<double>); };
+        const Half lse = __builtin_convertvector(wide(m_) * kLn2 + log(wide(l_)), Half);
+        __builtin_memcpy(lse_ + i, &lse, sizeof(lse));
+      }
+      const Mask<S> none = l == Vec<S>{};
+      store(lse_, none ? splat(-kInfinity) : load(lse_));
+      store(inverse_, none ? Vec<S>{} : 1.0f / l);
+    }
+  }
+  RowSum<S> of(int i, const FlashAttentionParams& f, int64_t head) const {
+    if (sizeof(S) == 8 || f.sinks) return {f, head, m_[i], l_[i]};
+    return {inverse_[i], lse_[i]};
+  }
+
+ private:
+  S m_[kLanes<S>], l_[kLanes<S>], inverse_[kLanes<S>], lse_[kLanes<S>];
 };
 
 PYKERNELS_INLINE int64_t page_of(const FlashAttentionParams& f, int64_t b, int64_t i) {
