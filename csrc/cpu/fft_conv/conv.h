@@ -56,10 +56,21 @@ void gather_taps(const FFTConvParams& p, const Taps& taps, int64_t group, S* w) 
 
 // ---- the way --------------------------------------------------------------------------------------------------------
 
-// Transforms of N points, of windows of 2N samples that begin `before` samples before the first of their `step`
-// outputs.
+// Windows of lags: number m holds those within kBlock of m kBlock. Those that reach from a block to another.
+struct Windows {
+  int64_t first, last;
+
+  explicit Windows(const Taps& taps) {
+    const auto reach = [&](int64_t lags) { return least((lags + kBlock - 1), taps.length - 1) / kBlock; };
+    first = -reach(taps.reverse), last = reach(taps.forward);
+  }
+  int64_t count() const { return last - first + 1; }
+};
+
+// Taps directly; or by blocks of samples and windows of lags (blocks.h); or by transforms of N points, of windows of 2N
+// samples that begin `before` samples before the first of their `step` outputs.
 struct Way {
-  bool direct;
+  bool direct, blocked;
   int64_t points, before, step, blocks;
 };
 
@@ -70,10 +81,15 @@ constexpr float kPointCost[] = {1.0f, 1.0f, 1.05f, 1.15f, 1.35f, 1.45f, 1.65f, 1
 // And per tap and sample of a direct one (one vector load, which crosses cache lines, per tap and vector).
 constexpr float kTapCost = 0.025f;
 
+// Nanoseconds per block of samples, and per block and window.
+constexpr double kBlockCost = 190, kWindowCost = 12;
+
 // Where a kernel's spectrum is made once for any number of rows.
 constexpr int64_t kManyRows = int64_t{1} << 20;
 
-inline Way choose_way(const Taps& taps, int64_t rows) {
+// `blocked`: by blocks too.
+template <class S>
+Way choose_way(const Taps& taps, int64_t rows, bool blocked) {
   const auto cost = [](int64_t points) {
     int i = 63 - __builtin_clzll(static_cast<uint64_t>(points)) - 8;
     constexpr int last = sizeof(kPointCost) / sizeof(kPointCost[0]) - 1;
@@ -92,18 +108,29 @@ inline Way choose_way(const Taps& taps, int64_t rows) {
     if (step < points / 2) continue;
     const int64_t blocks = (length + step - 1) / step;
     const double total = (static_cast<double>(rows * blocks) + 0.5) * cost(points);
-    if (total < least) least = total, best = {false, points, forward, step, blocks};
+    if (total < least) least = total, best = {false, false, points, forward, step, blocks};
+  }
+  if (blocked && kLanes<S> == kBlockLanes && !taps.circular) {
+    const Windows windows(taps);
+    const int64_t blocks = (length + kBlock - 1) / kBlock;
+    const int64_t products =
+        blocks * windows.count() - (windows.last * (windows.last + 1) + windows.first * (windows.first - 1)) / 2;
+    const double row = static_cast<double>(blocks) * kBlockCost + static_cast<double>(products) * kWindowCost;
+    const double total = static_cast<double>(rows) * row + 0.5 * static_cast<double>(windows.count()) * kBlockCost;
+    if (total < least) least = total, best.blocked = true;
   }
   const double direct =
       static_cast<double>(rows) * static_cast<double>(length) * static_cast<double>(taps.count()) * kTapCost;
-  best.direct = direct < least;
+  if (direct < least) best.direct = true, best.blocked = false;
   return best;
 }
 
 // Numbers that a kernel takes which fft_conv_spectrum keeps for rows that go this way.
 template <class S>
 int64_t kernel_numbers(const Taps& taps, const Way& way) {
-  return way.direct ? taps.count() : plan<S>(way.points).size();
+  return way.direct    ? taps.count()
+         : way.blocked ? Windows(taps).count() * 2 * kBlock
+                       : plan<S>(way.points).size();
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------

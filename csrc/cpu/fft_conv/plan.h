@@ -62,5 +62,18 @@ PYKERNELS_INLINE int64_t points_for(int64_t samples) {
   return three >= half && three >= 3 * kLeastPoints ? three : points;
 }
 
+// What blocks.h takes for a transform of kBlock points: factors cosine (1 + i tangent), one per lane.
+constexpr int kBlock = 256, kBlockLanes = 16;
+template <class S>
+struct Turn {
+  S cosine[kBlockLanes], tangent[kBlockLanes];
+};
+template <class S>
+struct BlockFactors {
+  Turn<S> rows[2], groups[4][2], inverse_rows[2], inverse_groups[4][2], last[4][4];
+};
+template <class S>
+const BlockFactors<S>& block_factors();
+
 }  // namespace fft
 }  // namespace pykernels::cpu::PYKERNELS_ISA
