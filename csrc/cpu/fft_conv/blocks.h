@@ -210,26 +210,27 @@ __attribute__((noinline)) void transform_groups(const BlockFactors<S>& factors, 
   }
 }
 
+template <int P, class T, class S = Wide<T>>
+PYKERNELS_INLINE void analyse(const BlockFactors<S>& factors, const Reader<T>& x, int64_t i, S* to, int64_t apart) {
+  alignas(64) S buffer[P * kBlock], work[2][P * kNumbers<S>];
+  constexpr int64_t part = P * kBlock * sizeof(T) / 4;  // a few lines at a time, so that loads need not wait
+  const S* const samples = x.samples(i * kBlock, P * kBlock, buffer);
+  x.ahead.fetch(part);
+  transform_samples<P>(samples, work[0]);
+  x.ahead.fetch(part);
+  transform_rows<P>(factors, work[0], work[1]);
+  x.ahead.fetch(part);
+  transform_groups<P>(factors, work[1], to, apart);
+  x.ahead.fetch(part);
+}
+
 // The spectra of the blocks [0, count) of x. Group b of block i is at b count kGroup + i kGroup, so that what is
 // multiplied together lies together.
 template <class T, class S = Wide<T>>
 void analyse(const BlockFactors<S>& factors, const Reader<T>& x, int64_t count, S* spectra) {
-  alignas(64) S samples[2 * kBlock], work[2][2 * kNumbers<S>];
-  const int64_t apart = count * kGroup<S>;
-  for (int64_t i = 0; i < count; i += 2) {
-    const bool pair = i + 1 < count;
-    x.block(i * kBlock, kLanes<S>, pair ? 2 * kVectors : kVectors, samples);
-    S* const to = spectra + i * kGroup<S>;
-    if (pair) {
-      transform_samples<2>(samples, work[0]);
-      transform_rows<2>(factors, work[0], work[1]);
-      transform_groups<2>(factors, work[1], to, apart);
-    } else {
-      transform_samples<1>(samples, work[0]);
-      transform_rows<1>(factors, work[0], work[1]);
-      transform_groups<1>(factors, work[1], to, apart);
-    }
-  }
+  int64_t i = 0;
+  for (; i + 1 < count; i += 2) analyse<2>(factors, x, i, spectra + i * kGroup<S>, count * kGroup<S>);
+  if (i < count) analyse<1>(factors, x, i, spectra + i * kGroup<S>, count * kGroup<S>);
 }
 
 // The spectra of the windows of lags, from the taps w.
@@ -324,13 +325,19 @@ template <int P, class S, class Write>
 PYKERNELS_INLINE void synthesise(const BlockFactors<S>& factors, const S* spectra, int64_t count, const S* kernel,
                                  const Windows& windows, int64_t i, const Write& write) {
   alignas(64) S samples[P * kBlock], work[2][P * kNumbers<S>];
-  PYKERNELS_EACH(b, 4)
+  constexpr int64_t part = P * kBlock * Write::kSampleBytes / 8;
+  PYKERNELS_EACH(b, 4) {
     convolve<P>(spectra + b * count * kGroup<S>, count, kernel + b * windows.count() * kGroup<S>, windows, i,
                 work[0] + b * kStep<S>);
+    write.ahead.fetch(part);
+  }
   invert_groups<P>(work[0], work[1]);
+  write.ahead.fetch(part);
   invert_rows<P>(factors, work[1], work[0]);
+  write.ahead.fetch(part);
   invert_samples<P>(factors, work[0], samples);
-  write.block(i * kBlock, kLanes<S>, P * kVectors, samples);
+  write.ahead.fetch(2 * part);
+  write.copy(i * kBlock, kLanes<S>, P * kVectors, samples);
 }
 
 // The blocks [0, count) of the outputs, from the spectra of the row and of the windows.

@@ -174,8 +174,19 @@ struct Reader {
     return edge(n);
   }
   PYKERNELS_INLINE void block(int64_t i, int64_t apart, int count, S* to) const {
+    ahead.fetch(sizeof(T) * kLanes<S> * count);
+    copy(i, apart, count, to);
+  }
+  // `count` samples from i on: where they lie, or else copied to `buffer`.
+  PYKERNELS_INLINE const S* samples(int64_t i, int count, S* buffer) const {
+    const int64_t n = origin + i;
+    if constexpr (sizeof(T) == sizeof(S))
+      if (!gate && n >= most<int64_t>(low, 0) && n + count <= least(high, length)) return values + n;
+    copy(i, kLanes<S>, count / kLanes<S>, buffer);
+    return buffer;
+  }
+  PYKERNELS_INLINE void copy(int64_t i, int64_t apart, int count, S* to) const {
     constexpr int lanes = kLanes<S>;
-    ahead.fetch(sizeof(T) * lanes * count);
     const T* const from = values;
     const T* const factors = gate;
     const int64_t first = most<int64_t>(low, 0), last = least(high, length) - lanes;

@@ -8,6 +8,7 @@ namespace {
 template <class T>
 struct Output {
   using S = Wide<T>;
+  static constexpr int64_t kSampleBytes = sizeof(T);
   T* out;
   const T* gate;  // or null
   const Reader<T>* x;
@@ -28,14 +29,21 @@ struct Output {
     }
   }
   PYKERNELS_INLINE void block(int64_t i, int64_t apart, int count, const S* from) const {
+    ahead.fetch(sizeof(T) * kLanes<S> * count);
+    copy(i, apart, count, from);
+  }
+  PYKERNELS_INLINE void copy(int64_t i, int64_t apart, int count, const S* from) const {
     constexpr int lanes = kLanes<S>;
-    ahead.fetch(sizeof(T) * lanes * count);
     const Output to = *this;  // what is written could be a part of this, for all the compiler knows, but not of a copy
     const Reader<T> in = *x;
     int64_t n = origin + i;
     int l = 0;
 #pragma GCC unroll 1
     for (; l < count && n < low; ++l, n += apart) (*this)(n - origin, load(from + l * lanes));
+    if (to.skips && !to.gate && !in.gate)
+#pragma GCC unroll 4
+      for (; l < count && n + lanes <= to.high; ++l, n += apart)
+        store(to.out + n, load(from + l * lanes) + to.skip * load(in.values + n));
 #pragma GCC unroll 1
     for (; l < count && n + lanes <= to.high; ++l, n += apart) {
       Vec<S> c = load(from + l * lanes);
