@@ -263,7 +263,7 @@ PYKERNELS_INLINE void add_products(Complex<S> (&sum)[P][4], const S* block, cons
     });
   });
 }
-// What blocks i, ..., i + P - 1 of the outputs are the inverse of, after its first step: over the high digit of k2.
+// What blocks i, ..., i + P - 1 of the outputs are the inverse of, after its first step: over a in each group.
 template <int P, class S>
 __attribute__((noinline)) void convolve(const S* spectra, int64_t count, const S* kernel, const Windows& windows,
                                         int64_t i, S* to) {
@@ -277,18 +277,18 @@ __attribute__((noinline)) void convolve(const S* spectra, int64_t count, const S
   if (P == 2 && high + 1 < count) add_products<P - 1, 1>(sum, block(high + 1), window(windows.first));
   PYKERNELS_REPEAT(P, o, {
     dft4<true, S>(sum[o], Root<0>{}, Root<0>{});
-    store_four(sum[o], to + o * kNumbers<S>, kGroup<S>);
+    store_four(sum[o], to + (i + o) * kGroup<S>, kStep<S>);
   });
 }
 
 // The rest of the transform over k2, then that over k1 of e^{2 pi i j k1 / 256} x_k1, of which e^{-2 pi i n / 1024}
 // times, the real part.
 template <int P, class S>
-__attribute__((noinline)) void invert_groups(const S* from, S* to) {
+__attribute__((noinline)) void invert_groups(const S* from, int64_t apart, S* to) {
   PYKERNELS_EACH(n, P) {
     PYKERNELS_REPEAT(4, b, {
       Complex<S> x[4];
-      take_four(x, from + n * kNumbers<S> + b * kGroup<S>, kStep<S>);
+      take_four(x, from + n * kGroup<S> + b * kStep<S>, apart);
       dft4<true, S>(x, Root<4 * b>{}, Root<8 * b>{});
       exchange_quarters(x);
       store_four(x, to + n * kNumbers<S> + b * kGroup<S>, kStep<S>);
@@ -322,31 +322,38 @@ __attribute__((noinline)) void invert_samples(const BlockFactors<S>& factors, co
 }
 
 template <int P, class S, class Write>
-PYKERNELS_INLINE void synthesise(const BlockFactors<S>& factors, const S* spectra, int64_t count, const S* kernel,
-                                 const Windows& windows, int64_t i, const Write& write) {
+PYKERNELS_INLINE void synthesise(const BlockFactors<S>& factors, const S* sums, int64_t apart, int64_t i,
+                                 const Write& write) {
   alignas(64) S samples[P * kBlock], work[2][P * kNumbers<S>];
   constexpr int64_t part = P * kBlock * Write::kSampleBytes / 8;
-  PYKERNELS_EACH(b, 4) {
-    convolve<P>(spectra + b * count * kGroup<S>, count, kernel + b * windows.count() * kGroup<S>, windows, i,
-                work[0] + b * kStep<S>);
-    write.ahead.fetch(part);
-  }
-  invert_groups<P>(work[0], work[1]);
+  invert_groups<P>(sums + i * kGroup<S>, apart, work[0]);
   write.ahead.fetch(part);
-  invert_rows<P>(factors, work[1], work[0]);
+  invert_rows<P>(factors, work[0], work[1]);
   write.ahead.fetch(part);
-  invert_samples<P>(factors, work[0], samples);
+  invert_samples<P>(factors, work[1], samples);
   write.ahead.fetch(2 * part);
   write.copy(i * kBlock, kLanes<S>, P * kVectors, samples);
 }
 
-// The blocks [0, count) of the outputs, from the spectra of the row and of the windows.
+// The blocks [0, count) of the outputs, from the spectra of the row and of the windows; `sums` takes as much as the
+// former.
 template <class S, class Write>
 void synthesise(const BlockFactors<S>& factors, const S* spectra, int64_t count, const S* kernel,
-                const Windows& windows, const Write& write) {
+                const Windows& windows, S* sums, const Write& write) {
+  const int64_t apart = count * kGroup<S>;
   int64_t i = 0;
-  for (; i + 1 < count; i += 2) synthesise<2>(factors, spectra, count, kernel, windows, i, write);
-  if (i < count) synthesise<1>(factors, spectra, count, kernel, windows, i, write);
+  // Group by group, so that what is read again and again stays in the nearest cache.
+  PYKERNELS_EACH(b, 4) {
+    const S* const u = spectra + b * apart;
+    const S* const k = kernel + b * windows.count() * kGroup<S>;
+    for (i = 0; i + 1 < count; i += 2) {
+      convolve<2>(u, count, k, windows, i, sums + b * apart);
+      write.ahead.fetch(kBlock * Write::kSampleBytes / 4);
+    }
+    if (i < count) convolve<1>(u, count, k, windows, i, sums + b * apart);
+  }
+  for (i = 0; i + 1 < count; i += 2) synthesise<2>(factors, sums, apart, i, write);
+  if (i < count) synthesise<1>(factors, sums, apart, i, write);
 }
 
 #undef PYKERNELS_EACH

@@ -78,7 +78,7 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
   run_tasks(parallel, p.groups * chunks, [&](TaskQueue& queue) {
     Scratch scratch;
     const int64_t size = way.direct    ? 2 * kTile + taps.count() + 2 * lanes
-                         : way.blocked ? row_blocks * 2 * kBlock
+                         : way.blocked ? row_blocks * 4 * kBlock
                                        : transform_plan->size();
     S* const work = scratch.take<S>(size);
     S* const w = scratch.take<S>(p.spectrum ? 1 : taps.count() + lanes);
@@ -137,7 +137,8 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
           if constexpr (kLanes<S> == kBlockLanes) {
             out.high = p.length;
             blocks::analyse(block_factors<S>(), x, row_blocks, work);
-            blocks::synthesise(block_factors<S>(), work, row_blocks, spectrum, Windows(taps), out);
+            S* const sums = work + row_blocks * 2 * kBlock;
+            blocks::synthesise(block_factors<S>(), work, row_blocks, spectrum, Windows(taps), sums, out);
           }
           continue;
         }
