@@ -240,11 +240,15 @@ void kernel_spectra(const BlockFactors<S>& factors, const Taps& taps, const S* w
   Reader<S> lags{w, nullptr, taps.count(), windows.first * kBlock + taps.reverse, 0, taps.count(), false};
   analyse(factors, lags, windows.count(), spectra);
   const Vec<S> scale = splat(static_cast<S>(1.0 / kBlock));
-  for (int64_t at = 4 * windows.count() * kGroup<S> - kStep<S>; at >= 0; at -= kStep<S>) {
-    const bool first = at % (windows.count() * kGroup<S>) < kGroup<S>;  // no lags before
-    const Complex<S> x = load_complex(spectra + at);
-    const Complex<S> before = first ? Complex<S>{} : load_complex(spectra + at - kGroup<S>);
-    store_complex<S>(spectra + at, {(x.re + before.im) * scale, (x.im - before.re) * scale});
+  PYKERNELS_EACH(b, 4) {
+    S* at = spectra + (b + 1) * windows.count() * kGroup<S>;
+    for (int64_t m = windows.last; m >= windows.first; --m)
+      PYKERNELS_EACH(a, 4) {
+        at -= kStep<S>;
+        const Complex<S> x = load_complex(at);
+        const Complex<S> before = m > windows.first ? load_complex(at - kGroup<S>) : Complex<S>{};  // no lags there
+        store_complex<S>(at, {(x.re + before.im) * scale, (x.im - before.re) * scale});
+      }
   }
 }
 
@@ -336,23 +340,24 @@ PYKERNELS_INLINE void synthesise(const BlockFactors<S>& factors, const S* sums, 
 }
 
 // The blocks [0, count) of the outputs, from the spectra of the row and of the windows; `sums` takes as much as the
-// former.
+// former and, where no lags are negative, may be them.
 template <class S, class Write>
 void synthesise(const BlockFactors<S>& factors, const S* spectra, int64_t count, const S* kernel,
                 const Windows& windows, S* sums, const Write& write) {
   const int64_t apart = count * kGroup<S>;
-  int64_t i = 0;
   // Group by group, so that what is read again and again stays in the nearest cache.
   PYKERNELS_EACH(b, 4) {
     const S* const u = spectra + b * apart;
     const S* const k = kernel + b * windows.count() * kGroup<S>;
-    for (i = 0; i + 1 < count; i += 2) {
-      convolve<2>(u, count, k, windows, i, sums + b * apart);
+    int64_t i = count;
+    if (count % 2) convolve<1>(u, count, k, windows, i -= 1, sums + b * apart);
+    while (i > 0) {
+      convolve<2>(u, count, k, windows, i -= 2, sums + b * apart);
       write.ahead.fetch(kBlock * Write::kSampleBytes / 4);
     }
-    if (i < count) convolve<1>(u, count, k, windows, i, sums + b * apart);
   }
-  for (i = 0; i + 1 < count; i += 2) synthesise<2>(factors, sums, apart, i, write);
+  int64_t i = 0;
+  for (; i + 1 < count; i += 2) synthesise<2>(factors, sums, apart, i, write);
   if (i < count) synthesise<1>(factors, sums, apart, i, write);
 }
 

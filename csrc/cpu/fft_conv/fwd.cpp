@@ -137,7 +137,7 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
           if constexpr (kLanes<S> == kBlockLanes) {
             out.high = p.length;
             blocks::analyse(block_factors<S>(), x, row_blocks, work);
-            S* const sums = work + row_blocks * 2 * kBlock;
+            S* const sums = taps.reverse ? work + row_blocks * 2 * kBlock : work;
             blocks::synthesise(block_factors<S>(), work, row_blocks, spectrum, Windows(taps), sums, out);
           }
           continue;
