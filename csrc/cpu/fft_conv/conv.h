@@ -56,14 +56,14 @@ void gather_taps(const FFTConvParams& p, const Taps& taps, int64_t group, S* w) 
 
 // ---- the way --------------------------------------------------------------------------------------------------------
 
-// Windows of lags: number m holds those within kBlock of m kBlock. Those that reach from a block to another.
+// Windows of lags: number m holds those within kBlock of m kBlock. All that have one, but after the last that reaches
+// from a block to another.
 struct Windows {
   int64_t first, last;
 
-  explicit Windows(const Taps& taps) {
-    const auto reach = [&](int64_t lags) { return least((lags + kBlock - 1), taps.length - 1) / kBlock; };
-    first = -reach(taps.reverse), last = reach(taps.forward);
-  }
+  explicit Windows(const Taps& taps)
+      : first(-((taps.reverse + kBlock - 1) / kBlock)),
+        last(least(taps.forward + kBlock - 1, taps.length - 1) / kBlock) {}
   int64_t count() const { return last - first + 1; }
 };
 
@@ -81,8 +81,10 @@ constexpr float kPointCost[] = {1.0f, 1.0f, 1.05f, 1.15f, 1.35f, 1.45f, 1.65f, 1
 // And per tap and sample of a direct one (one vector load, which crosses cache lines, per tap and vector).
 constexpr float kTapCost = 0.025f;
 
-// Nanoseconds per block of samples, and per block and window.
-constexpr double kBlockCost = 190, kWindowCost = 12;
+// Times this where N is 3 2^a; and in windows that overlap, whose second halves are not zeros.
+constexpr double kThreeCost = 1.18, kOverlapCost = 1.15;
+// Nanoseconds per block of samples (blocks.h), and per product of a block and a window.
+constexpr double kBlockCost = 187, kProductCost = 13;
 
 // Where a kernel's spectrum is made once for any number of rows.
 constexpr int64_t kManyRows = int64_t{1} << 20;
@@ -93,7 +95,7 @@ Way choose_way(const Taps& taps, int64_t rows, bool blocked) {
   const auto cost = [](int64_t points) {
     int i = 63 - __builtin_clzll(static_cast<uint64_t>(points)) - 8;
     constexpr int last = sizeof(kPointCost) / sizeof(kPointCost[0]) - 1;
-    return static_cast<double>(points) * kPointCost[i < last ? i : last];
+    return static_cast<double>(points) * kPointCost[i < last ? i : last] * (points % 3 ? 1.0 : kThreeCost);
   };
   Way best{};
   double least = 0;
@@ -107,7 +109,7 @@ Way choose_way(const Taps& taps, int64_t rows, bool blocked) {
     const int64_t step = 2 * points - forward - reverse;
     if (step < points / 2) continue;
     const int64_t blocks = (length + step - 1) / step;
-    const double total = (static_cast<double>(rows * blocks) + 0.5) * cost(points);
+    const double total = (static_cast<double>(rows * blocks) + 0.5) * cost(points) * kOverlapCost;
     if (total < least) least = total, best = {false, false, points, forward, step, blocks};
   }
   if (blocked && kLanes<S> == kBlockLanes && !taps.circular) {
@@ -115,7 +117,7 @@ Way choose_way(const Taps& taps, int64_t rows, bool blocked) {
     const int64_t blocks = (length + kBlock - 1) / kBlock;
     const int64_t products =
         blocks * windows.count() - (windows.last * (windows.last + 1) + windows.first * (windows.first - 1)) / 2;
-    const double row = static_cast<double>(blocks) * kBlockCost + static_cast<double>(products) * kWindowCost;
+    const double row = static_cast<double>(blocks) * kBlockCost + static_cast<double>(products) * kProductCost;
     const double total = static_cast<double>(rows) * row + 0.5 * static_cast<double>(windows.count()) * kBlockCost;
     if (total < least) least = total, best.blocked = true;
   }
@@ -125,11 +127,12 @@ Way choose_way(const Taps& taps, int64_t rows, bool blocked) {
   return best;
 }
 
-// Numbers that a kernel takes which fft_conv_spectrum keeps for rows that go this way.
+// Numbers that a kernel takes which fft_conv_spectrum keeps for rows that go this way. Those of windows are an odd
+// number of vectors, which no plan's are, so that one is not taken for the other.
 template <class S>
 int64_t kernel_numbers(const Taps& taps, const Way& way) {
   return way.direct    ? taps.count()
-         : way.blocked ? Windows(taps).count() * 2 * kBlock
+         : way.blocked ? Windows(taps).count() * 2 * kBlock + kLanes<S>
                        : plan<S>(way.points).size();
 }
 

@@ -25,12 +25,11 @@ void make_spectra(const FFTConvSpectrumParams& s, const Parallel& parallel) {
       S* const spectrum = static_cast<S*>(s.spectrum) + group * size;
       gather_taps(p, taps, group, way.direct ? spectrum : w);
       if (way.direct) continue;
-      if (way.blocked) {
-        if constexpr (kLanes<S> == kBlockLanes) blocks::kernel_spectra(block_factors<S>(), taps, w, spectrum);
-        continue;
-      }
       for (int64_t i = 0; i < size; ++i) spectrum[i] = 0;  // what lies between the parts is never read, but is copied
-      kernel_spectrum(plan<S>(way.points), taps, w, work, spectrum);
+      if (!way.blocked)
+        kernel_spectrum(plan<S>(way.points), taps, w, work, spectrum);
+      else if constexpr (kLanes<S> == kBlockLanes)
+        blocks::kernel_spectra(block_factors<S>(), taps, w, spectrum);
     }
   });
 }
