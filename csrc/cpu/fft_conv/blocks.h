@@ -13,12 +13,12 @@
 // a row's number with two of a lane's twice, each time among four rows that a stage has in registers anyway. So lane
 // a + 4 b of a spectrum is k1 = b + 4 a, and vector a of group b is k2 = b + 4 a: the constants say where things are.
 //
-// Products by twiddles are fused with the butterflies: with w = c (1 + i t), a +- w b are six multiply-adds. A cosine
-// is never taken for less than 2^-26 (plan.cpp), a fourth of an ulp of 1.
+// Products by twiddles are fused with the butterflies: with w = c (1 + i t), a +- w b are six multiply-adds instead of
+// four operations for the product and four additions. The factors w^2 of the inverse, which include i, are not fused.
 //
-// What binds: multiply-adds read three registers each, and a store of a whole vector delays one about every time where
-// nothing but they run (96 of them take 48 cycles, with 24 stores 66, but with half of them additions or shuffles 49).
-// Hence as few stages as can be.
+// What binds: multiply-adds read three registers each, and where nothing else runs a store of a whole vector delays
+// them (96 take 48 cycles, with 24 stores 66; where half of them are additions or shuffles, 49). Hence as few stages as
+// can be.
 #pragma once
 
 #include "conv.h"
@@ -78,6 +78,10 @@ template <class S>
 PYKERNELS_INLINE Factor<S> factor(const Turn<S>& turn) {
   return {take(turn.cosine), take(turn.tangent)};
 }
+template <class S>
+PYKERNELS_INLINE Complex<S> factor(const Unit<S>& unit) {
+  return {take(unit.cosine), take(unit.sine)};
+}
 
 // a, b <- a + i^R w b, a - i^R w b
 template <int R, class S>
@@ -95,6 +99,12 @@ PYKERNELS_INLINE void butterfly(Complex<S>& a, Complex<S>& b, Factor<S> w) {
     a = {x.re + c * im, x.im - c * re};
     b = {x.re - c * im, x.im + c * re};
   }
+}
+template <int R, class S>
+PYKERNELS_INLINE void butterfly(Complex<S>& a, Complex<S>& b, Complex<S> w) {
+  const Complex<S> x = a, y = rotate<(R + 4) % 4, 4, true, S>(b * w);
+  a = x + y;
+  b = x - y;
 }
 template <int R, class S, int M>
 PYKERNELS_INLINE void butterfly(Complex<S>& a, Complex<S>& b, Root<M>) {
@@ -190,7 +200,7 @@ __attribute__((noinline)) void transform_samples(const S* samples, S* to) {
 // That over j of e^{-2 pi i j (k1 - 1/4) / 256} x_j, two steps.
 template <int P, class S>
 __attribute__((noinline)) void transform_rows(const BlockFactors<S>& factors, const S* from, S* to) {
-  const Factor<S> w = factor(factors.rows[0]), w2 = factor(factors.rows[1]);
+  const Factor<S> w = factor(factors.rows), w2 = factor(factors.rows_squared);
   PYKERNELS_EACH(n, P) PYKERNELS_EACH(q, 4) {
     const int64_t at = n * kNumbers<S> + q * kStep<S>;
     Complex<S> x[4];
@@ -205,7 +215,7 @@ __attribute__((noinline)) void transform_groups(const BlockFactors<S>& factors, 
   PYKERNELS_EACH(n, P) PYKERNELS_EACH(b, 4) {
     Complex<S> x[4];
     take_four(x, from + n * kNumbers<S> + b * kGroup<S>, kStep<S>);
-    dft4<false, S>(x, factor(factors.groups[b][0]), factor(factors.groups[b][1]));
+    dft4<false, S>(x, factor(factors.groups[b]), factor(factors.groups_squared[b]));
     store_four(x, to + b * apart + n * kGroup<S>, kStep<S>);
   }
 }
@@ -301,7 +311,8 @@ __attribute__((noinline)) void invert_groups(const S* from, int64_t apart, S* to
 }
 template <int P, class S>
 __attribute__((noinline)) void invert_rows(const BlockFactors<S>& factors, const S* from, S* to) {
-  const Factor<S> w = factor(factors.inverse_rows[0]), w2 = factor(factors.inverse_rows[1]);
+  const Factor<S> w = factor(factors.inverse_rows);
+  const Complex<S> w2 = factor(factors.inverse_rows_squared);
   PYKERNELS_EACH(n, P) PYKERNELS_EACH(q, 4) {
     const int64_t at = n * kNumbers<S> + q * kStep<S>;
     Complex<S> x[4];
@@ -316,7 +327,7 @@ __attribute__((noinline)) void invert_samples(const BlockFactors<S>& factors, co
   PYKERNELS_EACH(n, P) PYKERNELS_EACH(b, 4) {
     Complex<S> x[4];
     take_four(x, from + n * kNumbers<S> + b * kGroup<S>, kStep<S>);
-    dft4<true, S>(x, factor(factors.inverse_groups[b][0]), factor(factors.inverse_groups[b][1]));
+    dft4<true, S>(x, factor(factors.inverse_groups[b]), factor(factors.inverse_groups_squared[b]));
     PYKERNELS_REPEAT(4, a, {
       const Turn<S>& turn = factors.last[b][a];
       store(samples + n * kBlock + (b + 4 * a) * kLanes<S>,

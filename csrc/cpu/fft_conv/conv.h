@@ -89,7 +89,7 @@ constexpr double kBlockCost = 187, kProductCost = 13;
 // Where a kernel's spectrum is made once for any number of rows.
 constexpr int64_t kManyRows = int64_t{1} << 20;
 
-// `blocked`: by blocks too.
+// `blocked`: by blocks of samples, where that is cheapest; else not.
 template <class S>
 Way choose_way(const Taps& taps, int64_t rows, bool blocked) {
   const auto cost = [](int64_t points) {

@@ -125,28 +125,32 @@ Plan<double>* double_plans[kPlans];
 Plan<float>** plans(float) { return float_plans; }
 Plan<double>** plans(double) { return double_plans; }
 
-// e^{2 pi i n / 1024}. Where the cosine is 0, 2^-26 is as good: it turns by a fourth of an ulp of 1.
+// e^{2 pi i n / 1024}
 template <class S>
-void set_turn(Turn<S>& turn, int lane, int64_t n) {
-  Root w = root(-n, 4 * kBlock);
-  if (__builtin_fabs(w.re) < 0x1p-26) w.re = 0x1p-26;
+void set(Turn<S>& turn, int lane, int64_t n) {
+  const Root w = root(-n, 4 * kBlock);
   turn.cosine[lane] = static_cast<S>(w.re), turn.tangent[lane] = static_cast<S>(w.im / w.re);
+}
+template <class S>
+void set(Unit<S>& unit, int lane, int64_t n) {
+  const Root w = root(-n, 4 * kBlock);
+  unit.cosine[lane] = static_cast<S>(w.re), unit.sine[lane] = static_cast<S>(w.im);
 }
 template <class S>
 BlockFactors<S>* make_block_factors() {
   BlockFactors<S>* const factors = allocate<BlockFactors<S>>(1);
   for (int lane = 0; lane < kBlockLanes; ++lane) {
-    // Of j = 1, for the k1 of this lane; of k1 = 1, for the j of this lane.
+    // w for the k1 of this lane, per j; and for the j of this lane, per k1.
     const int k1 = lane / 4 + lane % 4 * 4, forward = 1 - 4 * k1, inverse = 4 * lane;
-    for (int power = 0; power < 2; ++power) {
-      set_turn(factors->rows[power], lane, (4 << power) * forward);
-      set_turn(factors->inverse_rows[power], lane, (4 << power) * inverse);
-      for (int b = 0; b < 4; ++b) {
-        set_turn(factors->groups[b][power], lane, (forward - 64 * b) << power);
-        set_turn(factors->inverse_groups[b][power], lane, (inverse + 64 * b) << power);
-      }
+    set(factors->rows, lane, 4 * forward), set(factors->rows_squared, lane, 8 * forward);
+    set(factors->inverse_rows, lane, 4 * inverse), set(factors->inverse_rows_squared, lane, 8 * inverse);
+    for (int b = 0; b < 4; ++b) {
+      const int turned = forward - 64 * b, inverse_turned = inverse + 64 * b;
+      set(factors->groups[b], lane, turned), set(factors->groups_squared[b], lane, 2 * turned);
+      set(factors->inverse_groups[b], lane, inverse_turned);
+      set(factors->inverse_groups_squared[b], lane, 2 * inverse_turned);
+      for (int a = 0; a < 4; ++a) set(factors->last[b][a], lane, 16 * (b + 4 * a) + lane);
     }
-    for (int l = 0; l < 16; ++l) set_turn(factors->last[l % 4][l / 4], lane, 16 * l + lane);
   }
   return factors;
 }
