@@ -56,8 +56,8 @@ void gather_taps(const FFTConvParams& p, const Taps& taps, int64_t group, S* w) 
 
 // ---- the way --------------------------------------------------------------------------------------------------------
 
-// Windows of lags: number m holds those within kBlock of m kBlock. All that have one, but after the last that reaches
-// from a block to another.
+// Windows of lags: number m holds those within kBlock of m kBlock. From the first with a tap to the last with one, of
+// those that reach from the first block of a row to its last.
 struct Windows {
   int64_t first, last;
 
@@ -105,7 +105,8 @@ Way choose_way(const Taps& taps, int64_t rows, bool blocked) {
   best.points = points_for(length + ends), best.step = length, best.blocks = 1;
   best.before = taps.circular ? forward : 0;
   least = (static_cast<double>(rows) + 0.5) * cost(best.points);
-  for (int64_t points = kLeastPoints; points < best.points; points *= 2) {
+  const int64_t whole = best.points;
+  for (int64_t points = kLeastPoints; points < whole; points *= 2) {
     const int64_t step = 2 * points - forward - reverse;
     if (step < points / 2) continue;
     const int64_t blocks = (length + step - 1) / step;
