@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pykernels
-from pykernels import _checks, fft_conv, testing
+from pykernels import _checks, _library, fft_conv, testing
 from pykernels.testing.fft_conv import conv_case
 
 TARGETS = [t for t in testing.targets(testing.FFT_CONV.op, every_isa=False) if t.device == "cpu"]
@@ -146,6 +146,31 @@ def test_kernel_lengths_on_one_sequence(taps, mode):
         near(x, y)
     if mode == "causal":
         near(results[0][0], by_torch(u, k))
+
+
+@pytest.mark.parametrize("isa", _library.machine_isas())
+@pytest.mark.parametrize(
+    "length, taps, taps_rev",
+    (
+        (255, 255, 0), (256, 256, 255), (257, 257, 0), (300, 400, 256), (511, 512, 257), (512, 256, 0), (513, 257, 513),
+        (767, 258, 0), (769, 768, 1), (1024, 1024, 0), (1025, 513, 512), (1500, 5, 1300), (2049, 2048, 0),
+    ),
+)  # fmt: skip
+def test_around_blocks_of_256(isa, length, taps, taps_rev):
+    """Where 16 floats are a vector, rows of this size go by blocks, whose seams are at multiples of 256."""
+    u, pre, post = torch.randn(3, 2, 4, length)
+    k, D = torch.randn(2, taps), torch.randn(4)
+    for lag, gates in ((0, {}), (1, {"pre_gate": pre, "post_gate": post, "D": D})):
+        options = dict(gates, k_rev=torch.randn(2, taps_rev), k_rev_lag=lag) if taps_rev else gates
+        exact = {name: x.double() if isinstance(x, Tensor) else x for name, x in options.items()}
+        expected = fft_conv(u.double(), k.double(), **exact, backend="reference")
+        with testing.use_isa(isa), testing.use_threads(1):
+            out = fft_conv(u, k, **options, backend="cpu")
+        near(out.double(), expected, 4e-7)
+        with testing.use_isa(isa), testing.use_threads(2):
+            assert torch.equal(fft_conv(u, k, **options, backend="cpu"), out)
+            if not gates:  # no step on the way is much larger than what comes out
+                assert torch.equal(fft_conv(u * 2.0**100, k, **options, backend="cpu"), out * 2.0**100)
 
 
 def test_taps_beyond_the_sequence_have_no_effect_and_no_gradient():

@@ -25,10 +25,10 @@ def near(actual, expected, tolerance) -> None:
     assert float((actual - expected).norm() / expected.norm()) < tolerance
 
 
-# One way each: summed directly, windows, one transform, also of 3 2^a points, taps beyond the sequence, both sides, and
-# what wraps.
+# One way each: summed directly, windows, blocks, one transform, also of 3 2^a points, taps beyond the sequence, both
+# sides, and what wraps.
 KERNELS = [
-    (1200, 20, {}), (5000, 150, {}), (1024, 1024, {}), (700, 700, {}), (400, 1000, {}),
+    (1200, 20, {}), (5000, 150, {}), (1024, 1024, {}), (8192, 8192, {}), (11000, 11000, {}), (400, 1000, {}),
     (600, 600, {"taps_rev": 500, "k_rev_lag": 0}), (600, 5, {"taps_rev": 7}), (512, 700, {"mode": "circular"}),
     (4000, 170, {"mode": "circular", "taps_rev": 60}),
 ]

@@ -104,7 +104,7 @@ void run(const FFTConvBackwardParams& b, const Parallel& parallel) {
     if (gradient) want_huge_pages(gradient, sizeof(T) * static_cast<size_t>(p.batch * p.channels * p.length));
   const Taps taps(p);
   const int64_t count = taps.count(), per_group = p.channels / p.groups, rows = p.batch * per_group;
-  const Way way = choose_way(taps, rows);
+  const Way way = choose_way<S>(taps, rows, false);
   const Plan<S>* const transform_plan = way.direct ? nullptr : &plan<S>(way.points);
   const int64_t chunks = p.groups >= kChunks ? 1 : least(rows, (kChunks + p.groups - 1) / p.groups);
   Scratch shared;

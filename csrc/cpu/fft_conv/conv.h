@@ -56,10 +56,21 @@ void gather_taps(const FFTConvParams& p, const Taps& taps, int64_t group, S* w) 
 
 // ---- the way --------------------------------------------------------------------------------------------------------
 
-// Transforms of N points, of windows of 2N samples that begin `before` samples before the first of their `step`
-// outputs.
+// Windows of lags: number m holds those within kBlock of m kBlock. From the first with a tap to the last with one, of
+// those that reach from the first block of a row to its last.
+struct Windows {
+  int64_t first, last;
+
+  explicit Windows(const Taps& taps)
+      : first(-((taps.reverse + kBlock - 1) / kBlock)),
+        last(least(taps.forward + kBlock - 1, taps.length - 1) / kBlock) {}
+  int64_t count() const { return last - first + 1; }
+};
+
+// Taps directly; or by blocks of samples and windows of lags (blocks.h); or by transforms of N points, of windows of 2N
+// samples that begin `before` samples before the first of their `step` outputs.
 struct Way {
-  bool direct;
+  bool direct, blocked;
   int64_t points, before, step, blocks;
 };
 
@@ -70,14 +81,21 @@ constexpr float kPointCost[] = {1.0f, 1.0f, 1.05f, 1.15f, 1.35f, 1.45f, 1.65f, 1
 // And per tap and sample of a direct one (one vector load, which crosses cache lines, per tap and vector).
 constexpr float kTapCost = 0.025f;
 
+// Times this where N is 3 2^a; and in windows that overlap, whose second halves are not zeros.
+constexpr double kThreeCost = 1.18, kOverlapCost = 1.15;
+// Nanoseconds per block of samples (blocks.h), and per product of a block and a window.
+constexpr double kBlockCost = 187, kProductCost = 13;
+
 // Where a kernel's spectrum is made once for any number of rows.
 constexpr int64_t kManyRows = int64_t{1} << 20;
 
-inline Way choose_way(const Taps& taps, int64_t rows) {
+// `blocked`: by blocks of samples, where that is cheapest; else not.
+template <class S>
+Way choose_way(const Taps& taps, int64_t rows, bool blocked) {
   const auto cost = [](int64_t points) {
     int i = 63 - __builtin_clzll(static_cast<uint64_t>(points)) - 8;
     constexpr int last = sizeof(kPointCost) / sizeof(kPointCost[0]) - 1;
-    return static_cast<double>(points) * kPointCost[i < last ? i : last];
+    return static_cast<double>(points) * kPointCost[i < last ? i : last] * (points % 3 ? 1.0 : kThreeCost);
   };
   Way best{};
   double least = 0;
@@ -87,23 +105,36 @@ inline Way choose_way(const Taps& taps, int64_t rows) {
   best.points = points_for(length + ends), best.step = length, best.blocks = 1;
   best.before = taps.circular ? forward : 0;
   least = (static_cast<double>(rows) + 0.5) * cost(best.points);
-  for (int64_t points = kLeastPoints; points < best.points; points *= 2) {
+  const int64_t whole = best.points;
+  for (int64_t points = kLeastPoints; points < whole; points *= 2) {
     const int64_t step = 2 * points - forward - reverse;
     if (step < points / 2) continue;
     const int64_t blocks = (length + step - 1) / step;
-    const double total = (static_cast<double>(rows * blocks) + 0.5) * cost(points);
-    if (total < least) least = total, best = {false, points, forward, step, blocks};
+    const double total = (static_cast<double>(rows * blocks) + 0.5) * cost(points) * kOverlapCost;
+    if (total < least) least = total, best = {false, false, points, forward, step, blocks};
+  }
+  if (blocked && kLanes<S> == kBlockLanes && !taps.circular) {
+    const Windows windows(taps);
+    const int64_t blocks = (length + kBlock - 1) / kBlock;
+    const int64_t products =
+        blocks * windows.count() - (windows.last * (windows.last + 1) + windows.first * (windows.first - 1)) / 2;
+    const double row = static_cast<double>(blocks) * kBlockCost + static_cast<double>(products) * kProductCost;
+    const double total = static_cast<double>(rows) * row + 0.5 * static_cast<double>(windows.count()) * kBlockCost;
+    if (total < least) least = total, best.blocked = true;
   }
   const double direct =
       static_cast<double>(rows) * static_cast<double>(length) * static_cast<double>(taps.count()) * kTapCost;
-  best.direct = direct < least;
+  if (direct < least) best.direct = true, best.blocked = false;
   return best;
 }
 
-// Numbers that a kernel takes which fft_conv_spectrum keeps for rows that go this way.
+// Numbers that a kernel takes which fft_conv_spectrum keeps for rows that go this way. Those of windows are an odd
+// number of vectors, which no plan's are, so that one is not taken for the other.
 template <class S>
 int64_t kernel_numbers(const Taps& taps, const Way& way) {
-  return way.direct ? taps.count() : plan<S>(way.points).size();
+  return way.direct    ? taps.count()
+         : way.blocked ? Windows(taps).count() * 2 * kBlock + kLanes<S>
+                       : plan<S>(way.points).size();
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -147,8 +178,19 @@ struct Reader {
     return edge(n);
   }
   PYKERNELS_INLINE void block(int64_t i, int64_t apart, int count, S* to) const {
+    ahead.fetch(sizeof(T) * kLanes<S> * count);
+    copy(i, apart, count, to);
+  }
+  // `count` samples from i on: where they lie, or else copied to `buffer`.
+  PYKERNELS_INLINE const S* samples(int64_t i, int count, S* buffer) const {
+    const int64_t n = origin + i;
+    if constexpr (sizeof(T) == sizeof(S))
+      if (!gate && n >= most<int64_t>(low, 0) && n + count <= least(high, length)) return values + n;
+    copy(i, kLanes<S>, count / kLanes<S>, buffer);
+    return buffer;
+  }
+  PYKERNELS_INLINE void copy(int64_t i, int64_t apart, int count, S* to) const {
     constexpr int lanes = kLanes<S>;
-    ahead.fetch(sizeof(T) * lanes * count);
     const T* const from = values;
     const T* const factors = gate;
     const int64_t first = most<int64_t>(low, 0), last = least(high, length) - lanes;

@@ -1,4 +1,4 @@
-#include "conv.h"
+#include "blocks.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
 namespace fft {
@@ -8,6 +8,7 @@ namespace {
 template <class T>
 struct Output {
   using S = Wide<T>;
+  static constexpr int64_t kSampleBytes = sizeof(T);
   T* out;
   const T* gate;  // or null
   const Reader<T>* x;
@@ -28,14 +29,21 @@ struct Output {
     }
   }
   PYKERNELS_INLINE void block(int64_t i, int64_t apart, int count, const S* from) const {
+    ahead.fetch(sizeof(T) * kLanes<S> * count);
+    copy(i, apart, count, from);
+  }
+  PYKERNELS_INLINE void copy(int64_t i, int64_t apart, int count, const S* from) const {
     constexpr int lanes = kLanes<S>;
-    ahead.fetch(sizeof(T) * lanes * count);
     const Output to = *this;  // what is written could be a part of this, for all the compiler knows, but not of a copy
     const Reader<T> in = *x;
     int64_t n = origin + i;
     int l = 0;
 #pragma GCC unroll 1
     for (; l < count && n < low; ++l, n += apart) (*this)(n - origin, load(from + l * lanes));
+    if (to.skips && !to.gate && !in.gate)
+#pragma GCC unroll 4
+      for (; l < count && n + lanes <= to.high; ++l, n += apart)
+        store(to.out + n, load(from + l * lanes) + to.skip * load(in.values + n));
 #pragma GCC unroll 1
     for (; l < count && n + lanes <= to.high; ++l, n += apart) {
       Vec<S> c = load(from + l * lanes);
@@ -62,16 +70,19 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
     want_huge_pages(p.out, sizeof(T) * static_cast<size_t>(p.batch * p.channels * p.length));
   const Taps taps(p);
   const int64_t rows = p.batch * (p.channels / p.groups);
-  const Way way = choose_way(taps, p.spectrum ? kManyRows : rows);
-  const Plan<S>* const transform_plan = way.direct ? nullptr : &plan<S>(way.points);
+  const Way way = choose_way<S>(taps, p.spectrum ? kManyRows : rows, true);
+  const Plan<S>* const transform_plan = way.direct || way.blocked ? nullptr : &plan<S>(way.points);
+  const int64_t row_blocks = (p.length + kBlock - 1) / kBlock;
   const int64_t wanted = 4 * parallel.threads;
   const int64_t chunks = p.groups >= wanted ? 1 : least(rows, (wanted + p.groups - 1) / p.groups);
   run_tasks(parallel, p.groups * chunks, [&](TaskQueue& queue) {
     Scratch scratch;
-    const int64_t size = way.direct ? 2 * kTile + taps.count() + 2 * lanes : transform_plan->size();
+    const int64_t size = way.direct    ? 2 * kTile + taps.count() + 2 * lanes
+                         : way.blocked ? row_blocks * 4 * kBlock
+                                       : transform_plan->size();
     S* const work = scratch.take<S>(size);
     S* const w = scratch.take<S>(p.spectrum ? 1 : taps.count() + lanes);
-    S* const transformed = scratch.take<S>(p.spectrum || way.direct ? 1 : size);
+    S* const transformed = scratch.take<S>(p.spectrum || way.direct ? 1 : kernel_numbers<S>(taps, way));
     const S* spectrum = way.direct ? w : transformed;  // what a row is convolved with
     int64_t kernel_of = -1;
     for (int64_t task; (task = queue.next()) >= 0;) {
@@ -80,7 +91,11 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
         spectrum = static_cast<const S*>(p.spectrum) + group * kernel_numbers<S>(taps, way);
       } else if (group != kernel_of) {
         gather_taps(p, taps, group, w);
-        if (!way.direct) kernel_spectrum(*transform_plan, taps, w, work, transformed);
+        if (way.blocked) {
+          if constexpr (kLanes<S> == kBlockLanes) blocks::kernel_spectra(block_factors<S>(), taps, w, transformed);
+        } else if (!way.direct) {
+          kernel_spectrum(*transform_plan, taps, w, work, transformed);
+        }
         kernel_of = group;
       }
       for (int64_t row = chunk * rows / chunks; row < (chunk + 1) * rows / chunks; ++row) {
@@ -115,6 +130,15 @@ void run(const FFTConvParams& p, const Parallel& parallel) {
             convolve(c, work, spectrum, taps.count(), count);
             out.origin = out.low = first, out.high = first + count;
             for (int64_t i = 0; i < count; i += lanes) out(i, load(c + i));
+          }
+          continue;
+        }
+        if (way.blocked) {
+          if constexpr (kLanes<S> == kBlockLanes) {
+            out.high = p.length;
+            blocks::analyse(block_factors<S>(), x, row_blocks, work);
+            S* const sums = taps.reverse ? work + row_blocks * 2 * kBlock : work;
+            blocks::synthesise(block_factors<S>(), work, row_blocks, spectrum, Windows(taps), sums, out);
           }
           continue;
         }

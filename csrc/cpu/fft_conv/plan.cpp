@@ -125,20 +125,63 @@ Plan<double>* double_plans[kPlans];
 Plan<float>** plans(float) { return float_plans; }
 Plan<double>** plans(double) { return double_plans; }
 
+// e^{2 pi i n / 1024}
+template <class S>
+void set(Turn<S>& turn, int lane, int64_t n) {
+  const Root w = root(-n, 4 * kBlock);
+  turn.cosine[lane] = static_cast<S>(w.re), turn.tangent[lane] = static_cast<S>(w.im / w.re);
+}
+template <class S>
+void set(Unit<S>& unit, int lane, int64_t n) {
+  const Root w = root(-n, 4 * kBlock);
+  unit.cosine[lane] = static_cast<S>(w.re), unit.sine[lane] = static_cast<S>(w.im);
+}
+template <class S>
+BlockFactors<S>* make_block_factors() {
+  BlockFactors<S>* const factors = allocate<BlockFactors<S>>(1);
+  for (int lane = 0; lane < kBlockLanes; ++lane) {
+    // w for the k1 of this lane, per j; and for the j of this lane, per k1.
+    const int k1 = lane / 4 + lane % 4 * 4, forward = 1 - 4 * k1, inverse = 4 * lane;
+    set(factors->rows, lane, 4 * forward), set(factors->rows_squared, lane, 8 * forward);
+    set(factors->inverse_rows, lane, 4 * inverse), set(factors->inverse_rows_squared, lane, 8 * inverse);
+    for (int b = 0; b < 4; ++b) {
+      const int turned = forward - 64 * b, inverse_turned = inverse + 64 * b;
+      set(factors->groups[b], lane, turned), set(factors->groups_squared[b], lane, 2 * turned);
+      set(factors->inverse_groups[b], lane, inverse_turned);
+      set(factors->inverse_groups_squared[b], lane, 2 * inverse_turned);
+      for (int a = 0; a < 4; ++a) set(factors->last[b][a], lane, 16 * (b + 4 * a) + lane);
+    }
+  }
+  return factors;
+}
+BlockFactors<float>* float_block_factors;
+
+// What is at *slot, made at the first call for it.
+template <class T, class Make, class Release>
+const T& kept(T** slot, const Make& make, const Release& release) {
+  T* found = __atomic_load_n(slot, __ATOMIC_ACQUIRE);
+  if (found) return *found;
+  T* const made = make();
+  if (__atomic_compare_exchange_n(slot, &found, made, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return *made;
+  release(made);  // another thread was first
+  return *found;
+}
+
 }  // namespace
 
 template <class S>
 const Plan<S>& plan(int64_t points) {
   Plan<S>** const slot = plans(S{}) + 2 * __builtin_ctzll(static_cast<uint64_t>(points)) + (points % 3 == 0);
-  Plan<S>* found = __atomic_load_n(slot, __ATOMIC_ACQUIRE);
-  if (found) return *found;
-  Plan<S>* const made = make<S>(points);
-  if (__atomic_compare_exchange_n(slot, &found, made, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return *made;
-  release(made);  // another thread was first
-  return *found;
+  return kept(slot, [&] { return make<S>(points); }, release<S>);
 }
 template const Plan<float>& plan<float>(int64_t);
 template const Plan<double>& plan<double>(int64_t);
+
+template <class S>
+const BlockFactors<S>& block_factors() {
+  return kept(&float_block_factors, make_block_factors<S>, free);
+}
+template const BlockFactors<float>& block_factors<float>();
 
 }  // namespace fft
 }  // namespace pykernels::cpu::PYKERNELS_ISA

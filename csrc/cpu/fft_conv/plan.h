@@ -62,5 +62,24 @@ PYKERNELS_INLINE int64_t points_for(int64_t samples) {
   return three >= half && three >= 3 * kLeastPoints ? three : points;
 }
 
+// What blocks.h takes for a transform of kBlock points: factors cosine (1 + i tangent), or cosine + i sine, one in each
+// lane.
+constexpr int kBlock = 256, kBlockLanes = 16;
+template <class S>
+struct Turn {
+  S cosine[kBlockLanes], tangent[kBlockLanes];
+};
+template <class S>
+struct Unit {
+  S cosine[kBlockLanes], sine[kBlockLanes];
+};
+template <class S>
+struct BlockFactors {
+  Turn<S> rows, rows_squared, groups[4], groups_squared[4], inverse_rows, inverse_groups[4], last[4][4];
+  Unit<S> inverse_rows_squared, inverse_groups_squared[4];
+};
+template <class S>
+const BlockFactors<S>& block_factors();
+
 }  // namespace fft
 }  // namespace pykernels::cpu::PYKERNELS_ISA

@@ -1,5 +1,5 @@
 // One token of a causal convolution, and the spectra that are kept for many calls.
-#include "conv.h"
+#include "blocks.h"
 
 namespace pykernels::cpu::PYKERNELS_ISA {
 namespace fft {
@@ -13,20 +13,23 @@ void make_spectra(const FFTConvSpectrumParams& s, const Parallel& parallel) {
   constexpr int lanes = kLanes<S>;
   const FFTConvParams& p = s.forward;
   const Taps taps(p);
-  const Way way = s.points ? Way{false, s.points, 0, 0, 1} : choose_way(taps, kManyRows);
+  const Way way = s.points ? Way{false, false, s.points, 0, 0, 1} : choose_way<S>(taps, kManyRows, true);
   const int64_t size = kernel_numbers<S>(taps, way);
   *s.lanes = lanes, *s.size = size;
   if (!s.spectrum) return;
   run_tasks(parallel, p.groups, [&](TaskQueue& queue) {
     Scratch scratch;
     S* const w = scratch.take<S>(taps.count() + lanes);
-    S* const work = scratch.take<S>(way.direct ? 1 : size);
+    S* const work = scratch.take<S>(way.direct || way.blocked ? 1 : size);
     for (int64_t group; (group = queue.next()) >= 0;) {
       S* const spectrum = static_cast<S*>(s.spectrum) + group * size;
       gather_taps(p, taps, group, way.direct ? spectrum : w);
       if (way.direct) continue;
       for (int64_t i = 0; i < size; ++i) spectrum[i] = 0;  // what lies between the parts is never read, but is copied
-      kernel_spectrum(plan<S>(way.points), taps, w, work, spectrum);
+      if (!way.blocked)
+        kernel_spectrum(plan<S>(way.points), taps, w, work, spectrum);
+      else if constexpr (kLanes<S> == kBlockLanes)
+        blocks::kernel_spectra(block_factors<S>(), taps, w, spectrum);
     }
   });
 }
