@@ -651,6 +651,23 @@ def test_calls_from_several_python_threads(target):
 
 
 @on_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_a_row_does_not_see_decide_nothing_on_any_number_of_threads(target, dtype):
+    """Where threads part the rows changes which keys are at hand with them: here some very unlike the others."""
+    q, k, v = _qkv(target, dtype, tq=144, tk=144, heads_q=1, heads_k=1, head_dim=64)
+    for scale_k, scale_v in ((200.0, 1.0), (1.0, 2.0**100), (1e20, 1.0)):
+        k_far, v_far = k.clone(), v.clone() * 2.0**-100 if scale_v > 1 else v
+        k_far[:, 96:] *= scale_k
+        v_far[:, 96:] *= scale_v
+        results = []
+        for threads in (1, 2):
+            with target.active(), use_threads(threads):
+                results.append(flash_attention(q, k_far, v_far, causal=True, backend=target.backend))
+        assert torch.equal(*results)
+        assert results[0].abs().max() > 0
+
+
+@on_native
 def test_scratch_can_be_released_between_any_two_calls(target):
     case = attention_case("scratch", tq=200, head_dim=64, causal=True)
     sample = case.make(torch.float32, "cpu")
