@@ -174,8 +174,8 @@ class Worker {
     load_queries(begin, end);
     const int tiles = (rows_ + kRows - 1) / kRows;
     for (int64_t key = begin; key < end; key += kKeys) {
-      // Also those that no row of this chunk sees: what its keys and values hold says how a block is computed, and where
-      // chunks end depends on the threads.
+      // Also those that no row of this chunk sees: what a block's keys and values hold decides how it is computed, and
+      // where chunks end depends on the threads.
       load_keys(key, static_cast<int>(least<int64_t>(kKeys, s.tk - key)));
       for (int t = 0; t < tiles; ++t) {
         prefetch_keys(key + kKeys, end, t, tiles);
