@@ -131,6 +131,7 @@ PYKERNELS_INLINE void dft4(Complex<S> (&x)[4], W w, W2 w2) {
 }
 
 // Row r, lane 4 s + t <-> row t, lane 4 s + r; and row r, lane 4 s + t <-> row s, lane 4 r + t.
+// Written out, as these orders of lanes are one instruction each without a register of indices: the registers are full.
 template <class V>
 PYKERNELS_INLINE void exchange_lanes(V& r0, V& r1, V& r2, V& r3) {
   const V a = __builtin_shufflevector(r0, r1, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
